@@ -1,0 +1,1 @@
+"""Layers of ours for Megatron-Core without Transformer Engine."""
