@@ -1,0 +1,120 @@
+"""From YAML files and `section.key=value` words to a `ConfigContainer`, and back to a file.
+
+OmegaConf does the typing; this file turns its complaints into one `ConfigError` each, with the nearest known
+key. Later sources win: defaults, then the file, then the words, in order.
+
+    cfg = load_config(["train.train_iters=5", "dataset.files=[a.txt, b.txt]"], config_file="run.yaml")
+"""
+
+import difflib
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from weightcast.sync.errors import ConfigError
+from weightcast.trainer.config import ConfigContainer
+
+
+def load_config(
+    overrides: Sequence[str] = (), *, config_file: str | None = None, base: ConfigContainer | None = None
+) -> ConfigContainer:
+    """The configuration that `base` (default: all defaults), a YAML file and overrides give together.
+
+    Raises `ConfigError` for a file that cannot be read, a word that is not `section.key=value`, an unknown key
+    (with the nearest known one) and a value of the wrong type.
+    """
+    merged = OmegaConf.structured(base if base is not None else ConfigContainer())
+    if config_file is not None:
+        merged = _merge(merged, _read_yaml(config_file), config_file)
+    for word in overrides:
+        merged = _merge(merged, _parse_override(word), repr(word))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, ConfigContainer)
+    return config
+
+
+def save_config(config: ConfigContainer, path: str | Path) -> None:
+    """Write `config` as YAML that `load_config(config_file=path)` reads back. `config.model` must be a ModelConfig."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def known_keys(config: object | None = None) -> Iterator[str]:
+    """Every `section.key` that an override may name."""
+    record = config if config is not None else ConfigContainer()
+    assert is_dataclass(record)
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if is_dataclass(value):
+            yield from (f"{item.name}.{key}" for key in known_keys(value))
+        else:
+            yield item.name
+
+
+def _read_yaml(path: str) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {path!r} cannot be read: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"the configuration file {path!r} is not a mapping of sections such as `train:`")
+    _check_keys(loaded, path)
+    return loaded
+
+
+def _parse_override(word: str) -> DictConfig:
+    key, equals, _ = word.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"cannot read the override {word!r}: write section.key=value, such as train.train_iters=5")
+    try:
+        parsed = OmegaConf.from_dotlist([word])
+    except (YAMLError, OmegaConfBaseException) as error:
+        quoted = shlex.quote(word)
+        raise ConfigError(f"cannot read the override {word!r} as YAML: {error}; quote it, such as {quoted}") from error
+    _check_keys(parsed, repr(word))
+    return parsed
+
+
+def _check_keys(given: DictConfig, where: str) -> None:
+    known = list(known_keys())
+    for key in _leaf_keys(given):
+        if key in known:
+            continue
+        raise ConfigError(f"{where}: there is no setting {key!r}; {_hint(key, known)}")
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    sections = _sections()
+    if key in sections:
+        return f"it is a section, with the settings {', '.join(k for k in known if k.startswith(key + '.'))}"
+    same_last_part = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    if near := same_last_part or difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f"did you mean {near[0]!r}?"
+    return f"the sections are {', '.join(sections)}"
+
+
+def _leaf_keys(given: DictConfig) -> Iterator[str]:
+    sections = _sections()
+    for name in given:
+        value = given._get_node(name)
+        if str(name) in sections and isinstance(value, DictConfig) and not value._is_none():
+            yield from (f"{name}.{key}" for key in value)
+        else:
+            yield str(name)
+
+
+def _sections() -> list[str]:
+    return list(dict.fromkeys(key.partition(".")[0] for key in known_keys() if "." in key))
+
+
+def _merge(base: Any, given: DictConfig, where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, given)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: {error.full_key or 'configuration'}: {reason}") from error
