@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from tests.assets.gemma import gemma_270m_folder
 
 

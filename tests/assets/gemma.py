@@ -86,7 +86,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Saves the GGUF file as a Hugging Face folder in bf16, in a process of its own to give its memory back."""
     code = "import sys; from tests.assets.gemma import save_hf_folder; save_hf_folder(*sys.argv[1:])"
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, str(gguf), str(folder)], cwd=root, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(gguf), str(folder)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{gguf.name} could not be converted:\n{done.stderr[-4000:]}")
 
