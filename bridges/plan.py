@@ -1,0 +1,243 @@
+"""Plans: which regions of which HF tensors this rank holds, and where in its parameters they lie.
+
+A plan is a table of rules laid over a rank's shards. It is computed once, without communication, for the rank that
+asks or (on meta tensors) for any rank of any layout; import, export and streaming only walk through it. Nothing is
+left out in silence: a Megatron tensor without a rule, an HF tensor that nothing fills, a rule that matches nothing
+and a shape that does not fit are each refused by name.
+
+    plan = build_plan(model, LLAMA, hf_specs)
+    for held in plan.regions:
+        print(held.region, held.live().dtype)
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from megatron.core.transformer.module import MegatronModule
+
+from weightcast.bridges.rules import (
+    ModelDimensions,
+    Rule,
+    Segment,
+    Tied,
+    Vocab,
+    expand_rules,
+    hf_shapes,
+    map_shard,
+)
+from weightcast.bridges.shards import ParameterView, Shard, read_shards, unwrap_chunks
+from weightcast.sync.errors import UnmappedTensor
+from weightcast.sync.regions import HeldRegion, TensorSpec, check_unique_names
+
+_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+# Keys that live on the first pipeline stage; keys without a layer number are otherwise on the last one.
+_FIRST_STAGE_PREFIX = "embedding."
+
+
+@dataclass(frozen=True, slots=True)
+class WeightConversionTask:
+    """One Megatron tensor of the whole model, the rule that maps it, and the part of it that this rank holds.
+
+    The list of tasks is the same on every rank, in Megatron's order; `held` is empty where the tensor lives elsewhere.
+    """
+
+    global_param_name: str
+    rule: Rule
+    hf_names: tuple[str, ...]
+    held: tuple[HeldRegion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where every byte that this rank holds lies in the HF model."""
+
+    specs: tuple[TensorSpec, ...]
+    """Every HF tensor of the whole model, in HF order; the same on every rank."""
+    tasks: tuple[WeightConversionTask, ...]
+    regions: tuple[HeldRegion, ...]
+    """What this rank holds, replicas included, in HF order."""
+    copies: Mapping[str, str]
+    """HF tensors that the checkpoint stores a second time because two names are tied: copy → original."""
+    padding: tuple[ParameterView, ...]
+    """Rows that exist in Megatron alone (the padded vocabulary)."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this rank's regions in the dtypes of the HF tensors."""
+        dtypes = {spec.name: spec.dtype for spec in self.specs}
+        return sum(held.region.numel * dtypes[held.region.name].itemsize for held in self.regions)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Which ends of the pipeline this rank's chunks reach; what is not here cannot be asked to match."""
+
+    first: bool
+    last: bool
+
+
+def build_plan(
+    model: Sequence[MegatronModule] | MegatronModule, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]
+) -> Plan:
+    """The plan of this rank for `model`, its list of Megatron chunks (wrapped by DDP or not).
+
+    `hf_specs` are all tensors of the HF model. Issues no collective; every rank may call it alone. Raises
+    `UnmappedTensor`.
+    """
+    chunks = unwrap_chunks(model)
+    stages = Stages(
+        first=any(getattr(chunk, "pre_process", False) for chunk in chunks),
+        last=any(getattr(chunk, "post_process", False) for chunk in chunks),
+    )
+    rules = tuple(rules)
+    dimensions = _read_dimensions(chunks[0], rules, hf_specs)
+    return lay_rules(read_shards(chunks), stages, dimensions, rules, hf_specs)
+
+
+def lay_rules(
+    shards: Sequence[Shard],
+    stages: Stages,
+    dimensions: ModelDimensions,
+    rules: Sequence[Rule],
+    hf_specs: Sequence[TensorSpec],
+) -> Plan:
+    """`build_plan` without a model: a pure function of its arguments."""
+    check_unique_names(hf_specs)
+    specs = {spec.name: spec for spec in hf_specs}
+    table = expand_rules(rules, dimensions.num_layers)
+    copies = _find_copies(table.values(), specs)
+    _check_hf_names(table.values(), specs, copies)
+    _check_matches(table, stages, {shard.key for shard in shards})
+
+    held: dict[str, list[HeldRegion]] = {key: [] for key in table}
+    padding: list[ParameterView] = []
+    for shard in shards:
+        rule = table[shard.key]
+        segments = rule.segments(shard.global_shape, dimensions)
+        _check_shapes(rule, segments, shard.global_shape, specs)
+        held[shard.key] += _hold(shard, segments, copies)
+        padding += _find_padding(shard, segments)
+
+    tasks = tuple(
+        WeightConversionTask(key, rule, _with_copies(rule.hf_names, copies), tuple(held[key]))
+        for key, rule in table.items()
+    )
+    order = {spec.name: index for index, spec in enumerate(hf_specs)}
+    regions = sorted(
+        (region for task in tasks for region in task.held),
+        key=lambda item: (order[item.region.name], item.region.offset),
+    )
+    return Plan(tuple(hf_specs), tasks, tuple(regions), copies, tuple(padding))
+
+
+def _read_dimensions(chunk: torch.nn.Module, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]) -> ModelDimensions:
+    config = chunk.config
+    vocab_names = {name for rule in rules if isinstance(rule, Vocab) for name in rule.hf_names}
+    vocab_sizes = {spec.shape[0] for spec in hf_specs if spec.name in vocab_names}
+    if len(vocab_sizes) > 1:
+        raise UnmappedTensor(
+            f"{', '.join(sorted(vocab_names))} have {sorted(vocab_sizes)} rows in the HF model; "
+            "they must share one vocabulary"
+        )
+    return ModelDimensions(
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        head_dim=config.kv_channels,
+        vocab_size=vocab_sizes.pop() if vocab_sizes else 0,
+    )
+
+
+def _find_copies(rules: Iterable[Rule], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    tied = [rule for rule in rules if isinstance(rule, Tied)]
+    return {rule.copy: rule.hf for rule in tied if rule.copy is not None and rule.copy in specs}
+
+
+def _with_copies(names: tuple[str, ...], copies: Mapping[str, str]) -> tuple[str, ...]:
+    return names + tuple(copy for copy, original in copies.items() if original in names)
+
+
+def _check_hf_names(rules: Iterable[Rule], specs: Mapping[str, TensorSpec], copies: Mapping[str, str]) -> None:
+    """Every HF tensor is filled by one rule, and every rule's HF tensors exist. Sees the whole model on any rank."""
+    filled: dict[str, str] = {}
+    for rule in rules:
+        if isinstance(rule, Tied):
+            continue
+        for name in rule.hf_names:
+            if name in filled:
+                raise UnmappedTensor(f"the HF tensor {name} is filled twice, from {filled[name]} and {rule.megatron}")
+            filled[name] = rule.megatron
+    if unfilled := [name for name in specs if name not in filled and name not in copies]:
+        raise UnmappedTensor(
+            f"no rule fills the HF tensor {_name_some(unfilled)}; add a rule for it to the model's table"
+        )
+    if absent := [name for name in filled if name not in specs]:
+        raise UnmappedTensor(
+            f"the rule of {filled[absent[0]]} wants the HF tensor {_name_some(absent)}, which the HF model lacks; "
+            "the table must leave out what the configuration switches off (biases, an untied output layer)"
+        )
+
+
+def _check_matches(table: Mapping[str, Rule], stages: Stages, keys: set[str]) -> None:
+    """Every local key has a rule, and every rule of a part of the model that is here has its key."""
+    if unmapped := sorted(keys - table.keys()):
+        raise UnmappedTensor(
+            f"no rule maps the Megatron tensor {_name_some(unmapped)}; add a rule for it to the model's table, "
+            "or switch off the feature of the configuration that adds it"
+        )
+    layers = {layer for key in keys if (layer := _layer_of(key)) is not None}
+    for key, rule in table.items():
+        if key not in keys and not isinstance(rule, Tied) and _belongs_here(key, stages, layers):
+            raise UnmappedTensor(
+                f"the rule {type(rule).__name__} of {key} matches nothing: the model has no such tensor, "
+                f"so {_name_some(rule.hf_names)} would never be filled"
+            )
+
+
+def _belongs_here(key: str, stages: Stages, layers: set[int]) -> bool:
+    layer = _layer_of(key)
+    if layer is not None:
+        return layer in layers
+    return stages.first if key.startswith(_FIRST_STAGE_PREFIX) else stages.last
+
+
+def _layer_of(key: str) -> int | None:
+    match = _LAYER_NUMBER.search(key)
+    return int(match[1]) if match else None
+
+
+def _check_shapes(
+    rule: Rule, segments: Sequence[Segment], shape: tuple[int, ...], specs: Mapping[str, TensorSpec]
+) -> None:
+    for name, want in hf_shapes(segments, shape).items():
+        if specs[name].shape != want:
+            raise UnmappedTensor(
+                f"{name} has shape {specs[name].shape} in the HF model, but {rule.megatron} of shape {shape} makes "
+                f"{want} by the rule {type(rule).__name__}; the model was built for another configuration"
+            )
+
+
+def _hold(shard: Shard, segments: Sequence[Segment], copies: Mapping[str, str]) -> list[HeldRegion]:
+    held = [
+        HeldRegion(piece.region, shard.view.rows(piece.rows))
+        for piece in map_shard(segments, shard.offset, shard.view.shape)
+    ]
+    for copy, original in copies.items():
+        held += [
+            HeldRegion(replace(item.region, name=copy), item.live) for item in held if item.region.name == original
+        ]
+    return held
+
+
+def _find_padding(shard: Shard, segments: Sequence[Segment]) -> list[ParameterView]:
+    """The shard's rows past the last segment. Rules leave no holes between segments."""
+    num_rows = shard.view.shape[0]
+    mapped = max(segment.megatron_row + segment.num_rows for segment in segments) - shard.offset[0]
+    start = min(max(mapped, 0), num_rows)
+    return [shard.view.rows(slice(start, num_rows))] if start < num_rows else []
+
+
+def _name_some(names: Sequence[str]) -> str:
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{names[0]}{more}"

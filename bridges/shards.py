@@ -1,0 +1,122 @@
+"""Shards: what Megatron-Core says of the parameters that this rank holds, in our own words.
+
+`sharded_state_dict` knows the global key, shape and offset of every local shard under every kind of parallelism and
+for Transformer Engine and local layers alike. Here its entries become `Shard` records whose memory is a
+`ParameterView`: a place inside a parameter object, turned into a tensor only at the moment of use.
+
+    for shard in read_shards(unwrap_chunks(model)):
+        print(shard.key, shard.global_shape, shard.offset, shard.view().shape)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
+
+from weightcast.sync.errors import UnmappedTensor
+
+# One global key a layer, with the layer's number in it, instead of one key with a layer axis.
+SHARDING_METADATA = {"non_homogeneous_layers": True}
+# Transformer Engine's FP8 bookkeeping (scales and amax histories). Weights never live there, and HF has no such thing.
+EXTRA_STATE_SUFFIX = "_extra_state"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterView:
+    """A box of a parameter. Calling it gives a tensor over the parameter's memory as it is at that moment.
+
+    DDP and the distributed optimizer re-point `parameter.data` into buffers of their own, so no tensor is kept.
+    """
+
+    parameter: torch.Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    """In elements, from the parameter's first."""
+
+    def __call__(self) -> torch.Tensor:
+        data = self.parameter.detach()
+        assert data.is_contiguous(), "a parameter was re-pointed at memory that is not contiguous"
+        return data.as_strided(self.shape, self.stride, data.storage_offset() + self.offset)
+
+    def rows(self, rows: slice) -> "ParameterView":
+        """The part of this view between two indices of its first dimension."""
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + rows.start * self.stride[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A local box of a global Megatron tensor. `offset` and `view.shape` are in the global tensor's coordinates."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    view: ParameterView
+
+
+def unwrap_chunks(model: Sequence[MegatronModule] | MegatronModule) -> list[MegatronModule]:
+    """The bare model chunks (one a virtual pipeline stage) inside DDP and half-precision wrappers."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    return list(unwrap_model(chunks))
+
+
+def read_shards(chunks: Sequence[MegatronModule]) -> tuple[Shard, ...]:
+    """Every shard of a weight that this rank holds, replicas included. Issues no collective.
+
+    Works on the meta device too. Raises `UnmappedTensor` for an entry of `sharded_state_dict` that is neither a
+    tensor of the model's nor Transformer Engine's extra state.
+    """
+    return tuple(shard for chunk in chunks for shard in _read_chunk(chunk))
+
+
+def _read_chunk(chunk: MegatronModule) -> Iterator[Shard]:
+    state = chunk.sharded_state_dict(metadata=dict(SHARDING_METADATA))
+    apply_factories(state)
+    finder = _ParameterFinder(chunk)
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor):
+            yield _read_tensor(entry, finder)
+        elif not (isinstance(entry, ShardedObject) and entry.key.endswith(EXTRA_STATE_SUFFIX)):
+            name = getattr(entry, "key", type(entry).__name__)
+            raise UnmappedTensor(
+                f"the model's sharded_state_dict holds {name}, a {type(entry).__name__}; a bridge maps tensors, "
+                f"and knows besides only entries that end in {EXTRA_STATE_SUFFIX}"
+            )
+
+
+def _read_tensor(entry: ShardedTensor, finder: "_ParameterFinder") -> Shard:
+    if entry.prepend_axis_num:
+        raise UnmappedTensor(
+            f"{entry.key} has {entry.prepend_axis_num} dimensions in front of its parameter's own (an axis of experts "
+            "or layers); no rule maps such an axis yet"
+        )
+    view = finder.find(entry.key, entry.data)
+    return Shard(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), view)
+
+
+class _ParameterFinder:
+    """Finds the parameter or buffer whose memory a tensor is a view of.
+
+    By storage object, not by address: meta tensors have no addresses. After DDP many parameters share a storage,
+    so the place inside it decides.
+    """
+
+    def __init__(self, chunk: MegatronModule) -> None:
+        self._owners: dict[int, list[torch.Tensor]] = {}
+        for owner in (*chunk.parameters(), *chunk.buffers()):
+            self._owners.setdefault(owner.untyped_storage()._cdata, []).append(owner)
+
+    def find(self, key: str, tensor: torch.Tensor) -> ParameterView:
+        for owner in self._owners.get(tensor.untyped_storage()._cdata, ()):
+            offset = tensor.storage_offset() - owner.storage_offset()
+            if 0 <= offset < owner.numel() and owner.is_contiguous():
+                return ParameterView(owner, tuple(tensor.shape), tuple(tensor.stride()), offset)
+        raise UnmappedTensor(
+            f"{key}: Megatron lists a tensor that is not a view of a contiguous parameter or buffer of the model, "
+            "so reading it later would give stale weights"
+        )
