@@ -131,7 +131,7 @@ def lay_rules(
     return Plan(tuple(hf_specs), tasks, tuple(regions), copies, tuple(padding))
 
 
-def _read_dimensions(chunk: torch.nn.Module, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]) -> ModelDimensions:
+def _read_dimensions(chunk: MegatronModule, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]) -> ModelDimensions:
     config = chunk.config
     vocab_names = {name for rule in rules if isinstance(rule, Vocab) for name in rule.hf_names}
     vocab_sizes = {spec.shape[0] for spec in hf_specs if spec.name in vocab_names}

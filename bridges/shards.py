@@ -113,7 +113,7 @@ class _ParameterFinder:
 
     def find(self, key: str, tensor: torch.Tensor) -> ParameterView:
         for owner in self._owners.get(tensor.untyped_storage()._cdata, ()):
-            offset = tensor.storage_offset() - owner.storage_offset()
+            offset = int(tensor.storage_offset()) - int(owner.storage_offset())
             if 0 <= offset < owner.numel() and owner.is_contiguous():
                 return ParameterView(owner, tuple(tensor.shape), tuple(tensor.stride()), offset)
         raise UnmappedTensor(
