@@ -1,0 +1,168 @@
+"""HF folders: safetensors files, their index and what belongs beside them, written by all ranks together.
+
+Each file has one writer, the files go round the ranks, and a writer's memory is bounded by one file and one batch.
+Everything is written into a sibling of the wanted folder, which takes its name only when it is whole: a run that
+dies leaves no folder that looks complete. The ranks of a job must share the file system.
+
+    save_weights(plan, Path("out/my-model"), write_extras=lambda folder: config.save_pretrained(folder))
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from weightcast.bridges.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from weightcast.bridges.exchange import Live, agree, get_rank, get_world_size, send_parcels
+from weightcast.bridges.hf_export import gather_routes
+from weightcast.bridges.parcels import Parcel, Routes, split_batches
+from weightcast.bridges.plan import Plan
+from weightcast.sync.errors import ConfigError
+from weightcast.sync.regions import TensorSpec
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+DEFAULT_BATCH_BYTES = 512 * 2**20
+# What a folder that is replaced may hold; anything else in it is somebody's work and must not be deleted.
+_HF_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "LICENSE*", "*.md", ".git*")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One safetensors file of a folder, and the rank that writes it."""
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+    writer: int
+
+
+def plan_files(specs: Sequence[TensorSpec], max_bytes: int, world_size: int) -> tuple[ShardFile, ...]:
+    """Files of at most `max_bytes` of whole tensors, in HF order, their writers in turn. Pure."""
+    runs = split_batches(specs, max_bytes)
+    names = [f"model-{number:05}-of-{len(runs):05}.safetensors" for number in range(1, len(runs) + 1)]
+    if len(runs) == 1:
+        names = [SINGLE_FILE]
+    return tuple(
+        ShardFile(name, run, writer=number % world_size)
+        for number, (name, run) in enumerate(zip(names, runs, strict=True))
+    )
+
+
+@torch.no_grad()
+def save_weights(
+    plan: Plan,
+    folder: Path,
+    *,
+    write_extras: Callable[[Path], None] = lambda folder: None,
+    progress: Callable[[int], None] = lambda num_tensors: None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    batch_bytes: int = DEFAULT_BATCH_BYTES,
+) -> None:
+    """Write all HF tensors of `plan` to `folder`; every rank must call it.
+
+    `write_extras` is called on rank 0 with the folder under construction (configuration, tokenizer); `progress` with
+    the number of tensors done since the last call. An older HF folder of the name is replaced. Raises `ConfigError`
+    when the folder holds anything else, on every rank.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    _on_rank_zero(lambda: _make_room(folder, partial), f"making room for {folder}")
+    files = plan_files(plan.specs, shard_bytes, get_world_size())
+    routes = gather_routes(plan)
+    live = {held.region: held.live for held in plan.regions}
+    for start in range(0, len(files), get_world_size()):
+        mine: dict[str, torch.Tensor] = {}
+        round_files = files[start : start + get_world_size()]
+        for num_tensors in _gather_round(round_files, routes, live, mine, batch_bytes):
+            progress(num_tensors)
+        _write_mine(round_files, mine, partial)
+
+    def finish() -> None:
+        _write_index(files, partial)
+        write_extras(partial)
+        _take_name(partial, folder)
+
+    _on_rank_zero(finish, f"finishing {folder}")
+
+
+def _gather_round(
+    files: Sequence[ShardFile], routes: Routes, live: Live, mine: dict[str, torch.Tensor], batch_bytes: int
+) -> Iterator[int]:
+    """Bring the tensors of one file to each writer; `mine` receives this rank's. Yields numbers of tensors."""
+    batches = zip_longest(*(split_batches(file.specs, batch_bytes // len(files)) for file in files), fillvalue=())
+    for batch in batches:
+        parcels_to: dict[int, tuple[Parcel, ...]] = {}
+        for file, specs in zip(files, batch, strict=True):
+            parcels_to[file.writer] = routes.parcels(specs, to=file.writer)
+            if file.writer == get_rank():
+                mine.update({spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs})
+        send_parcels(parcels_to, live, mine)
+        yield sum(len(specs) for specs in batch)
+
+
+def _write_mine(files: Sequence[ShardFile], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    error: Exception | None = None
+    for file in files:
+        if file.writer == get_rank():
+            try:
+                save_file(dict(tensors), folder / file.name, metadata={"format": "pt"})
+            except Exception as caught:
+                error = caught
+    agree(error, f"writing safetensors files to {folder}")
+
+
+def _write_index(files: Sequence[ShardFile], folder: Path) -> None:
+    if len(files) == 1:
+        return
+    specs = [spec for file in files for spec in file.specs]
+    index = {
+        "metadata": {
+            "total_parameters": sum(spec.numel for spec in specs),
+            "total_size": sum(spec.num_bytes for spec in specs),
+        },
+        "weight_map": {spec.name: file.name for file in files for spec in file.specs},
+    }
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _make_room(folder: Path, partial: Path) -> None:
+    if folder.exists():
+        strange = [
+            entry.name
+            for entry in (folder.iterdir() if folder.is_dir() else [folder])
+            if entry.is_dir() or not any(fnmatch(entry.name, pattern) for pattern in _HF_FILES)
+        ]
+        if strange:
+            raise ConfigError(
+                f"{folder} exists and holds {strange[0]}, which no export wrote; give a folder that is new, empty, or "
+                "an older export"
+            )
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def _take_name(partial: Path, folder: Path) -> None:
+    """Rename, since that is all or nothing; an older folder steps aside first and is deleted last."""
+    previous = folder.with_name(f".{folder.name}.previous")
+    if previous.exists():
+        shutil.rmtree(previous)
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    if previous.exists():
+        shutil.rmtree(previous)
+
+
+def _on_rank_zero(action: Callable[[], None], what: str) -> None:
+    error: Exception | None = None
+    if get_rank() == 0:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    agree(error, what)
