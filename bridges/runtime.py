@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._device import DeviceContext
 
 from weightcast.bridges import cuda_stand_ins as stand_ins
 
@@ -135,15 +134,17 @@ def _mended() -> bool:
 def _enter_mode_for_this_thread() -> None:
     """Enter `CudaToCpuMode` at the bottom of this thread's stack of modes, for good.
 
-    Function modes are per thread. It goes under the modes that are open now, so that each of them still pops itself
-    when its block ends; torch keeps a `with torch.device(...)` context lowest of all, so it goes above that one.
+    Function modes are per thread. It goes under the modes that are open now, because each of those (also
+    `with torch.device(...)`, see THPDevice_exit in torch/csrc/Device.cpp) pops whatever is on top when its block ends.
+    Only the mode of `torch.set_default_device` must stay lowest of all, which torch asserts when it takes it away.
     """
     overrides: Any = torch.overrides
     stack = overrides._get_current_function_mode_stack()
     if any(isinstance(mode, stand_ins.CudaToCpuMode) for mode in stack):
         return
     popped = [overrides._pop_mode() for _ in stack]
-    if popped and isinstance(popped[-1], DeviceContext):
+    default_device_mode = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    if popped and popped[-1] is default_device_mode:
         overrides._push_mode(popped.pop())
     overrides._push_mode(stand_ins.CudaToCpuMode())
     for mode in reversed(popped):

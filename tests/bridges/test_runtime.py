@@ -76,8 +76,13 @@ def test_it_survives_the_contexts_in_which_it_is_entered() -> None:
         class Other(BaseTorchFunctionMode):
             pass
 
+        torch.set_default_device("cpu")
         with torch.device("meta"), Other():
             ensure_runtime()
+            assert torch.empty(1).device.type == "meta"
+        assert len(torch.overrides._get_current_function_mode_stack()) == 2
+        torch.set_default_device(None)
+        with torch.device("meta"):
             assert torch.empty(1).device.type == "meta"
         assert torch.empty(1).device.type == "cpu"
         assert torch.empty(1, device="cuda").device.type == "cpu"
