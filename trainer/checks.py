@@ -15,7 +15,7 @@ from weightcast.trainer.config import ConfigContainer
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 MIXED_PRECISION = (None, "bf16_mixed", "fp32")
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class OptimizerConfig:
     """The optimizer, Megatron-Core's own. With bf16 parameters it keeps fp32 masters."""
 
     optimizer: str = "adam"
-    """`adam` (AdamW) or `sgd`."""
+    """`adam`, with decoupled weight decay (AdamW)."""
     lr: float = 3e-4
     """Highest learning rate."""
     min_lr: float = 3e-5
@@ -66,8 +66,6 @@ class OptimizerConfig:
     """Decay of Adam's second moment."""
     adam_eps: float = 1e-8
     """Adam's epsilon."""
-    sgd_momentum: float = 0.9
-    """Momentum of `sgd`."""
     clip_grad: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 clips nothing."""
 

@@ -1,0 +1,248 @@
+"""Saving and resuming a run, with Megatron-Core's `dist_checkpointing`.
+
+A checkpoint is a folder `iter_0000003`: model and optimizer in Megatron's `torch_dist` format (which another layout
+of ranks can read), `trainer.json` (step, data position, learning-rate schedule, what model this is) and each rank's
+random states. It is written under another name and renamed when whole, then the record
+`latest_checkpointed_iteration.txt` moves on; an interrupted save leaves the earlier checkpoints as they were.
+
+    save_checkpoint(state, cfg.checkpoint)
+    resumed = load_checkpoint(state, cfg.checkpoint)
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_safetensors
+
+from weightcast.sync.errors import ConfigError
+from weightcast.trainer.config import CheckpointConfig
+from weightcast.trainer.state import TrainState, unwrap
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest_checkpointed_iteration.txt"
+# `non_homogeneous_layers` names every layer by its global number, so that another PP can read them;
+# `fully_reshardable` keeps the optimizer's state in the parameters' own shapes, so that another TP and DP can.
+CONTENT = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+# What makes two models the same one, by the provider's names.
+MODEL_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "share_embeddings_and_output_weights",
+    "normalization",
+    "add_qkv_bias",
+    "qk_layernorm",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerRecord:
+    """`trainer.json`: what a resume needs besides tensors."""
+
+    step: int
+    consumed_samples: int
+    world_size: int
+    scheduler: dict[str, Any]
+    model: dict[str, Any]
+
+
+def save_checkpoint(state: TrainState, checkpoint: CheckpointConfig) -> Path:
+    """Save `state` into `checkpoint.save` and keep the newest `most_recent_k`. Every rank calls it; a collective."""
+    assert checkpoint.save is not None
+    root = Path(checkpoint.save)
+    folder, work = root / _folder_name(state.step), root / f".saving-{_folder_name(state.step)}"
+    if dist.get_rank() == 0:
+        for remains in root.glob(".saving-*"):
+            shutil.rmtree(remains)
+        work.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(state, loading=False), str(work), content_metadata=dict(CONTENT))
+    save_safetensors(_random_states(), work / _rng_file(dist.get_rank()))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _write_synced(work / "trainer.json", json.dumps(_record(state), indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(work, folder)
+        _write_synced(root / f"{LATEST}.new", str(state.step))
+        os.replace(root / f"{LATEST}.new", root / LATEST)
+        _remove_old(root, checkpoint.most_recent_k)
+    dist.barrier()
+    return folder
+
+
+def load_checkpoint(state: TrainState, checkpoint: CheckpointConfig) -> bool:
+    """Put the newest checkpoint of `checkpoint.load` into `state`. Every rank calls it; a collective.
+
+    False when the folder holds none and is also where this run saves: then training starts afresh. Raises
+    `ConfigError` when another folder holds none, and when the checkpoint is of another model.
+    """
+    assert checkpoint.load is not None
+    folder = find_latest(checkpoint.load)
+    if folder is None:
+        if checkpoint.save is not None and Path(checkpoint.save) == Path(checkpoint.load):
+            return False
+        raise ConfigError(
+            f"checkpoint.load={checkpoint.load!r} holds no checkpoint (no {LATEST}): name a folder that training "
+            f"saved into, or leave checkpoint.load out to start afresh"
+        )
+    record = _read_record(folder)
+    _check_same_model(record, state, folder)
+    _prepare_adam(state.optimizer)
+    loaded = dist_checkpointing.load(_sharded_state(state, loading=True), str(folder))
+    for index, chunk in enumerate(state.model):
+        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+    _load_optimizer(state.optimizer, loaded["optimizer"])
+    state.scheduler.load_state_dict(record.scheduler)
+    state.step, state.consumed_samples = record.step, record.consumed_samples
+    _restore_random_states(folder, record.world_size)
+    return True
+
+
+def find_latest(root: str | Path) -> Path | None:
+    """The newest whole checkpoint in `root`, by its record; `None` when there is none."""
+    latest = Path(root) / LATEST
+    if not latest.is_file():
+        return None
+    return Path(root) / _folder_name(int(latest.read_text(encoding="utf-8")))
+
+
+def _folder_name(step: int) -> str:
+    return f"iter_{step:07d}"
+
+
+def _sharded_state(state: TrainState, *, loading: bool) -> dict[str, Any]:
+    sharded = {
+        f"model{index}": unwrap(chunk).sharded_state_dict(metadata=dict(CONTENT))
+        for index, chunk in enumerate(state.model)
+    }
+    # The optimizer looks its parameters up among the model's, whatever chunk they are in.
+    return {**sharded, "optimizer": state.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=CONTENT)}
+
+
+def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside Megatron's; none where Apex or Transformer Engine give their own Adam."""
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    return [part for part in inner if isinstance(part, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _prepare_adam(optimizer: Any) -> None:
+    """Give torch's Adam its state before a load: Megatron reads each parameter's `step` there (0.16.1)."""
+    for adam in _torch_adams(optimizer):
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            if not adam.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _load_optimizer(optimizer: Any, loaded: Any) -> None:
+    """Put the loaded state into Megatron's optimizer, whatever Adam it drives.
+
+    Megatron (0.16.1) was made for Transformer Engine's Adam. Torch's keeps a `step` with every parameter, which
+    `load_parameter_state_from_fully_reshardable` expects in the checkpoint and does not find; and Megatron gives all
+    parameters one tensor as their step, which Adam then counts up in place once a parameter.
+    """
+    if not _torch_adams(optimizer):
+        optimizer.load_state_dict(loaded)
+        return
+    parts = optimizer.chained_optimizers
+    for part, part_state in zip(parts, [loaded] if len(parts) == 1 else loaded.values(), strict=True):
+        of_parameters = part_state.pop("param_state", None)
+        part.load_state_dict(part_state)
+        steps = {parameter: state.pop("step") for parameter, state in part.optimizer.state.items()}
+        if of_parameters is not None:
+            part.load_parameter_state_from_fully_reshardable(of_parameters)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step.clone()
+
+
+def _record(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "consumed_samples": state.consumed_samples,
+        "world_size": dist.get_world_size(),
+        "scheduler": state.scheduler.state_dict(),
+        "model": describe_model(state.provider),
+    }
+
+
+def describe_model(provider: Any) -> dict[str, Any]:
+    """The fields that make two models the same one."""
+    return {name: getattr(provider, name) for name in MODEL_FIELDS if hasattr(provider, name)}
+
+
+def _read_record(folder: Path) -> TrainerRecord:
+    try:
+        return TrainerRecord(**json.loads((folder / "trainer.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"the checkpoint {folder} cannot be read: {error}; resume from an earlier one") from error
+
+
+def _check_same_model(record: TrainerRecord, state: TrainState, folder: Path) -> None:
+    present = describe_model(state.provider)
+    faults = [
+        f"{name} is {record.model.get(name)!r} there and {value!r} here"
+        for name, value in present.items()
+        if record.model.get(name) != value
+    ]
+    if faults:
+        raise ConfigError(
+            f"the checkpoint {folder} is of another model: {'; '.join(faults)}. Start from the model that was "
+            f"trained there, or name another checkpoint.load"
+        )
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {f"tracker.{name}": value for name, value in tensor_parallel.get_cuda_rng_tracker().get_states().items()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {"cpu": torch.get_rng_state(), **{name: value.clone() for name, value in states.items()}}
+
+
+def _restore_random_states(folder: Path, saved_world_size: int) -> None:
+    if saved_world_size != dist.get_world_size():
+        logger.warning(
+            "%s was saved by %d ranks and is resumed by %d: random states (dropout) start anew",
+            folder,
+            saved_world_size,
+            dist.get_world_size(),
+        )
+        return
+    states = load_file(folder / _rng_file(dist.get_rank()))
+    torch.set_rng_state(states.pop("cpu"))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states.pop("cuda"))
+    tensor_parallel.get_cuda_rng_tracker().set_states(
+        {name.removeprefix("tracker."): value for name, value in states.items()}
+    )
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors"
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove_old(root: Path, keep: int) -> None:
+    checkpoints = sorted(path for path in root.glob("iter_*") if path.is_dir())
+    for path in checkpoints[:-keep]:
+        shutil.rmtree(path)

@@ -1,0 +1,42 @@
+"""One micro-batch through a GPT model: what Megatron's schedules call, once a micro-batch.
+
+The loss is the cross entropy summed over the unmasked tokens, together with their number; the schedule and
+`finalize_model_grads` divide, so the mean is one per token. A training script may bring its own `forward_step`
+of this shape.
+
+    pretrain(cfg, forward_step)
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from weightcast.trainer.data.samples import Batch
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+ForwardStep = Callable[[Iterator[Batch], Any], tuple[torch.Tensor, LossFunction]]
+LOSS = "lm loss"
+
+
+def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
+    """Run the next micro-batch; returns the model's output and the function that turns it into a loss.
+
+    On the last pipeline stage the output is the cross entropy of each token, [micro_batch_size, seq_length]; on
+    the others it is the hidden state that goes to the next stage, and the schedule does not call the function.
+    """
+    batch = next(data_iterator).to(next(model.parameters()).device)
+    # No mask tensor: the attention of every supported layer spec is causal by itself.
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    return output, partial(masked_loss, batch.loss_mask)
+
+
+def masked_loss(
+    loss_mask: torch.Tensor, token_losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the unmasked tokens' losses, their number (int32), and both as float64 for the report."""
+    total = (token_losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum()
+    report = torch.stack([total.detach().double(), num_tokens.double()])
+    return total, num_tokens.to(torch.int32), {LOSS: report}
