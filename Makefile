@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo`, `make test`. Both do their own set-up in .venv.
 #
-#   make demo [ENGINE=transformers|vllm] [MODEL=folder-or-hub-id] [DATA=file.txt] [STEPS=6] [TP=2] [OUT=out/demo]
+#   make demo [ENGINE=transformers|vllm] [MODEL=folder-or-hub-id] [DATA=file.txt] [STEPS=6] [TP=ranks] [OUT=out/demo]
 #   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
 #   make test | test-quick | lint | test-all | bench | clean
 
@@ -9,7 +9,7 @@
 
 ENGINE ?= transformers
 STEPS ?= 6
-TP ?= 2
+TP ?=
 OUT ?= out/demo
 PYTHON ?=
 TESTS ?=
@@ -55,8 +55,8 @@ setup: $(BASE)
 endif
 
 demo: setup
-	$(PY) -m weightcast demo --engine '$(ENGINE)' --steps '$(STEPS)' --tp '$(TP)' --out '$(OUT)' \
-	  $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
+	$(PY) -m weightcast demo --engine '$(ENGINE)' --steps '$(STEPS)' --out '$(OUT)' \
+	  $(if $(TP),--tp '$(TP)') $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
 
 test: $(VLLM)
 	$(PY) -m pytest $(TESTS)

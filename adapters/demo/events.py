@@ -16,6 +16,17 @@ from typing import Any
 
 from weightcast.sync.errors import ConfigError
 
+HEADINGS = (
+    "version",
+    "step",
+    "loss",
+    "served",
+    "bytes sent",
+    "seconds to stage",
+    "engine pause, ms",
+    "checksums checked",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -46,6 +57,19 @@ class VersionRow:
     pause_ms: float
     checksums_checked: int
     served: bool  # at least one engine said so, and none said otherwise
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as it is shown, in the order of `HEADINGS`."""
+        return (
+            str(self.version),
+            str(self.step),
+            f"{self.loss:.4f}",
+            "yes" if self.served else "NO",
+            f"{self.num_bytes:,}",
+            f"{self.stage_s:.3f}",
+            f"{self.pause_ms:.1f}",
+            f"{self.checksums_checked:,}",
+        )
 
 
 Event = Phase | VersionRow

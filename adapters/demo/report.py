@@ -11,21 +11,10 @@ from dataclasses import dataclass
 from html import escape
 from statistics import median
 
-from weightcast.adapters.demo.events import Phase, VersionRow
+from weightcast.adapters.demo.events import HEADINGS, Phase, VersionRow
 from weightcast.adapters.demo.proof import Answer, PromptProof, Proof
 from weightcast.adapters.demo.report_style import STYLE
 from weightcast.adapters.demo.timeline_svg import draw_timeline
-
-HEADINGS = (
-    "version",
-    "step",
-    "loss",
-    "served",
-    "bytes sent",
-    "seconds to stage",
-    "engine pause, ms",
-    "checksums checked",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,23 +96,9 @@ def render_tiles(rows: Sequence[VersionRow]) -> str:
 def render_table(rows: Sequence[VersionRow]) -> str:
     """A row a version, in the order in which they were published."""
     head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in format_row(row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row.cells())}</tr>" for row in rows)
     return (
         f'<div class="scroll"><table class="versions"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def format_row(row: VersionRow) -> tuple[str, ...]:
-    """The cells of a version, in the order of `HEADINGS`."""
-    return (
-        str(row.version),
-        str(row.step),
-        f"{row.loss:.4f}",
-        "yes" if row.served else "NO",
-        f"{row.num_bytes:,}",
-        f"{row.stage_s:.3f}",
-        f"{row.pause_ms:.1f}",
-        f"{row.checksums_checked:,}",
     )
 
 

@@ -1,0 +1,116 @@
+"""The processes of a demo: started with a log file each, watched, and ended on every way out.
+
+Each child leads a process group of its own, so that ending it ends what it started (torchrun's ranks, vLLM's
+engine core) too.
+
+    with Processes(Path("out/logs")) as processes:
+        engine = processes.start("engine", command)
+        processes.check()
+"""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from weightcast.sync.errors import PeerLost
+
+TERMINATE_TIMEOUT_S = 15.0
+TAIL_LINES = 25
+
+
+@dataclass(frozen=True)
+class Child:
+    """One running process and the file that holds all it printed."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    def is_running(self) -> bool:
+        """Whether the process has not ended."""
+        return self.popen.poll() is None
+
+    def tail(self) -> str:
+        """The last lines of its log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-TAIL_LINES:])
+
+    def lost(self) -> PeerLost:
+        """The error that says how the process ended and what it said last."""
+        return PeerLost(
+            f"{self.name} ended with {describe_exit(self.popen.returncode)}; {self.log} ends with:\n{self.tail()}"
+        )
+
+
+class Processes:
+    """The children of one run. Leaving the context ends them, the youngest first."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._children: list[Child] = []
+
+    def __enter__(self) -> Self:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._children:
+            self.stop(self._children[-1])
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
+        """Start `command` with `env` on top of this process's environment. It reads nothing from the terminal."""
+        log = self._logs / f"{name}.log"
+        with log.open("wb") as output:
+            popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+                start_new_session=True,
+            )
+        child = Child(name, popen, log)
+        self._children.append(child)
+        return child
+
+    def check(self, *, may_end: Child | None = None) -> None:
+        """Raise PeerLost when a child has ended; `may_end` may do so with exit code 0."""
+        for child in self._children:
+            if not child.is_running() and not (child is may_end and child.popen.returncode == 0):
+                raise child.lost()
+
+    def stop(self, child: Child) -> None:
+        """End a child and all that it started: politely, and after 15 seconds by force."""
+        self._children.remove(child)
+        if child.is_running():
+            _signal_group(child, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):  # what does not end by itself is killed below
+                child.popen.wait(TERMINATE_TIMEOUT_S)
+        _signal_group(child, signal.SIGKILL)
+        child.popen.wait()
+
+
+def _signal_group(child: Child, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # the group is empty: everything in it has ended
+        os.killpg(child.popen.pid, number)
+
+
+def describe_exit(code: int) -> str:
+    """`exit code 1`, or the name of the signal that ended the process."""
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+def find_free_port() -> int:
+    """A loopback TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,90 @@
+"""The `weightcast` command. Each sub-command imports what it needs when it runs, so that `--help` is quick.
+
+weightcast demo --engine vllm --steps 6
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weightcast import __version__
+from weightcast.sync.errors import WeightcastError
+
+app = typer.Typer(
+    name="weightcast",
+    help="Keep inference engines in step with a Megatron-Core trainer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+WRONG_INPUT = 2
+FAILED = 1
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"weightcast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    engine: Annotated[str, typer.Option(help="The engine to keep in step: transformers or vllm.")] = "transformers",
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face folder or hub id; a small one is made if none is given.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text file to train on; Python's standard library if none is given.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps; each publishes a version.")] = 6,
+    tp: Annotated[
+        int | None, typer.Option(help="Trainer ranks that share each layer; 2, or 1 on a machine with one GPU.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; a suitable one if none is given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report, the logs and the exported model.")] = Path(
+        "out/demo"
+    ),
+) -> None:
+    """Train with Megatron-Core, stream every version into a running engine, and prove what it holds."""
+    from weightcast.adapters.demo.inputs import DemoRequest
+    from weightcast.adapters.demo.job import run_demo
+    from weightcast.adapters.demo.live import LiveTable
+
+    request = DemoRequest(
+        engine=engine, model=model, data=data, steps=steps, tensor_parallel=tp, learning_rate=lr, out=out
+    )
+    with LiveTable() as table:
+        result = run_demo(request, table)
+    faults = result.proof.faults()
+    for fault in faults:
+        typer.echo(f"weightcast: proof failed: {fault}", err=True)
+    if not faults:
+        typer.echo(
+            f"Proved: the engine at version {steps} and a fresh engine on {result.export} give the same tokens, "
+            "and other ones than before training."
+        )
+    typer.echo(f"Report: {result.report}")
+    if faults:
+        raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """Run the command line. Exit code 2 for wrong input, 1 for a run that failed, each with one message."""
+    try:
+        app()
+    except WeightcastError as error:
+        typer.echo(f"weightcast: {error}", err=True)
+        # Errors that the caller can mend by asking for something else are ValueErrors; see weightcast.sync.errors.
+        sys.exit(WRONG_INPUT if isinstance(error, ValueError) else FAILED)
