@@ -24,8 +24,9 @@ from weightcast.sync.regions import Region
 
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 LANE_BYTES = 8
-# Long rows go block by block, so that a table of weights stays at 256 KiB.
+# Rows go block by block, so that a table of weights stays at 256 KiB; a block's number has a weight of its own.
 _BLOCK_LANES = 1 << 15
+_BLOCK_AXIS = 1 << 8
 MASK = (1 << 64) - 1
 # Steps of splitmix64 (Steele, Lea, Flood 2014), a mixer whose output for 0, 1, 2, ... passes as random.
 _GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -42,10 +43,7 @@ def region_digest(data: torch.Tensor, region: Region) -> int:
     shape = region.shape or (1,)
     lanes, first_lane = _as_lanes(raw.reshape(-1, shape[-1] * itemsize), offset[-1] * itemsize)
     with np.errstate(over="ignore"):
-        sums = np.zeros(lanes.shape[0], np.uint64)
-        for start in range(0, lanes.shape[1], _BLOCK_LANES):
-            block = lanes[:, start : start + _BLOCK_LANES]
-            sums += np.einsum("rc,c->r", block, _weights(0, first_lane + start, block.shape[1]))
+        sums = _sum_lanes(lanes, first_lane)
         for dim in range(len(shape) - 2, -1, -1):
             weights = _weights(len(shape) - 1 - dim, offset[dim], shape[dim])
             sums = np.einsum("rc,c->r", sums.reshape(-1, shape[dim]), weights)
@@ -55,6 +53,19 @@ def region_digest(data: torch.Tensor, region: Region) -> int:
 def add_digests(*digests: int) -> int:
     """The digest of regions put together."""
     return sum(digests) & MASK
+
+
+def _sum_lanes(lanes: UInt64Array, first_lane: int) -> UInt64Array:
+    """Each row's weighted sum; `lanes` begin at lane `first_lane` of the full tensor's rows."""
+    sums = np.zeros(lanes.shape[0], np.uint64)
+    end_lane = first_lane + lanes.shape[1]
+    for block in range(first_lane // _BLOCK_LANES, -(-end_lane // _BLOCK_LANES)):
+        start = max(first_lane, block * _BLOCK_LANES)
+        stop = min(end_lane, (block + 1) * _BLOCK_LANES)
+        weights = _weights(0, start - block * _BLOCK_LANES, stop - start)
+        part = np.einsum("rc,c->r", lanes[:, start - first_lane : stop - first_lane], weights)
+        sums += part * _weights(_BLOCK_AXIS, block, 1)[0]
+    return sums
 
 
 def _as_lanes(rows: npt.NDArray[np.uint8], start_byte: int) -> tuple[UInt64Array, int]:

@@ -65,22 +65,22 @@ class EngineReport:
     reason: str
 
 
-def dtype(value: Any) -> torch.dtype:
+def known_dtype(value: Any) -> torch.dtype:
     """A dtype by its name, from the allow-list `DTYPES`."""
     if not isinstance(value, str) or value not in DTYPES:
         raise WireError(f"one of the dtypes {sorted(DTYPES)} was expected, got {str(value)[:40]!r}")
     return DTYPES[value]
 
 
-version = record(Version, uint(), uint())
-sizes = many(uint(1 << 48), schema.MAX_DIMENSIONS)
-spec = record(TensorSpec, text, dtype, sizes)
-region = record(Region, text, sizes, sizes)
-span = record(Span, text, real, real)
-spans = many(span, MAX_SPANS)
-hashes = schema.binary(MAX_CHUNKS * CHUNK_HASH_BYTES)
-offer = record(Offer, uint(MAX_SOURCES), text, many(region), hashes)
-report = record(EngineReport, text, text, real, real, uint(), uint(), spans, text)
+VERSION = record(Version, uint(), uint())
+SIZES = many(uint(1 << 48), schema.MAX_DIMENSIONS)
+SPEC = record(TensorSpec, text, known_dtype, SIZES)
+REGION = record(Region, text, SIZES, SIZES)
+SPAN = record(Span, text, real, real)
+SPANS = many(SPAN, MAX_SPANS)
+HASHES = schema.binary(MAX_CHUNKS * CHUNK_HASH_BYTES)
+OFFER = record(Offer, uint(MAX_SOURCES), text, many(REGION), HASHES)
+REPORT = record(EngineReport, text, text, real, real, uint(), uint(), SPANS, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Hello:
     protocol: int = checked(uint())
     engine: str = checked(text)
     role: str = checked(schema.choice("receiver", "observer"))
-    serving: Version | None = checked(optional(version))
+    serving: Version | None = checked(optional(VERSION))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,27 +102,27 @@ class Ping:
 class Staged:
     """An engine holds all of a version, checked."""
 
-    version: Version = checked(version)
+    version: Version = checked(VERSION)
     num_bytes: int = checked(uint())
     stage_s: float = checked(real)
     checksums_checked: int = checked(uint())
-    spans: tuple[Span, ...] = checked(spans)
+    spans: tuple[Span, ...] = checked(SPANS)
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
     """An engine serves a version now; `pause_s` is how long it answered nobody."""
 
-    version: Version = checked(version)
+    version: Version = checked(VERSION)
     pause_s: float = checked(real)
-    spans: tuple[Span, ...] = checked(spans)
+    spans: tuple[Span, ...] = checked(SPANS)
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
     """An engine refuses a version and goes on with the one it has."""
 
-    version: Version = checked(version)
+    version: Version = checked(VERSION)
     reason: str = checked(text)
 
 
@@ -137,24 +137,24 @@ class Welcome:
 
     protocol: int = checked(uint())
     epoch: int = checked(uint())
-    specs: tuple[TensorSpec, ...] = checked(many(spec))
+    specs: tuple[TensorSpec, ...] = checked(many(SPEC))
 
 
 @dataclass(frozen=True, slots=True)
 class Announce:
     """A version is there to be fetched. `digests` holds one 8-byte little-endian digest a tensor."""
 
-    version: Version = checked(version)
+    version: Version = checked(VERSION)
     chunk_bytes: int = checked(uint(1 << 40))
     digests: bytes = checked(schema.binary(8 * schema.MAX_ITEMS))
-    offers: tuple[Offer, ...] = checked(many(offer, MAX_SOURCES))
+    offers: tuple[Offer, ...] = checked(many(OFFER, MAX_SOURCES))
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
     """The fleet's policy is met: engines that hold this version may serve it."""
 
-    version: Version = checked(version)
+    version: Version = checked(VERSION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class Pong:
     """The coordinator is alive; `known` is false when it has not met this peer (it was restarted)."""
 
     epoch: int = checked(uint())
-    known: bool = checked(lambda value: value is True)
+    known: bool = checked(schema.boolean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class SourceHello:
     world_size: int = checked(uint(MAX_SOURCES))
     model: str = checked(text)
     address: str = checked(text)
-    regions: tuple[Region, ...] = checked(many(region))
+    regions: tuple[Region, ...] = checked(many(REGION))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ class Assigned:
 
     epoch: int = checked(uint())
     chunk_bytes: int = checked(uint(1 << 40))
-    regions: tuple[Region, ...] = checked(many(region))
+    regions: tuple[Region, ...] = checked(many(REGION))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,20 +198,20 @@ class Packed:
     """A source has its part of a version ready. `digests` has 8 bytes for each of its regions, in order."""
 
     number: int = checked(uint())
-    hashes: bytes = checked(hashes)
+    hashes: bytes = checked(HASHES)
     digests: bytes = checked(schema.binary(8 * schema.MAX_ITEMS))
-    spans: tuple[Span, ...] = checked(spans)
+    spans: tuple[Span, ...] = checked(SPANS)
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
     """What became of a version; `error` is empty when the fleet's policy was met."""
 
-    version: Version = checked(version)
-    engines: tuple[EngineReport, ...] = checked(many(report, 1 << 20))
+    version: Version = checked(VERSION)
+    engines: tuple[EngineReport, ...] = checked(many(REPORT, 1 << 20))
     num_bytes: int = checked(uint())
     num_chunks: int = checked(uint())
-    spans: tuple[Span, ...] = checked(spans)
+    spans: tuple[Span, ...] = checked(SPANS)
     error: str = checked(text)
 
 
@@ -219,7 +219,7 @@ class Published:
 class ChunkRequest:
     """An engine grants credit for one chunk."""
 
-    version: Version = checked(version)
+    version: Version = checked(VERSION)
     index: int = checked(uint(MAX_CHUNKS))
 
 
@@ -227,9 +227,9 @@ class ChunkRequest:
 class ChunkHeader:
     """Goes before a chunk's bytes; `held` is false, and no bytes follow, when the source has another version."""
 
-    version: Version = checked(version)
+    version: Version = checked(VERSION)
     index: int = checked(uint(MAX_CHUNKS))
-    held: bool = checked(lambda value: value is True)
+    held: bool = checked(schema.boolean)
 
 
 Message: TypeAlias = (

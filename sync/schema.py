@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import msgpack
+import torch
 
 from weightcast.sync.errors import WireError
+from weightcast.sync.regions import dtype_name
 
 Check: TypeAlias = Callable[[Any], Any]
 
@@ -80,7 +82,9 @@ def _build(cls: type[Any], kind: str, values: dict[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Records as lists, so that msgpack takes them; the checks below read them back."""
+    """Records as lists and dtypes by name, so that msgpack takes them; the checks below read them back."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
     if isinstance(value, list | tuple):
@@ -104,6 +108,13 @@ def real(value: Any) -> float:
     if type(value) not in (float, int) or not 0 <= value < 1e15:
         raise WireError(f"a number >= 0 was expected, got {_show(value)}")
     return float(value)
+
+
+def boolean(value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise WireError(f"true or false was expected, got {_show(value)}")
+    return value
 
 
 def text(value: Any) -> str:

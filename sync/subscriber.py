@@ -1,0 +1,185 @@
+"""The subscriber: what an engine-side process holds to receive versions.
+
+    with WeightSubscriber("tcp://127.0.0.1:5600") as subscriber:
+        while True:
+            update = subscriber.wait(timeout_s=60)     # staged, complete, verified, released by the fleet
+            for name, tensor in update:
+                ...                                    # load it; nothing here waits for the network
+            update.commit(pause_s=...)                 # now it serves this version
+
+Versions are staged in a background thread while the engine goes on serving, into host memory: one copy of the model.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from weightcast.sync.errors import DeadlineExceeded, ModelMismatch, VersionError
+from weightcast.sync.fleet import Role
+from weightcast.sync.messages import Span
+from weightcast.sync.regions import TensorSpec
+from weightcast.sync.subscriber_loop import SubscriberLoop, raise_ended
+from weightcast.sync.subscription import Arrival, Limits, Subscription
+from weightcast.sync.transports.zmq_sockets import CurveKeys
+from weightcast.sync.version import Version
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """What it took to stage a version. Times are seconds since 1970; checksums are of chunks and of tensors."""
+
+    num_bytes: int
+    stage_s: float
+    checksums_checked: int
+    started_at_s: float
+    staged_at_s: float
+
+
+class Update:
+    """A version that is complete and verified, in host memory. Iterate, load, then `commit` or `reject` it once.
+
+    Tensors are on the CPU, in HF order. Memory is reused by a later version only when no tensor of this one is
+    alive any more, so a tensor that is kept stays as it is.
+    """
+
+    def __init__(
+        self, subscription: Subscription, loop: SubscriberLoop, arrival: Arrival, wall_offset_s: float
+    ) -> None:
+        assert arrival.tensors is not None
+        self.version: Version = arrival.announce.version
+        self.specs: tuple[TensorSpec, ...] = () if arrival.staging is None else arrival.staging.manifest.specs
+        self.stats = UpdateStats(
+            0 if arrival.staging is None else arrival.staging.num_bytes,
+            arrival.staged_s - arrival.started_s,
+            0 if arrival.staging is None else arrival.staging.checksums_checked,
+            arrival.started_s + wall_offset_s,
+            arrival.staged_s + wall_offset_s,
+        )
+        self._tensors: dict[str, torch.Tensor] | None = arrival.tensors
+        self._subscription = subscription
+        self._loop = loop
+        arrival.tensors = {}
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(list(self._open_tensors().items()))
+
+    def __len__(self) -> int:
+        return len(self._open_tensors())
+
+    def _open_tensors(self) -> dict[str, torch.Tensor]:
+        if self._tensors is None:
+            raise VersionError(
+                f"version {self.version} was committed or rejected already; iterate before, or keep the tensors"
+            )
+        return self._tensors
+
+    def commit(self, pause_s: float = 0.0, spans: Sequence[Span] = ()) -> None:
+        """Say that the engine serves this version; `pause_s` is how long it answered nobody for it."""
+        self._open_tensors()
+        self._tensors = None
+        with self._loop.lock:
+            self._loop.submit(self._subscription.commit(pause_s, tuple(spans), time.monotonic()))
+
+    def reject(self, reason: str) -> None:
+        """Say that the engine cannot take this version, and goes on with the one before."""
+        self._open_tensors()
+        self._tensors = None
+        with self._loop.lock:
+            self._loop.submit(self._subscription.reject(reason, time.monotonic()))
+
+
+class WeightSubscriber:
+    """See the module.
+
+    `engine` names this receiver in reports and errors and must be unique in the fleet; `expect` lists the tensors
+    that the engine must get, and a publisher of another model is refused; an `observer` receives no bytes and is
+    told of released versions (for a process that drives an engine whose workers are the receivers).
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        engine: str | None = None,
+        expect: Sequence[TensorSpec] | None = None,
+        role: Role = "receiver",
+        keys: CurveKeys | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.engine = engine if engine is not None else f"{socket.gethostname()}-{os.getpid()}"
+        self.address = address
+        self._wall_offset_s = time.time() - time.monotonic()
+        limits = Limits() if limits is None else limits
+        self._subscription = Subscription(self.engine, role, expect, limits, self._wall_offset_s)
+        self._loop = SubscriberLoop(self._subscription, address, keys)
+
+    @property
+    def serving(self) -> Version | None:
+        """The version that was committed last."""
+        return self._subscription.serving
+
+    @property
+    def released(self) -> Version | None:
+        """The newest version that the fleet released."""
+        return self._subscription.released
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether the fleet serves a newer version than this engine: do not send it requests."""
+        return self._subscription.is_fenced
+
+    def specs(self, timeout_s: float) -> tuple[TensorSpec, ...]:
+        """The publisher's model; waits until one has answered."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._loop.lock:
+            while self._subscription.specs is None:
+                raise_ended(self._loop.ended)
+                self._sleep_until(deadline_s, timeout_s)
+            return self._subscription.specs
+
+    def wait(self, timeout_s: float) -> Update:
+        """The next version: staged, complete, verified, and released by the fleet's policy.
+
+        Raises `DeadlineExceeded` when none came in `timeout_s`, `ModelMismatch` when the publisher has another
+        model than expected, `PeerLost` when it fell silent, `WireError` when a version was damaged beyond repair.
+        After an error the engine goes on with what it has, and the next call waits for the next version.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._loop.lock:
+            if self._subscription.taken is not None:
+                version = self._subscription.taken.announce.version
+                raise VersionError(f"version {version} is still being loaded; commit() or reject() it first")
+            while not self._subscription.is_ready:
+                raise_ended(self._loop.ended)
+                error = self._subscription.error
+                if error is not None:
+                    if not isinstance(error, ModelMismatch):
+                        self._subscription.error = None
+                    raise error
+                self._sleep_until(deadline_s, timeout_s)
+            return Update(self._subscription, self._loop, self._subscription.take(), self._wall_offset_s)
+
+    def _sleep_until(self, deadline_s: float, timeout_s: float) -> None:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(
+                f"engine {self.engine!r} waited {timeout_s:g} s for {self.address}: {self._subscription.describe()}"
+            )
+        self._loop.lock.wait(min(left_s, 1.0))
+
+    def close(self) -> None:
+        """Leave the fleet."""
+        self._loop.close()
+
+    def __enter__(self) -> "WeightSubscriber":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,138 @@
+"""The subscriber's thread: it owns an engine's sockets, and carries out what the subscription decides.
+
+It stages versions in the background, whether or not the engine is waiting for one. The engine's threads look at the
+subscription under `lock`, which is notified after every step.
+"""
+
+import logging
+import threading
+import time
+
+import zmq
+
+from weightcast.sync.errors import PeerLost, WireError
+from weightcast.sync.messages import decode, encode
+from weightcast.sync.schema import MAX_MESSAGE_BYTES
+from weightcast.sync.subscription import Effect, Request, Subscription, Tell
+from weightcast.sync.transports import zmq_sockets
+from weightcast.sync.transports.zmq_chunks import ZmqChunkClient
+from weightcast.sync.transports.zmq_sockets import CurveKeys
+
+logger = logging.getLogger(__name__)
+
+_POLL_MS = 100
+# Chunks taken from one link before the others are looked at again.
+_CHUNKS_A_TURN = 8
+
+
+class SubscriberLoop:
+    """Sockets and thread of one engine."""
+
+    def __init__(self, subscription: Subscription, address: str, keys: CurveKeys | None) -> None:
+        self.lock = threading.Condition()
+        self.ended: Exception | None = None
+        self._subscription = subscription
+        self._stopping = False
+        self._outbox: list[Effect] = []
+        self._context, _ = zmq_sockets.make_context(None)
+        try:
+            self._wake_in = self._context.socket(zmq.PAIR)
+            self._wake_in.bind("inproc://wake")
+            self._wake_out = self._context.socket(zmq.PAIR)
+            self._wake_out.connect("inproc://wake")
+            self._control = zmq_sockets.connect(self._context, address, keys, MAX_MESSAGE_BYTES)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._client = ZmqChunkClient(self._context, keys)
+        self._thread = threading.Thread(target=self._run, name=f"weightcast-{subscription.engine}", daemon=True)
+        self._thread.start()
+
+    def submit(self, effects: list[Effect]) -> None:
+        """Carry out effects that a call of the engine's caused. Call with `lock` held."""
+        self._outbox += effects
+        self._wake_out.send(b"")
+
+    def close(self) -> None:
+        """Send what is due, say goodbye, and close every socket."""
+        with self.lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            self._wake_out.send(b"")
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        try:
+            with self.lock:
+                self._carry_out(self._subscription.hello())
+            while not self._stopping:
+                poller = zmq.Poller()
+                for socket in (self._wake_in, self._control, *self._client.sockets()):
+                    poller.register(socket, zmq.POLLIN)
+                ready = dict(poller.poll(_POLL_MS))
+                with self.lock:
+                    self._step(ready)
+                    self.lock.notify_all()
+            with self.lock:
+                self._carry_out([*self._outbox, *self._subscription.leave()])
+        except Exception as error:  # whatever it is, the engine must hear of it instead of waiting
+            logger.exception("the subscriber's thread of engine %s ended", self._subscription.engine)
+            with self.lock:
+                self.ended = error
+                self.lock.notify_all()
+        finally:
+            self._control.linger = 500
+            for socket in (self._wake_in, self._wake_out, self._control):
+                socket.close()
+            self._client.close()
+            self._context.destroy(linger=500)
+
+    def _step(self, ready: dict[zmq.Socket[bytes], int]) -> None:
+        if self._wake_in in ready:
+            while self._wake_in.poll(0):
+                self._wake_in.recv()
+        outbox, self._outbox = self._outbox, []
+        self._carry_out(outbox)
+        if self._control in ready:
+            while self._control.poll(0):
+                self._hear(self._control.recv_multipart())
+        for socket in ready:
+            if socket is not self._wake_in and socket is not self._control:
+                self._take_chunks(socket)
+        self._carry_out(self._subscription.tick(time.monotonic()))
+
+    def _hear(self, frames: list[bytes]) -> None:
+        try:
+            if len(frames) != 1:
+                raise WireError(f"a message of {len(frames)} frames; one was expected")
+            self._carry_out(self._subscription.receive(decode(frames[0]), time.monotonic()))
+        except WireError as error:
+            logger.warning("engine %s ignored a message of its publisher: %s", self._subscription.engine, error)
+
+    def _take_chunks(self, socket: zmq.Socket[bytes]) -> None:
+        for _ in range(_CHUNKS_A_TURN):
+            try:
+                received = self._client.receive(socket)
+            except WireError as error:
+                logger.warning("engine %s ignored a chunk: %s", self._subscription.engine, error)
+                return
+            if received is None:
+                return
+            effects = self._subscription.land(received.rank, received.header, received.buffer, time.monotonic())
+            self._carry_out(effects)
+            if socket not in self._client.sockets():
+                return
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Tell):
+                self._control.send(encode(effect.message))
+            elif isinstance(effect, Request):
+                self._client.ask(effect)
+
+
+def raise_ended(ended: Exception | None) -> None:
+    """Raise what ended the thread, if anything did."""
+    if ended is not None:
+        raise PeerLost(f"the subscriber's thread ended: {ended!r}") from ended

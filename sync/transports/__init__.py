@@ -1,0 +1,1 @@
+"""Transports: how chunks travel from a source to an engine."""
