@@ -1,0 +1,181 @@
+"""From the fields of an HF configuration to those of a provider, for what most decoders have in common.
+
+Each function reads one part of an HF configuration and returns provider fields; a family's `translate` joins those it
+needs. A value that Megatron would compute differently is refused by `UnsupportedModel` with the field, its value and
+the remedy. transformers 5 keeps rope settings in `rope_parameters`; older configurations' `rope_theta` and
+`rope_scaling` are read as well.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from transformers import PretrainedConfig
+
+from weightcast.sync.errors import UnsupportedModel
+
+Fields = dict[str, Any]
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation, `gelu_pytorch_tanh` in HF."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
+
+
+def architecture_of(hf: PretrainedConfig) -> str:
+    """The model class named in the configuration."""
+    names = getattr(hf, "architectures", None)
+    return names[0] if names else type(hf).__name__
+
+
+def refuse(hf: PretrainedConfig, name: str, value: object, why: str, remedy: str) -> NoReturn:
+    """Raise UnsupportedModel for a field's value."""
+    raise UnsupportedModel(f"{architecture_of(hf)}: {name}={value!r} is not supported: {why}; {remedy}")
+
+
+def require_absent(hf: PretrainedConfig, name: str, why: str, allowed: tuple[object, ...] = (None,)) -> None:
+    """Refuse the configuration unless `name` is missing or one of the `allowed` values."""
+    value = getattr(hf, name, None)
+    if value is not None and value not in allowed:
+        refuse(hf, name, value, why, f"use a model whose configuration has it as one of {list(allowed)}")
+
+
+def activation(hf: PretrainedConfig, name: str = "hidden_act") -> Callable[[torch.Tensor], torch.Tensor]:
+    """The MLP's activation function."""
+    value = getattr(hf, name)
+    if value not in ACTIVATIONS:
+        refuse(hf, name, value, "no such activation here", f"one of {sorted(ACTIVATIONS)} works")
+    return ACTIVATIONS[value]
+
+
+def head_dim(hf: PretrainedConfig) -> int:
+    """Elements of one attention head; independent of hidden_size where the configuration names it."""
+    named = getattr(hf, "head_dim", None)
+    size: int = named if named is not None else hf.hidden_size // hf.num_attention_heads
+    return size
+
+
+def model_dtype(hf: PretrainedConfig) -> torch.dtype:
+    """The checkpoint's dtype; fp32 where the configuration does not say."""
+    dtype = getattr(hf, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if dtype is None:
+        return torch.float32
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        refuse(hf, "dtype", dtype, "Megatron holds parameters in fp32, bf16 or fp16", "convert the checkpoint first")
+    chosen: torch.dtype = dtype
+    return chosen
+
+
+def decoder_fields(hf: PretrainedConfig) -> Fields:
+    """Sizes, norms and numbers that every Llama-like decoder has."""
+    dtype = model_dtype(hf)
+    groups = getattr(hf, "num_key_value_heads", None)
+    return {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": groups if groups is not None else hf.num_attention_heads,
+        "kv_channels": head_dim(hf),
+        "vocab_size": hf.vocab_size,
+        "seq_length": hf.max_position_embeddings,
+        "share_embeddings_and_output_weights": bool(hf.tie_word_embeddings),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "init_method_std": hf.initializer_range,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": float(getattr(hf, "attention_dropout", None) or 0.0),
+        "attention_softmax_in_fp32": True,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+    }
+
+
+def bias_fields(qkv: bool, attention_output: bool, mlp: bool) -> Fields:
+    """Which linears have a bias. Megatron's `add_bias_linear` is the default of all that are not named."""
+    return {
+        "add_bias_linear": attention_output or mlp,
+        "add_qkv_bias": qkv,
+        "attention_output_bias": attention_output,
+        "mlp_bias": mlp,
+    }
+
+
+def sliding_window_fields(hf: PretrainedConfig) -> Fields:
+    """The window of the layers that `layer_types` calls sliding_attention.
+
+    HF's window counts the query itself, Megatron's left bound does not. `window_attn_skip_freq` as a list holds 1 for
+    each layer that has the window (megatron/core/transformer/utils.py, `is_layer_window_attention`).
+    """
+    kinds: list[str] = list(getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers)
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown or len(kinds) != hf.num_hidden_layers:
+        why = f"each of the {hf.num_hidden_layers} layers is full_attention or sliding_attention here"
+        refuse(hf, "layer_types", unknown or kinds, why, "use a model of such layers")
+    window = getattr(hf, "sliding_window", None)
+    sliding = [int(kind == "sliding_attention") for kind in kinds]
+    if not any(sliding):
+        return {}
+    if window is None or window < 1:
+        refuse(hf, "sliding_window", window, "some layers have sliding attention", "set its length in tokens")
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": sliding}
+
+
+def rope_parameters(hf: PretrainedConfig) -> dict[str, Any]:
+    """The rope settings as transformers 5 writes them, also from the fields of older configurations."""
+    parameters = getattr(hf, "rope_parameters", None)
+    if parameters:
+        return dict(parameters)
+    scaling = dict(getattr(hf, "rope_scaling", None) or {})
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    return {"rope_type": kind, "rope_theta": getattr(hf, "rope_theta", 10000.0), **scaling}
+
+
+_ROPE_FIELDS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+}
+# Present in some configurations of any type, and without effect for the types above.
+_ROPE_IGNORED = frozenset({"rope_type", "type", "rope_theta", "max_position_embeddings"})
+
+
+def rope_fields(hf: PretrainedConfig, parameters: Mapping[str, Any]) -> Fields:
+    """Provider fields for one set of rope parameters; refuses every type and number that is not computed here."""
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in _ROPE_FIELDS:
+        refuse(hf, "rope_parameters.rope_type", kind, "no such rope here", f"one of {sorted(_ROPE_FIELDS)} works")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        factor = parameters["partial_rotary_factor"]
+        refuse(hf, "rope_parameters.partial_rotary_factor", factor, "the whole head is rotated", "set it to 1.0")
+    for name in _ROPE_FIELDS[kind] - parameters.keys():
+        refuse(hf, f"rope_parameters.{name}", None, f"rope type {kind} needs it", "set it in the configuration")
+    known = _ROPE_FIELDS[kind] | _ROPE_IGNORED | {"partial_rotary_factor", "original_max_position_embeddings"}
+    for name in sorted(parameters.keys() - known):
+        if parameters[name] is not None:
+            refuse(hf, f"rope_parameters.{name}", parameters[name], f"rope type {kind} has no such number", "remove it")
+    fields: Fields = {"rotary_base": float(parameters["rope_theta"])}
+    if kind == "linear":
+        fields["seq_len_interpolation_factor"] = float(parameters["factor"])
+    if kind == "llama3":
+        fields |= {
+            "rope_scaling": True,
+            "rope_scaling_factor": float(parameters["factor"]),
+            "rope_low_freq_factor": float(parameters["low_freq_factor"]),
+            "rope_high_freq_factor": float(parameters["high_freq_factor"]),
+            "rope_original_max_position_embeddings": int(parameters["original_max_position_embeddings"]),
+        }
+    return fields

@@ -1,0 +1,140 @@
+"""Core attention on `torch.nn.functional.scaled_dot_product_attention`, for every machine without Transformer Engine.
+
+Megatron's own unfused attention needs CUDA for its mask, materialises all scores, and has no head dimension of its
+own for values. This one takes grouped queries, a causal or sliding window mask, a mask given by the caller, a softmax
+scale, and separate key and value head dimensions (`k_channels`, `v_channels`, as multi-latent attention asks).
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import nn
+
+from weightcast.sync.errors import ConfigError
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+def allowed_positions(
+    num_queries: int, num_keys: int, window: tuple[int, int] | None, causal: bool, device: torch.device
+) -> torch.Tensor:
+    """Which keys each query may see: bool [num_queries, num_keys], True to see.
+
+    Queries are the last `num_queries` of the `num_keys` positions. `window` is Megatron's (left, right): a query at i
+    sees keys from i - left to i + right; -1 is no limit.
+    """
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)[None, :]
+    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    if causal:
+        allowed &= key <= query
+    if window is not None:
+        left, right = window
+        if left >= 0:
+            allowed &= key >= query - left
+        if right >= 0:
+            allowed &= key <= query + right
+    return allowed
+
+
+class SdpaAttention(MegatronModule):  # type: ignore[misc]
+    """Attention of this rank's query heads over its query groups; no parameters, no communication.
+
+    The layer's window is `config.window_size` where `config.window_attn_skip_freq` says so. Raises `ConfigError` for
+    what it does not compute: context parallelism, a softmax other than the plain one.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        _refuse_what_it_cannot(config)
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: tuple[int, int] | None = tuple(config.window_size) if windowed else None
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        key_channels = k_channels if k_channels is not None else config.kv_channels
+        # Megatron's query-key layer scaling divides here and multiplies again before the softmax, for the range of
+        # fp16; torch's kernels accumulate in fp32, so there is nothing to do for it.
+        self.softmax_scale = softmax_scale if softmax_scale is not None else key_channels**-0.5
+
+    def _mask(
+        self, query: torch.Tensor, key: torch.Tensor, given: torch.Tensor | None, mask_type: AttnMaskType
+    ) -> torch.Tensor | None:
+        """The mask to pass on (True to see), or None where plain causal or full attention says it all."""
+        causal = mask_type in _CAUSAL
+        square = query.shape[0] == key.shape[0]
+        if given is None and self.window is None and (square or not causal):
+            return None
+        mask = allowed_positions(query.shape[0], key.shape[0], self.window, causal, query.device)
+        return mask if given is None else mask & ~given  # Megatron's masks are True where nothing is seen
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Query [s, batch, heads, k], key [t, batch, groups, k], value [t, batch, groups, v] to [s, batch, heads * v].
+
+        `attention_mask` is bool, broadcastable to [batch, 1, s, t], True where a query must not see a key; it is
+        applied on top of the causal mask and the window.
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ConfigError(
+                "packed sequences and attention bias are not supported without Transformer Engine; pass an attention "
+                "mask instead, or install transformer-engine"
+            )
+        mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
+        mask = self._mask(query, key, attention_mask, mask_type)
+        dropout = self.dropout if self.training else 0.0
+
+        def attend() -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and mask_type in _CAUSAL,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+
+        if dropout > 0.0:
+            # Heads are split over the tensor parallel ranks, so each must draw its own values.
+            with get_cuda_rng_tracker().fork():
+                context = attend()
+        else:
+            context = attend()
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _refuse_what_it_cannot(config: TransformerConfig) -> None:
+    if config.context_parallel_size != 1:
+        raise ConfigError(
+            f"context_parallel_size is {config.context_parallel_size}; without Transformer Engine only 1 is supported. "
+            "Install transformer-engine on GPUs, or set context_parallel_size=1"
+        )
+    if config.softmax_type != "vanilla":
+        raise ConfigError(f"softmax_type={config.softmax_type!r} needs Transformer Engine; use 'vanilla'")

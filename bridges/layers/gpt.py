@@ -1,0 +1,58 @@
+"""Builds one chunk of a GPT model from a provider: Megatron's `GPTModel` with this folder's layers and ropes."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import nn
+
+from weightcast.bridges.layers.rope import RopeEmbedding, RopePerKindOfLayer
+from weightcast.bridges.layers.specs import block_spec
+
+if TYPE_CHECKING:
+    from weightcast.bridges.provider import GPTModelProvider
+
+
+def scale_output(module: nn.Module, factor: float) -> None:
+    """Multiply what `module` puts out by `factor`, rounded to the output's dtype first as HF's Gemma does."""
+
+    def scaled(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output * torch.tensor(factor, dtype=output.dtype, device="cpu").item()
+
+    module.register_forward_hook(scaled)
+
+
+def rope_module(provider: "GPTModelProvider", cp_group: object) -> RopeEmbedding:
+    """The rotary embedding for the provider's settings."""
+    rope, local = provider.rope(), provider.local_rope()
+    if local is None:
+        return RopeEmbedding(rope, provider.kv_channels, provider.rotary_interleaved, cp_group)
+    return RopePerKindOfLayer(rope, local, provider.kv_channels, provider.rotary_interleaved, cp_group)
+
+
+def build_gpt(provider: "GPTModelProvider", pre_process: bool, post_process: bool, vp_stage: int | None) -> GPTModel:
+    """One chunk of the model on this rank: the layers of (pipeline rank, `vp_stage`), embedding and output as told.
+
+    Every rank of a tied model calls it in the same order: Megatron sums the two copies of a tied embedding.
+    """
+    model = GPTModel(
+        config=provider,
+        transformer_layer_spec=block_spec(provider, vp_stage),
+        vocab_size=provider.padded_vocab_size,
+        max_sequence_length=provider.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=provider.fp16_lm_cross_entropy,
+        parallel_output=provider.parallel_output,
+        share_embeddings_and_output_weights=provider.share_embeddings_and_output_weights,
+        position_embedding_type=provider.position_embedding_type,
+        rotary_percent=provider.rotary_percent,
+        rotary_base=provider.rotary_base,
+        scatter_embedding_sequence_parallel=provider.scatter_embedding_sequence_parallel,
+        vp_stage=vp_stage,
+    )
+    if provider.position_embedding_type == "rope":
+        model.rotary_pos_emb = rope_module(provider, model.pg_collection.cp)
+    if pre_process and provider.embedding_scale is not None:
+        scale_output(model.embedding, provider.embedding_scale)
+    return model

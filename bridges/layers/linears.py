@@ -1,0 +1,48 @@
+"""Variants of a backend's parallel linear layers: a forced bias, and a norm behind the output.
+
+Each function derives a class from the one it is given, so that the same variant exists for Megatron's own linears and
+for Transformer Engine's. Weights keep their names; the norm adds `post_layernorm.weight`.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def with_bias(linear: type[nn.Module], bias: bool) -> type[nn.Module]:
+    """`linear` with or without a bias, whatever the caller of its constructor asks for.
+
+    Megatron has one switch for the biases of all linears and one for q, k and v; HF models choose for attention and
+    MLP separately.
+    """
+
+    class LinearWithFixedBias(linear):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs["bias"] = bias
+            super().__init__(*args, **kwargs)
+
+    LinearWithFixedBias.__name__ = f"{linear.__name__}{'With' if bias else 'Without'}Bias"
+    return LinearWithFixedBias
+
+
+def with_post_norm(linear: type[nn.Module], norm: type[nn.Module]) -> type[nn.Module]:
+    """A row-parallel `linear` whose output goes through a `norm` before the residual is added (Gemma 2 and 3).
+
+    The output is whole in the hidden dimension on every rank (its sum over ranks has been taken), so the norm is
+    replicated over the tensor parallel ranks; under sequence parallelism each rank norms its own positions.
+    """
+
+    class RowParallelLinearWithPostNorm(linear):  # type: ignore[misc,valid-type]
+        def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **kwargs)
+            self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
+
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+            output, bias = super().forward(hidden_states)
+            if bias is not None:  # left to the caller to add after the norm, which would be too late
+                output = output + bias
+            return self.post_layernorm(output), None
+
+    RowParallelLinearWithPostNorm.__name__ = f"{linear.__name__}WithPostNorm"
+    return RowParallelLinearWithPostNorm

@@ -1,0 +1,22 @@
+"""What weightcast knows of one family of models: which HF architectures it covers, its rules, its translation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from weightcast.bridges.provider import GPTModelProvider
+from weightcast.bridges.rules import Rule
+
+
+@dataclass(frozen=True)
+class ModelBridge:
+    """A family of models. All of it is data and pure functions of the HF configuration."""
+
+    family: str
+    architectures: tuple[str, ...]
+    """Names of the HF model classes, as in the `architectures` field of config.json."""
+    rules: Callable[[PretrainedConfig], tuple[Rule, ...]]
+    """Where each HF tensor lies in Megatron's; depends on the configuration where tensors do."""
+    translate: Callable[[PretrainedConfig], GPTModelProvider]
+    """The provider of the same model; raises UnsupportedModel for what Megatron would compute differently."""

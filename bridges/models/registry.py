@@ -1,0 +1,40 @@
+"""The families that come with weightcast, and how a configuration finds its own.
+
+There is nothing to register with: the families are a tuple, and a user's own are passed in front of them.
+
+    find_bridge(hf_config)
+    find_bridge(hf_config, (MY_FAMILY, *BUILT_IN))
+"""
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from weightcast.bridges.models.bridge import ModelBridge
+from weightcast.bridges.models.gemma3 import GEMMA3
+from weightcast.bridges.models.llama import LLAMA
+from weightcast.bridges.models.qwen2 import QWEN2
+from weightcast.bridges.models.qwen3 import QWEN3
+from weightcast.sync.errors import UnsupportedModel
+
+BUILT_IN: tuple[ModelBridge, ...] = (LLAMA, QWEN2, QWEN3, GEMMA3)
+
+
+def supported_architectures(bridges: Sequence[ModelBridge] = BUILT_IN) -> tuple[str, ...]:
+    """Names of the HF model classes that have a bridge, sorted."""
+    return tuple(sorted({name for bridge in bridges for name in bridge.architectures}))
+
+
+def find_bridge(hf: PretrainedConfig, bridges: Sequence[ModelBridge] = BUILT_IN) -> ModelBridge:
+    """The first of `bridges` that covers the configuration's architecture.
+
+    Raises UnsupportedModel, with the architectures that are supported, when none does or the configuration has none.
+    """
+    named = getattr(hf, "architectures", None) or []
+    for bridge in bridges:
+        if any(name in bridge.architectures for name in named):
+            return bridge
+    raise UnsupportedModel(
+        f"no bridge for the architecture {', '.join(named) or '(none named in the configuration)'}; supported are "
+        f"{', '.join(supported_architectures(bridges))}. A family of your own is a ModelBridge given as `bridges`"
+    )
