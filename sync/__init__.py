@@ -6,13 +6,13 @@
 It knows torch, zmq and msgpack; no Megatron, no engine.
 """
 
+from weightcast.sync.arrival import Limits
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
 from weightcast.sync.messages import EngineReport, Span
 from weightcast.sync.publisher import PublishReport, WeightPublisher
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.source import ModuleSource, WeightSource
 from weightcast.sync.subscriber import Update, UpdateStats, WeightSubscriber
-from weightcast.sync.subscription import Limits
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Manifest, Version
 

@@ -183,6 +183,8 @@ class PublisherLoop:
             self.control.close(0)
             self.server.close()
             self._close_context()
+            if self.coordinator is not None:
+                zmq_sockets.remove_ipc_file(self.address)
 
     def _step(self, ready: dict[zmq.Socket[bytes], int], now_s: float) -> None:
         if self._wake_in in ready:

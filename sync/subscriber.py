@@ -19,12 +19,13 @@ from types import TracebackType
 
 import torch
 
+from weightcast.sync.arrival import Arrival, Limits
 from weightcast.sync.errors import DeadlineExceeded, ModelMismatch, VersionError
 from weightcast.sync.fleet import Role
 from weightcast.sync.messages import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.subscriber_loop import SubscriberLoop, raise_ended
-from weightcast.sync.subscription import Arrival, Limits, Subscription
+from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Version
 

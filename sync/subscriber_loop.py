@@ -10,10 +10,11 @@ import time
 
 import zmq
 
+from weightcast.sync.arrival import Effect, Request, Tell
 from weightcast.sync.errors import PeerLost, WireError
 from weightcast.sync.messages import decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
-from weightcast.sync.subscription import Effect, Request, Subscription, Tell
+from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports import zmq_sockets
 from weightcast.sync.transports.zmq_chunks import ZmqChunkClient
 from weightcast.sync.transports.zmq_sockets import CurveKeys

@@ -8,19 +8,17 @@ method takes the time and returns what to send; a thread elsewhere carries it ou
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from weightcast.sync.arrival import Arrival, Effect, Limits, Tell
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
 from weightcast.sync.messages import (
     PROTOCOL,
     Announce,
     Bye,
     ChunkHeader,
-    ChunkRequest,
     Failed,
     Goodbye,
     Hello,
@@ -30,7 +28,6 @@ from weightcast.sync.messages import (
     Release,
     Serving,
     Span,
-    Staged,
     Welcome,
 )
 from weightcast.sync.regions import TensorSpec
@@ -38,60 +35,6 @@ from weightcast.sync.staging import BufferPool, Staging, read_announce
 from weightcast.sync.version import Version, find_model_differences
 
 MAX_DIFFERENCES_SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Ask the source `rank` at `address` for a chunk; its chunks have at most `chunk_bytes`."""
-
-    rank: int
-    address: str
-    chunk_bytes: int
-    message: ChunkRequest
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a message to the coordinator."""
-
-    message: Message
-
-
-Effect = Request | Tell
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How patient a subscription is, and how much it asks for at once."""
-
-    credit_chunks: int = 8
-    """Chunks asked for and not yet received, a source; times the chunk's size, what may be under way."""
-    chunk_timeout_s: float = 10.0
-    """A chunk that has not come after this is asked for again."""
-    chunk_attempts: int = 3
-    """How often a chunk may arrive damaged before the version is refused."""
-    ping_every_s: float = 0.5
-    lost_after_s: float = 10.0
-    """A coordinator that was silent for this long is lost."""
-
-
-@dataclass(slots=True)
-class Arrival:
-    """A version on its way in, and the clock of it."""
-
-    announce: Announce
-    staging: Staging | None
-    started_s: float
-    staged_s: float = 0.0
-    tensors: dict[str, torch.Tensor] | None = None
-    asked_s: dict[tuple[int, int], float] = field(default_factory=dict)
-    next_index: dict[int, int] = field(default_factory=dict)
-    damaged: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    @property
-    def is_staged(self) -> bool:
-        """Whether every check has passed (an observer has nothing to check)."""
-        return self.tensors is not None
 
 
 class Subscription:
@@ -149,12 +92,7 @@ class Subscription:
         arrival = self.arrival
         if arrival is None:
             return f"no version newer than {self.serving} was announced"
-        version = arrival.announce.version
-        if not arrival.is_staged:
-            assert arrival.staging is not None
-            silent = sorted({rank for rank, _ in arrival.asked_s})
-            return f"version {version} lacks {arrival.staging.num_missing} chunks, asked of the source ranks {silent}"
-        return f"version {version} is staged, and waits for the fleet's policy to release it"
+        return arrival.describe()
 
     def hello(self) -> list[Effect]:
         """Make this engine known."""
@@ -212,6 +150,9 @@ class Subscription:
 
     def _announced(self, announce: Announce, now_s: float) -> list[Effect]:
         version = announce.version
+        if self.epoch is not None and version.epoch < self.epoch:
+            reason = f"engine {self.engine!r} has met a later publisher (epoch {self.epoch}); this one is fenced"
+            return [Tell(Failed(version, reason))]
         if self.specs is None or version.epoch != self.epoch:
             return []
         if isinstance(self.error, ModelMismatch):
@@ -233,85 +174,36 @@ class Subscription:
         self.error = None
         self.arrival = None
         if self.role == "observer":
-            self.arrival = Arrival(announce, None, now_s, now_s, tensors={})
+            self.arrival = Arrival(announce, None, self._limits, now_s, now_s, tensors={})
             return []
         assert self.specs is not None
         try:
             manifest, layouts = read_announce(announce, self.specs)
-            staging = Staging(manifest, layouts, self._pool)
+            self.arrival = Arrival(announce, Staging(manifest, layouts, self._pool), self._limits, now_s)
         except WireError as error:
             return self._refuse(announce.version, error)
-        self.arrival = Arrival(announce, staging, now_s, next_index=dict.fromkeys(staging.layouts, 0))
-        effects = [effect for rank in staging.layouts for effect in self._ask(self.arrival, rank, now_s)]
-        return effects or self._complete(self.arrival, now_s)
-
-    def _ask(self, arrival: Arrival, rank: int, now_s: float) -> list[Effect]:
-        """Grant the source `rank` credit for as many chunks as are not under way yet."""
-        assert arrival.staging is not None
-        layout = arrival.staging.layouts[rank]
-        effects: list[Effect] = []
-        under_way = sum(1 for asked_rank, _ in arrival.asked_s if asked_rank == rank)
-        while under_way < self._limits.credit_chunks and arrival.next_index[rank] < len(layout.chunks):
-            index = arrival.next_index[rank]
-            arrival.next_index[rank] = index + 1
-            arrival.asked_s[rank, index] = now_s
-            effects.append(
-                Request(
-                    rank, layout.address, arrival.announce.chunk_bytes, ChunkRequest(arrival.announce.version, index)
-                )
-            )
-            under_way += 1
-        return effects
+        return self.arrival.begin(now_s) or self._tell_staged()
 
     def land(self, rank: int, header: ChunkHeader, buffer: npt.NDArray[np.uint8], now_s: float) -> list[Effect]:
         """A chunk of the source `rank` came; `buffer` holds its bytes."""
         arrival = self.arrival
-        if arrival is None or arrival.staging is None or header.version != arrival.announce.version:
-            return []
-        if rank not in arrival.staging.layouts or not arrival.staging.is_missing(rank, header.index):
+        if arrival is None or not arrival.wants(rank, header):
             return []
         if not header.held:
             # The source has packed a newer version, whose announcement is on its way.
             self.arrival = None
             return []
         try:
-            arrival.staging.land(rank, header.index, buffer)
+            effects = arrival.land(rank, header.index, buffer, now_s)
         except WireError as error:
-            return self._damaged(arrival, rank, header.index, error, now_s)
-        arrival.asked_s.pop((rank, header.index), None)
-        if arrival.staging.num_missing == 0:
-            return self._complete(arrival, now_s)
-        return self._ask(arrival, rank, now_s)
-
-    def _damaged(self, arrival: Arrival, rank: int, index: int, error: WireError, now_s: float) -> list[Effect]:
-        assert arrival.staging is not None
-        attempts = arrival.damaged.get((rank, index), 0) + 1
-        arrival.damaged[rank, index] = attempts
-        if not arrival.staging.is_missing(rank, index) or attempts >= self._limits.chunk_attempts:
             return self._refuse(arrival.announce.version, error)
-        arrival.asked_s[rank, index] = now_s
-        address = arrival.staging.layouts[rank].address
-        return [Request(rank, address, arrival.announce.chunk_bytes, ChunkRequest(arrival.announce.version, index))]
-
-    def _complete(self, arrival: Arrival, now_s: float) -> list[Effect]:
-        assert arrival.staging is not None
-        arrival.tensors = arrival.staging.finish()
-        arrival.staged_s = now_s
-        return self._tell_staged()
+        return self._tell_staged() if arrival.is_staged else effects
 
     def _tell_staged(self) -> list[Effect]:
         arrival = self.arrival
         if arrival is None or arrival.staging is None:
             return []
-        spans = (Span("stage", arrival.started_s + self._wall_offset_s, arrival.staged_s + self._wall_offset_s),)
-        staged = Staged(
-            arrival.announce.version,
-            arrival.staging.num_bytes,
-            arrival.staged_s - arrival.started_s,
-            arrival.staging.checksums_checked,
-            spans,
-        )
-        return [Tell(staged)]
+        return [Tell(arrival.make_staged(self._wall_offset_s))]
 
     def _refuse(self, version: Version, error: WeightcastError) -> list[Effect]:
         self.error = error
@@ -358,18 +250,7 @@ class Subscription:
         if self._heard_s is not None and now_s - self._heard_s > self._limits.lost_after_s:
             self._heard_s = None
             self._lose()
-        arrival = self.arrival
-        if arrival is not None and arrival.staging is not None and not arrival.is_staged:
-            for (rank, index), asked_s in list(arrival.asked_s.items()):
-                if now_s - asked_s > self._limits.chunk_timeout_s:
-                    arrival.asked_s[rank, index] = now_s
-                    address = arrival.staging.layouts[rank].address
-                    effects.append(
-                        Request(
-                            rank, address, arrival.announce.chunk_bytes, ChunkRequest(arrival.announce.version, index)
-                        )
-                    )
-        return effects
+        return effects if self.arrival is None else effects + self.arrival.repeat_overdue(now_s)
 
     def _lose(self) -> None:
         what = f"engine {self.engine!r}: the publisher was silent for {self._limits.lost_after_s:g} s"

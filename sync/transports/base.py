@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
+from weightcast.sync.arrival import Request
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.snapshot import Snapshot
-from weightcast.sync.subscription import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
+from weightcast.sync.arrival import Request
 from weightcast.sync.errors import WireError
 from weightcast.sync.messages import ChunkHeader, ChunkRequest, decode, encode
 from weightcast.sync.snapshot import Snapshot
-from weightcast.sync.subscription import Request
 from weightcast.sync.transports import zmq_sockets
 from weightcast.sync.transports.base import ReceivedChunk
 from weightcast.sync.transports.zmq_sockets import CurveKeys
@@ -82,6 +82,7 @@ class ZmqChunkServer:
     def close(self) -> None:
         """Stop serving."""
         self.socket.close(0)
+        zmq_sockets.remove_ipc_file(self.address)
 
 
 class ZmqChunkClient:

@@ -108,6 +108,13 @@ def bind(
     return socket, endpoint.rstrip("\0")
 
 
+def remove_ipc_file(address: str) -> None:
+    """ZeroMQ leaves the socket file of an ipc address behind; call after the socket was closed."""
+    parsed = parse_address(address)
+    if parsed.transport == "ipc":
+        Path(parsed.host).unlink(missing_ok=True)
+
+
 def _check_ipc_is_free(parsed: Address) -> None:
     """ZeroMQ removes a socket file before it binds, and so would take a living publisher's address away."""
     if not Path(parsed.host).exists():
