@@ -1,0 +1,17 @@
+"""vLLM: a weight-transfer backend that runs in its workers, and what drives a server from outside.
+
+| file | runs in |
+|---|---|
+| `plugin`, `backend` | the vLLM worker; loaded by vLLM itself through the entry point `vllm.general_plugins` |
+| `client`, `driver` | any process that reaches the server's development routes |
+| `server` | any process that wants a vLLM server of its own |
+"""
+
+BACKEND = "weightcast"
+"""What a user types: `--weight-transfer-config '{"backend": "weightcast"}'`."""
+
+UNTOUCHED = "engine memory is untouched"
+"""In the backend's refusals, so that a client that sees only HTTP 500 can tell a refusal from a failed load."""
+
+NOT_CONNECTED = "the worker follows no publisher"
+"""In the refusal of a worker that was never initialised, for instance because its server was restarted."""

@@ -1,0 +1,235 @@
+"""The weight-transfer backend `weightcast`, inside each vLLM worker.
+
+vLLM's three calls become: `start_weight_update` waits until a version is staged, complete and verified in local
+memory and fits the model; `update_weights` loads it in one piece; `finish_weight_update` reports it. Stock vLLM
+takes an update that lacks tensors, publishes its label and serves nonsense (seen on 0.32: without a `gate_proj` not
+even a later full update heals it), so everything that can be refused is refused before its reload begins, and the
+reload begins and ends inside one call: a driver that dies between calls leaves an engine with whole weights.
+
+    vllm serve path/to/hf --weight-transfer-config '{"backend": "weightcast"}'
+
+Settings that only the operator of the server may give stand in `--additional-config
+'{"weightcast": {"events": "events.jsonl", "publisher": "tcp://…"}}'`: a file for the phases of each update, and the
+one publisher from which this server takes weights whatever is posted to its unauthenticated routes.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from vllm.config import VllmConfig
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from weightcast.adapters.checkpoint import read_checkpoint_specs
+from weightcast.adapters.engine import check_offer, check_ties, version_label
+from weightcast.adapters.timeline import EventLog
+from weightcast.adapters.vllm import NOT_CONNECTED, UNTOUCHED
+from weightcast.sync import Span, Update, WeightSubscriber
+from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, PeerLost, WeightcastError
+from weightcast.sync.regions import TensorSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class WeightcastInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Body of `init_weight_transfer_engine`: whom to follow, under which name, and how long `start` may wait."""
+
+    publisher: str
+    engine: str = "vllm"
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.publisher, str) or "://" not in self.publisher:
+            raise ConfigError(f"publisher must be an address such as tcp://127.0.0.1:5600, got {self.publisher!r}")
+        if not isinstance(self.timeout_s, int | float) or self.timeout_s <= 0:
+            raise ConfigError(f"timeout_s must be a number of seconds above 0, got {self.timeout_s!r}")
+
+
+@dataclass
+class WeightcastUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """Body of `update_weights`: the label of the version to load, or how to end a session without a load.
+
+    `abandon` is `"keep"` (the staged version stays for the next session) or `"drop"` (it is refused).
+    """
+
+    version: str = ""
+    abandon: Literal["", "keep", "drop"] = ""
+
+
+class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
+    """Loads whole versions from this worker's own subscriber. vLLM makes one per worker after the model is loaded."""
+
+    init_info_cls = WeightcastInitInfo
+    update_info_cls = WeightcastUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(
+        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._specs = read_checkpoint_specs(find_checkpoint(vllm_config.model_config))
+        self._aliases = find_ties(vllm_config.model_config, self._specs)
+        self._settings = read_settings(vllm_config)
+        self._log = EventLog("engine", Path(events) if (events := self._settings.get("events")) else None)
+        self._subscriber: WeightSubscriber | None = None
+        self._timeout_s = 0.0
+        self._staged: Update | None = None
+        self._loaded: Update | None = None
+        self._poisoned = ""
+
+    def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
+        """Begin to follow a publisher. A second call leaves the first publisher.
+
+        Raises `ConfigError` for a publisher that the operator does not allow, and what `WeightSubscriber` raises
+        when nobody answers or when the publisher has another model.
+        """
+        allowed = self._settings.get("publisher", init_info.publisher)
+        if init_info.publisher != allowed:
+            raise ConfigError(f"this server takes weights from {allowed} only, got {init_info.publisher}")
+        self.shutdown()
+        subscriber = WeightSubscriber(init_info.publisher, engine=self._worker_name(init_info.engine))
+        try:
+            check_offer(self._specs, subscriber.specs(init_info.timeout_s), self._aliases)
+        except WeightcastError:
+            subscriber.close()
+            raise
+        self._subscriber, self._timeout_s = subscriber, float(init_info.timeout_s)
+
+    def _worker_name(self, engine: str) -> str:
+        """Each worker is a receiver of its own; one alone carries the engine's name."""
+        parallel = self.parallel_config
+        if parallel.world_size_across_dp == 1:
+            return engine
+        return f"{engine}/{parallel.data_parallel_index * parallel.world_size + parallel.rank}"
+
+    def start_weight_update(self) -> None:
+        """Have the newest released version staged and checked. Engine memory is not touched here.
+
+        Raises `EngineError` or the subscriber's own error; the engine serves on.
+        """
+        if self._poisoned:
+            raise EngineError(f"this engine's weights are undefined ({self._poisoned}); restart it")
+        if self._subscriber is None:
+            raise ModelMismatch(f"{UNTOUCHED}: {NOT_CONNECTED}; post init_weight_transfer_engine first")
+        self._loaded = None
+        try:
+            update = self._staged = self._newest(self._subscriber)
+            check_offer(self._specs, update.specs, self._aliases)
+            check_ties(dict(update), self._aliases)
+        except WeightcastError as error:
+            self._drop(str(error))
+            raise ModelMismatch(f"{UNTOUCHED}: {type(error).__name__}: {error}") from error
+
+    def _newest(self, subscriber: WeightSubscriber) -> Update:
+        """The version that an abandoned session left here, unless the fleet has moved on since."""
+        held, released = self._staged, subscriber.released
+        if held is not None and released is not None and held.version < released:
+            self._drop(f"version {released} was released before this one was loaded")
+        if self._staged is not None:
+            return self._staged
+        try:
+            return subscriber.wait(self._timeout_s)
+        except PeerLost as error:
+            logger.warning("%s; waiting for whoever publishes now", error)
+            return subscriber.wait(self._timeout_s)
+
+    def _drop(self, reason: str) -> None:
+        if self._staged is not None:
+            self._staged.reject(reason)
+            self._staged = None
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load the staged version. Overrides the base, which calls `torch.accelerator.synchronize()`: on a
+        machine without an accelerator that raises."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: WeightcastUpdateInfo) -> None:
+        """Reload every layer from local memory, in one piece.
+
+        Raises `ModelMismatch` with engine memory untouched, `EngineError` when the load broke off: the engine
+        must then be restarted (vLLM cannot reload a model that is half on the meta device).
+        """
+        update = self._staged
+        if update_info.abandon == "drop":
+            self._drop("the driver gave this version up")
+        if update_info.abandon or update is None:
+            raise ModelMismatch(f"{UNTOUCHED}: the session was ended without a load")
+        if update_info.version != version_label(update.version):
+            raise ModelMismatch(
+                f"{UNTOUCHED}: asked for version {update_info.version!r}, the worker has staged "
+                f"{version_label(update.version)!r}; start again with that one"
+            )
+        try:
+            with self._log.phase("reload", update.version):
+                self._reload(update)
+        except BaseException as error:
+            self._poisoned = f"loading version {update.version} broke off: {error!r}"
+            self._drop(self._poisoned)
+            raise EngineError(f"this engine's weights are undefined ({self._poisoned}); restart it") from error
+        self._staged, self._loaded = None, update
+
+    def _reload(self, update: Update) -> None:
+        expected = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+        loaded = self.model.load_weights((name, tensor) for name, tensor in update if name not in self._aliases)
+        finalize_layerwise_reload(self.model, self.model_config)
+        if loaded is None or self.model_config.quantization is not None:
+            return  # vLLM itself tracks loaded names only for unquantised models that report them
+        if unfilled := sorted(expected - loaded):
+            raise EngineError(f"vLLM filled nothing into {', '.join(unfilled)}")
+
+    def finish_weight_update(self) -> None:
+        """Report that the loaded version is served; vLLM publishes its label after this.
+
+        Raises `EngineError` when nothing was loaded, so that no label is published without a load.
+        """
+        if self._loaded is None:
+            raise EngineError("finish_weight_update without a load; post start and update_weights first")
+        update, self._loaded = self._loaded, None
+        stats = update.stats
+        self._log.record(update.version, Span("stage", stats.started_at_s, stats.staged_at_s))
+        update.commit(spans=self._log.take(update.version))
+
+    def shutdown(self) -> None:
+        """Leave the publisher; the engine serves on."""
+        self._staged = self._loaded = None
+        if self._subscriber is not None:
+            self._subscriber.close()
+            self._subscriber = None
+
+
+def find_checkpoint(model_config: Any) -> Path:
+    """The folder with the files that a vLLM model was started on; of a hub's model the copy on this machine."""
+    folder = Path(model_config.model)
+    if folder.is_dir():
+        return folder
+    return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+
+
+def find_ties(model_config: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """`lm_head.weight` → the embedding's name, for models that tie the two."""
+    if not getattr(model_config.hf_text_config, "tie_word_embeddings", False):
+        return {}
+    embeddings = [spec.name for spec in specs if spec.name.endswith("embed_tokens.weight")]
+    return {"lm_head.weight": embeddings[0]} if embeddings else {}
+
+
+def read_settings(vllm_config: VllmConfig) -> dict[str, str]:
+    """The operator's settings in `--additional-config`. Raises `ConfigError` for an unknown one."""
+    additional = vllm_config.additional_config
+    settings: dict[str, str] = additional.get("weightcast", {}) if isinstance(additional, dict) else {}
+    if unknown := sorted(settings.keys() - {"events", "publisher"}):
+        raise ConfigError(f"--additional-config weightcast: {', '.join(unknown)} unknown; allowed: events, publisher")
+    return settings

@@ -1,0 +1,143 @@
+"""Drives released versions into a vLLM server: start, pause, load, finish, resume.
+
+The bytes go from the publisher straight to the server's workers; this process only watches, as an observer of the
+fleet, and calls the server's routes when a version may be served. `VLLMEngine` is an `Engine` like any other, so
+the loop around it is `EngineFollower`.
+
+    python -m weightcast.adapters.vllm.driver --engine http://127.0.0.1:8000 --publisher tcp://127.0.0.1:5600
+"""
+
+import argparse
+import logging
+import signal
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from weightcast.adapters.engine import Completion, PauseMode, check_pause_mode, version_label
+from weightcast.adapters.follower import EngineFollower
+from weightcast.adapters.vllm import NOT_CONNECTED
+from weightcast.adapters.vllm.client import VLLMClient
+from weightcast.sync import Version, WeightSubscriber
+from weightcast.sync.errors import WeightcastError
+from weightcast.sync.regions import TensorSpec
+
+logger = logging.getLogger(__name__)
+
+_ALREADY_ACTIVE = "already active"  # vLLM's words in v1/worker/gpu_worker.py, _start_weight_update
+
+
+class VLLMEngine:
+    """A running vLLM server with the backend `weightcast` as an `Engine`.
+
+    `publisher` is the address that the workers join; `staging_timeout_s` bounds how long a worker may make the
+    server wait in `start_weight_update` for bytes that have not come.
+    """
+
+    def __init__(
+        self, client: VLLMClient, publisher: str, *, name: str = "vllm", staging_timeout_s: float = 30.0
+    ) -> None:
+        self._client = client
+        self._name = name
+        self._init_info = {"publisher": publisher, "engine": name, "timeout_s": staging_timeout_s}
+        self._was_paused = False
+
+    @property
+    def name(self) -> str:
+        """The name under which the fleet knows this engine."""
+        return self._name
+
+    def connect(self) -> None:
+        """Let the server's workers join the publisher. Raises `EngineError` with a worker's reason."""
+        self._client.init_weight_transfer(self._init_info)
+
+    def prepare(self, version: Version, specs: Sequence[TensorSpec]) -> None:
+        """Open a session: every worker has a version staged and checked. Ends one that a dead driver left open."""
+        try:
+            self._client.start_weight_update()
+        except WeightcastError as error:
+            if _ALREADY_ACTIVE in str(error):
+                self._abandon("keep")
+            elif NOT_CONNECTED in str(error):
+                self.connect()  # the server was restarted since
+            else:
+                self._abandon("drop")  # of several workers, those that did start would refuse the next start
+                raise
+            self._client.start_weight_update()
+
+    def _abandon(self, what: str) -> None:
+        """End the session in every worker; vLLM does so when `update_weights` raises, and ours raises on request."""
+        try:
+            self._client.update_weights({"abandon": what})
+        except WeightcastError as error:
+            logger.debug("session ended: %s", error)
+
+    def pause(self, mode: PauseMode, timeout_s: float) -> None:
+        """Pause, and remember whether somebody else had done so before."""
+        self._was_paused = self._client.is_paused()
+        try:
+            self._client.pause(mode, timeout_s)
+        except WeightcastError:
+            self.resume()
+            self._abandon("drop")
+            raise
+
+    def load(self, version: Version, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load what the workers have staged and publish its label; `tensors` is empty, the bytes are there."""
+        label = version_label(version)
+        self._client.update_weights({"version": label})
+        self._client.finish_weight_update(label)
+
+    def resume(self) -> None:
+        """Resume, unless the server was paused before the update."""
+        if not self._was_paused:
+            self._client.resume()
+
+    def generate(self, prompt_token_ids: Sequence[int], max_tokens: int) -> Completion:
+        """Greedy tokens after a prompt."""
+        return self._client.complete(prompt_token_ids, max_tokens)
+
+
+def drive(
+    url: str,
+    publisher: str,
+    stop: threading.Event,
+    *,
+    name: str = "vllm",
+    pause_mode: PauseMode = "wait",
+    events: Path | None = None,
+) -> None:
+    """Keep the server at `url` in step until `stop` is set. Raises `EngineError` when its weights are undefined."""
+    with VLLMClient(url) as client, WeightSubscriber(publisher, engine=f"{name}/driver", role="observer") as observer:
+        engine = VLLMEngine(client, publisher, name=name)
+        engine.connect()
+        EngineFollower(engine, observer, pause_mode=pause_mode, events=events, process="driver").run(stop)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Drive until SIGINT or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m weightcast.adapters.vllm.driver", description=__doc__)
+    parser.add_argument("--engine", required=True, help="the server, e.g. http://127.0.0.1:8000")
+    parser.add_argument("--publisher", required=True, help="the publisher, e.g. tcp://127.0.0.1:5600")
+    parser.add_argument("--name", default="vllm", help="the engine's name in the fleet")
+    parser.add_argument("--pause-mode", default="wait", help="running requests at an update: abort, wait or keep")
+    parser.add_argument("--events", type=Path, help="file that gets one JSON line for each phase of an update")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    drive(
+        args.engine,
+        args.publisher,
+        stop,
+        name=args.name,
+        pause_mode=check_pause_mode(args.pause_mode),
+        events=args.events,
+    )
+
+
+if __name__ == "__main__":
+    main()
