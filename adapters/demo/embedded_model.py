@@ -53,6 +53,7 @@ def make_embedded_model(folder: Path) -> Path:
     """Makes the Hugging Face folder (config, bf16 safetensors, tokenizer) in a few seconds."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
     tokenizer = _train_tokenizer(standard_library_files())
     end_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
@@ -60,7 +61,11 @@ def make_embedded_model(folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
+    logging.disable_progress_bar()  # a bar for one small file would break the demo's own display
+    try:
+        model.save_pretrained(folder)
+    finally:
+        logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
     return folder
 

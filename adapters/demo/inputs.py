@@ -48,7 +48,7 @@ def check_request(request: DemoRequest) -> None:
 def check_text(path: Path) -> None:
     """Raise ConfigError unless `path` is a file with some text in it."""
     if not path.is_file():
-        raise ConfigError(f"the data file {path} does not exist; --data wants a text file in UTF-8")
+        raise ConfigError(f"there is no file {path}; --data wants a text file in UTF-8")
     with path.open("rb") as file:
         start = file.read(1 << 16)
     if not start.strip():
