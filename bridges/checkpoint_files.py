@@ -77,6 +77,11 @@ class RegionReader:
         return data
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds safetensors under the names that HF gives them."""
+    return (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file()
+
+
 def open_checkpoint(folder: Path) -> CheckpointFiles:
     """Read the headers of all safetensors files of `folder`. Raises `CheckpointMismatch`."""
     index = folder / INDEX_FILE

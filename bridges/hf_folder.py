@@ -4,7 +4,7 @@ Each file has one writer, the files go round the ranks, and a writer's memory is
 Everything is written into a sibling of the wanted folder, which takes its name only when it is whole: a run that
 dies leaves no folder that looks complete. The ranks of a job must share the file system.
 
-    save_weights(plan, Path("out/my-model"), write_extras=lambda folder: config.save_pretrained(folder))
+    save_weights(plan, Path("out/my-model"), write_extras=config.save_pretrained)
 """
 
 import json
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from weightcast.bridges.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from weightcast.bridges.exchange import Live, agree, get_rank, get_world_size, send_parcels
 from weightcast.bridges.hf_export import gather_routes
+from weightcast.bridges.hf_source import COMPANION_FILES, CONFIG_FILE
 from weightcast.bridges.parcels import Parcel, Routes, split_batches
 from weightcast.bridges.plan import Plan
 from weightcast.sync.errors import ConfigError
@@ -29,7 +30,7 @@ from weightcast.sync.regions import TensorSpec
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DEFAULT_BATCH_BYTES = 512 * 2**20
 # What a folder that is replaced may hold; anything else in it is somebody's work and must not be deleted.
-_HF_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "LICENSE*", "*.md", ".git*")
+_HF_FILES = ("*.safetensors", INDEX_FILE, CONFIG_FILE, *COMPANION_FILES, "*.md", ".gitattributes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def save_weights(
     plan: Plan,
     folder: Path,
     *,
-    write_extras: Callable[[Path], None] = lambda folder: None,
+    write_extras: Callable[[Path], None] | None = None,
     progress: Callable[[int], None] = lambda num_tensors: None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     batch_bytes: int = DEFAULT_BATCH_BYTES,
@@ -83,7 +84,8 @@ def save_weights(
 
     def finish() -> None:
         _write_index(files, partial)
-        write_extras(partial)
+        if write_extras is not None:
+            write_extras(partial)
         _take_name(partial, folder)
 
     _on_rank_zero(finish, f"finishing {folder}")

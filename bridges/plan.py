@@ -26,7 +26,7 @@ from weightcast.bridges.rules import (
     hf_shapes,
     map_shard,
 )
-from weightcast.bridges.shards import ParameterView, Shard, read_shards, unwrap_chunks
+from weightcast.bridges.shards import Model, ParameterView, Shard, read_shards, unwrap_chunks
 from weightcast.sync.errors import UnmappedTensor
 from weightcast.sync.regions import HeldRegion, TensorSpec, check_unique_names
 
@@ -77,9 +77,7 @@ class Stages:
     last: bool
 
 
-def build_plan(
-    model: Sequence[MegatronModule] | MegatronModule, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]
-) -> Plan:
+def build_plan(model: Model, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]) -> Plan:
     """The plan of this rank for `model`, its list of Megatron chunks (wrapped by DDP or not).
 
     `hf_specs` are all tensors of the HF model. Issues no collective; every rank may call it alone. Raises

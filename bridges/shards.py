@@ -10,6 +10,7 @@ for Transformer Engine and local layers alike. Here its entries become `Shard` r
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -18,6 +19,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from weightcast.sync.errors import UnmappedTensor
+
+Model: TypeAlias = Sequence[MegatronModule] | MegatronModule
+"""What providers give and everything here takes: a rank's chunks, wrapped or not, or the only one."""
 
 # One global key a layer, with the layer's number in it, instead of one key with a layer axis.
 SHARDING_METADATA = {"non_homogeneous_layers": True}
@@ -59,7 +63,7 @@ class Shard:
     view: ParameterView
 
 
-def unwrap_chunks(model: Sequence[MegatronModule] | MegatronModule) -> list[MegatronModule]:
+def unwrap_chunks(model: Model) -> list[MegatronModule]:
     """The bare model chunks (one a virtual pipeline stage) inside DDP and half-precision wrappers."""
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     return list(unwrap_model(chunks))

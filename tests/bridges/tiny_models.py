@@ -66,6 +66,10 @@ def _llama32() -> PretrainedConfig:
     )
 
 
+def _llama_biases() -> PretrainedConfig:
+    return LlamaConfig(**COMMON, head_dim=16, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+
+
 def _qwen2() -> PretrainedConfig:
     return Qwen2Config(**COMMON, tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
 
@@ -104,6 +108,7 @@ TINY_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama2": _llama2,
     "llama3.1": _llama31,
     "llama3.2": _llama32,
+    "llama-biases": _llama_biases,
     "qwen2": _qwen2,
     "qwen2-tied": _qwen2_tied,
     "qwen3": _qwen3,

@@ -1,0 +1,262 @@
+"""AutoBridge: one door between Hugging Face models and Megatron-Core.
+
+It finds the bridge of a model's architecture and joins the parts of this folder: providers build the model, plans say
+where each byte lies, and import, export and streaming walk through the plan.
+
+    bridge = AutoBridge.from_hf_pretrained("path/to/hf")
+    provider = bridge.to_megatron_provider()
+    provider.tensor_model_parallel_size = 2
+    provider.finalize()
+    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    bridge.save_hf_pretrained(model, "path/to/export")
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from transformers import PretrainedConfig
+
+from weightcast.bridges.checkpoint_files import check_tensors, has_weights, open_checkpoint
+from weightcast.bridges.hf_export import HFWeightTuple, export_weights
+from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, save_weights
+from weightcast.bridges.hf_import import import_weights
+from weightcast.bridges.hf_options import read_options
+from weightcast.bridges.hf_source import HFSource, specs_of_config, write_companions
+from weightcast.bridges.megatron_checkpoint import load_checkpoint, save_checkpoint
+from weightcast.bridges.models.bridge import ModelBridge
+from weightcast.bridges.models.registry import BUILT_IN, find_bridge, supported_architectures
+from weightcast.bridges.plan import Plan, WeightConversionTask, build_plan
+from weightcast.bridges.progress import progress_bar
+from weightcast.bridges.provider import GPTModelProvider
+from weightcast.bridges.rules import Tied
+from weightcast.bridges.shards import Model
+from weightcast.bridges.source import PlanSource
+from weightcast.sync.errors import ConfigError, UnsupportedModel, WeightcastError
+from weightcast.sync.regions import TensorSpec
+
+logger = logging.getLogger(__name__)
+
+
+class AutoBridge:
+    """The bridge of one Hugging Face model; make one with `from_hf_pretrained` or `from_hf_config`.
+
+    Attributes: `hf_config`, the configuration; `family`, the `ModelBridge` that maps it.
+    """
+
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        family: ModelBridge,
+        source: HFSource | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.hf_config = hf_config
+        self.family = family
+        self._source = source
+        self._dtype = dtype
+
+    @classmethod
+    def from_hf_pretrained(cls, path: str | Path, **kwargs: Any) -> "AutoBridge":
+        """The bridge of a Hugging Face folder (nothing else is asked) or hub repository; no weights are read yet.
+
+        `torch_dtype` or `dtype` is the dtype of the Megatron parameters (default: the checkpoint's). `bridges` are
+        `ModelBridge`s of your own, looked at before the built-in ones. `trust_remote_code`, `revision`, `token`,
+        `cache_dir`, `local_files_only` are as in transformers. Options that only concern a transformers model in
+        memory (`device_map`, ...) have nothing to act on here. Raises `UnsupportedModel`, `ConfigError`.
+        """
+        options = read_options(kwargs)
+        source = HFSource.make(path, **options.hub)
+        config = source.load_config(trust_remote_code=options.trust_remote_code)
+        return cls(config, find_bridge(config, (*options.bridges, *BUILT_IN)), source, options.dtype)
+
+    @classmethod
+    def from_hf_config(cls, config: PretrainedConfig, *, bridges: Sequence[ModelBridge] = ()) -> "AutoBridge":
+        """The bridge of a configuration alone, without weights. Raises `UnsupportedModel`."""
+        return cls(config, find_bridge(config, (*bridges, *BUILT_IN)))
+
+    @classmethod
+    def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
+        """Whether the folder or repository has a configuration that a bridge covers; the log says why not."""
+        try:
+            return cls.supports(HFSource.make(path).load_config(trust_remote_code=trust_remote_code))
+        except (WeightcastError, OSError) as error:
+            logger.warning("cannot handle %s: %s", path, error)
+            return False
+
+    @classmethod
+    def supports(cls, config: Any) -> bool:
+        """Whether the configuration's architecture has a bridge."""
+        try:
+            find_bridge(config)
+        except UnsupportedModel:
+            return False
+        return True
+
+    @classmethod
+    def list_supported_models(cls) -> list[str]:
+        """Names of the HF architectures that have a bridge, sorted."""
+        return list(supported_architectures())
+
+    def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None) -> GPTModelProvider:
+        """A provider of the same model in Megatron; set the parallel sizes on it and `finalize()` it.
+
+        With `load_weights` the model that it provides is filled from `hf_path`, by default the bridge's own folder.
+        Raises `UnsupportedModel` for a field of the configuration that Megatron would compute differently.
+        """
+        if load_weights and hf_path is None and self._source is None:
+            raise ConfigError(
+                "a bridge made by from_hf_config has no weights to load; pass load_weights=False, or hf_path"
+            )
+        provider = self.family.translate(self.hf_config)
+        if self._dtype is not None:
+            provider.set_dtype(self._dtype)
+        if load_weights:
+            provider.register_pre_wrap_hook(partial(self.load_hf_weights, hf_path=hf_path))
+        return provider
+
+    def to_megatron_model(
+        self, load_weights: bool = True, hf_path: str | Path | None = None, **kwargs: Any
+    ) -> list[MegatronModule]:
+        """This rank's chunks of the model, with the provider's default settings. Every rank must call it.
+
+        `kwargs` go to `GPTModelProvider.provide_distributed_model`.
+        """
+        provider = self.to_megatron_provider(load_weights, hf_path)
+        provider.finalize()
+        return provider.provide_distributed_model(**kwargs)
+
+    def load_hf_weights(self, model: Model, hf_path: str | Path | None = None) -> None:
+        """Fill this rank's part of `model` from the safetensors of `hf_path`, by default the bridge's own folder.
+
+        Each rank reads its own regions and no more; no collective. The whole checkpoint is checked before the first
+        parameter is written. Raises `CheckpointMismatch`, `UnmappedTensor`.
+        """
+        checkpoint = open_checkpoint(self._find_source(hf_path).folder())
+        rules = self.family.rules(self.hf_config)
+        copies = [rule.copy for rule in rules if isinstance(rule, Tied) and rule.copy is not None]
+        check_tensors(checkpoint, specs_of_config(self.hf_config), optional=copies)
+        report = import_weights(build_plan(model, rules, checkpoint.specs), checkpoint)
+        logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, checkpoint.folder)
+
+    def plan(self, model: Model, hf_path: str | Path | None = None) -> Plan:
+        """Where each byte of this rank's part of `model` lies in the HF model. No collective."""
+        return build_plan(model, self.family.rules(self.hf_config), self._read_specs(hf_path))
+
+    def weight_source(self, model: Model, *, dtype: torch.dtype | None = None) -> PlanSource:
+        """This rank's part of `model` as a source for a `WeightPublisher`, over the live parameters. No collective.
+
+        Weights are published in the dtypes of the HF checkpoint unless `dtype` is given.
+        """
+        return PlanSource(self.plan(model), dtype=dtype)
+
+    def get_conversion_tasks(
+        self, megatron_model: Model, hf_path: str | Path | None = None
+    ) -> list[WeightConversionTask]:
+        """One task a Megatron tensor of the whole model, with the regions that this rank holds. No collective."""
+        return list(self.plan(megatron_model, hf_path).tasks)
+
+    def export_hf_weights(
+        self,
+        model: Model,
+        cpu: bool = False,
+        show_progress: bool = True,
+        conversion_tasks: Sequence[WeightConversionTask] | None = None,
+    ) -> Iterator[HFWeightTuple]:
+        """Yield (name, full tensor) in HF order on every rank; every rank must iterate to the end.
+
+        Tensors are new, on the parameters' device or, with `cpu`, the host, in the dtypes of the HF checkpoint.
+        `conversion_tasks` limits the export to the tensors of those tasks, the same on every rank. Memory: see
+        `weightcast.bridges.hf_export`.
+        """
+        plan = self.plan(model)
+        specs = plan.specs
+        if conversion_tasks is not None:
+            wanted = {name for task in conversion_tasks for name in task.hf_names}
+            specs = tuple(spec for spec in specs if spec.name in wanted)
+        device = torch.device("cpu") if cpu else None
+        with progress_bar("exporting", len(specs), show_progress) as advance:
+            for item in export_weights(plan, specs, device=device):
+                yield item
+                advance(1)
+
+    def save_hf_pretrained(
+        self, model: Model, path: str | Path, show_progress: bool = True, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+    ) -> None:
+        """Write a whole HF folder: weights, configuration, tokenizer and generation settings. Every rank must call it.
+
+        The folder appears only when it is complete; an older export of the name is replaced. Files hold at most
+        `shard_bytes`. Raises `ConfigError` when the folder holds anything that no export wrote.
+        """
+        self._save(model, path, show_progress, shard_bytes, with_companions=True)
+
+    def save_hf_weights(
+        self, model: Model, path: str | Path, show_progress: bool = True, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+    ) -> None:
+        """Write the weights alone (safetensors and their index). Otherwise as `save_hf_pretrained`."""
+        self._save(model, path, show_progress, shard_bytes, with_companions=False)
+
+    def save_megatron_model(self, model: Model, path: str | Path) -> None:
+        """Write a Megatron checkpoint (`torch_dist`) of the weights to a new folder. Every rank must call it."""
+        save_checkpoint(model, Path(path).absolute())
+
+    def load_megatron_model(self, path: str | Path, **kwargs: Any) -> list[MegatronModule]:
+        """The model filled from a Megatron checkpoint of any layout. Every rank must call it.
+
+        `kwargs` are settings of the provider (`tensor_model_parallel_size=2`, ...) and `wrap_with_ddp` (default
+        False). Raises `ConfigError` for a setting that the provider does not have, `CheckpointMismatch`.
+        """
+        wrap_with_ddp = bool(kwargs.pop("wrap_with_ddp", False))
+        provider = self.to_megatron_provider(load_weights=False)
+        for name, value in kwargs.items():
+            if not hasattr(provider, name):
+                raise ConfigError(f"the provider has no setting {name!r}; see weightcast.bridges.provider")
+            setattr(provider, name, value)
+        provider.finalize()
+        provider.register_pre_wrap_hook(partial(load_checkpoint, folder=Path(path).absolute()))
+        return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
+
+    @classmethod
+    def import_ckpt(cls, hf_model_id: str | Path, megatron_path: str | Path, **kwargs: Any) -> None:
+        """Hugging Face to Megatron checkpoint in one call; `kwargs` as of `from_hf_pretrained`."""
+        bridge = cls.from_hf_pretrained(hf_model_id, **kwargs)
+        bridge.save_megatron_model(bridge.to_megatron_model(wrap_with_ddp=False), megatron_path)
+
+    def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, show_progress: bool = True) -> None:
+        """Megatron checkpoint to Hugging Face folder in one call."""
+        self.save_hf_pretrained(self.load_megatron_model(megatron_path), hf_path, show_progress)
+
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        """The model's Megatron configuration with default settings, finalized; it is the provider itself."""
+        provider = self.to_megatron_provider(load_weights=False)
+        provider.finalize()
+        return provider
+
+    def _save(
+        self, model: Model, path: str | Path, show_progress: bool, shard_bytes: int, with_companions: bool
+    ) -> None:
+        plan = self.plan(model)
+        extras = partial(write_companions, self.hf_config, self._source) if with_companions else None
+        with progress_bar("saving", len(plan.specs), show_progress) as advance:
+            save_weights(plan, Path(path).absolute(), write_extras=extras, progress=advance, shard_bytes=shard_bytes)
+
+    def _find_source(self, hf_path: str | Path | None) -> HFSource:
+        if hf_path is not None:
+            return HFSource.make(hf_path, **(self._source.hub_options if self._source is not None else {}))
+        if self._source is None:
+            raise ConfigError("a bridge made by from_hf_config has no weights of its own; pass hf_path")
+        return self._source
+
+    def _read_specs(self, hf_path: str | Path | None) -> tuple[TensorSpec, ...]:
+        """The tensors of the checkpoint, or of the configuration where there is no checkpoint."""
+        if hf_path is not None or self._source is not None:
+            folder = self._find_source(hf_path).folder()
+            if has_weights(folder):
+                return open_checkpoint(folder).specs
+        return specs_of_config(self.hf_config)

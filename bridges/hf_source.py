@@ -1,0 +1,110 @@
+"""Where a Hugging Face model comes from: a folder, or a repository of the hub.
+
+A folder is read as it is and nothing else is asked. Only a name that is no folder goes to the hub, the configuration
+first and the weights when they are wanted.
+
+    source = HFSource.make("path/to/hf")
+    config = source.load_config()
+    checkpoint = open_checkpoint(source.folder())
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from weightcast.sync.errors import ConfigError
+from weightcast.sync.regions import TensorSpec
+
+# What belongs to a model besides its weights and its config.json: tokenizer, generation settings, custom code.
+COMPANION_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "*.py",
+)
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class HFSource:
+    """A folder's path or a hub repository's name, with the settings to reach the hub (`revision`, `token`, ...)."""
+
+    name: str
+    hub_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def make(path: str | Path, **hub_options: Any) -> "HFSource":
+        """Raises `ConfigError` for something that is neither a folder nor could be a repository's name."""
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return HFSource(str(folder.absolute()), hub_options)
+        name = str(path)
+        if name.count("/") > 1 or name.startswith((".", "/", "~")) or folder.is_file():
+            raise ConfigError(f"{name} is no folder; give a Hugging Face folder (with {CONFIG_FILE}) or a hub name")
+        return HFSource(name, hub_options)
+
+    @property
+    def is_folder(self) -> bool:
+        """True for a folder on this machine."""
+        return Path(self.name).is_absolute()
+
+    def load_config(self, *, trust_remote_code: bool = False) -> PretrainedConfig:
+        """The model's configuration. Raises `ConfigError` when there is none that transformers can read."""
+        if self.is_folder and not (Path(self.name) / CONFIG_FILE).is_file():
+            raise ConfigError(f"{self.name} has no {CONFIG_FILE}; give a folder that save_pretrained wrote")
+        try:
+            return AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code, **self.hub_options)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"transformers cannot read the {CONFIG_FILE} of {self.name}: {error}") from error
+
+    def folder(self) -> Path:
+        """A folder with all files, downloaded to the hub's cache where the source is a repository."""
+        if self.is_folder:
+            return Path(self.name)
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG_FILE, *COMPANION_FILES]
+        return Path(snapshot_download(self.name, allow_patterns=patterns, **self.hub_options))
+
+
+def write_companions(config: PretrainedConfig, source: HFSource | None, folder: Path) -> None:
+    """Put the configuration and, from `source`, the tokenizer and its like into `folder`, unchanged."""
+    if source is None:
+        config.save_pretrained(folder)
+        return
+    origin = source.folder()
+    for path in sorted(origin.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in (CONFIG_FILE, *COMPANION_FILES)):
+            shutil.copyfile(path, folder / path.name)
+
+
+def specs_of_config(config: PretrainedConfig, dtype: torch.dtype | None = None) -> tuple[TensorSpec, ...]:
+    """The tensors that a checkpoint of this configuration has, as transformers builds the model; no memory is used.
+
+    Tied tensors are listed once, as checkpoints store them. `dtype` defaults to the configuration's own, then float32.
+    """
+    wanted = dtype if dtype is not None else config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    specs: list[TensorSpec] = []
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kind = wanted if tensor.dtype.is_floating_point else tensor.dtype
+            specs.append(TensorSpec(name, kind, tuple(tensor.shape)))
+    return tuple(specs)
