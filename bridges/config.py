@@ -108,6 +108,7 @@ def bias_fields(qkv: bool, attention_output: bool, mlp: bool) -> Fields:
     return {
         "add_bias_linear": attention_output or mlp,
         "add_qkv_bias": qkv,
+        "qkv_bias": qkv,
         "attention_output_bias": attention_output,
         "mlp_bias": mlp,
     }

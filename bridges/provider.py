@@ -72,6 +72,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     rotary_base_local: float | None = None
     """Base for the layers with a sliding window, without scaling, where it differs from the others' (Gemma 3)."""
 
+    qkv_bias: bool | None = None
+    """Bias of the query, key and value projections; None follows `add_bias_linear` or `add_qkv_bias`."""
     attention_output_bias: bool | None = None
     """Bias of the attention's output projection; None follows `add_bias_linear`."""
     mlp_bias: bool | None = None

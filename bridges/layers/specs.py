@@ -97,11 +97,15 @@ def transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
 def variants(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
     """`layer` with what this model has beyond a plain one: biases by place, norms behind linears, its own rope.
 
-    Reads `attention_output_bias`, `mlp_bias`, `post_norms` and `rotary_base_local` of a `GPTModelProvider`.
+    Reads `qkv_bias`, `attention_output_bias`, `mlp_bias`, `post_norms` and `rotary_base_local` of a
+    `GPTModelProvider`.
     """
     attention: Any = layer.submodules.self_attention
     mlp: Any = layer.submodules.mlp
-    proj, fc1, fc2 = attention.submodules.linear_proj, mlp.submodules.linear_fc1, mlp.submodules.linear_fc2
+    qkv, proj = attention.submodules.linear_qkv, attention.submodules.linear_proj
+    fc1, fc2 = mlp.submodules.linear_fc1, mlp.submodules.linear_fc2
+    if config.qkv_bias is not None:
+        qkv = with_bias(qkv, config.qkv_bias)
     if config.attention_output_bias is not None:
         proj = with_bias(proj, config.attention_output_bias)
     if config.mlp_bias is not None:
@@ -112,7 +116,7 @@ def variants(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
     attention = replace(
         attention,
         module=RopePerLayerAttention if config.rotary_base_local is not None else attention.module,
-        submodules=replace(attention.submodules, linear_proj=proj),
+        submodules=replace(attention.submodules, linear_qkv=qkv, linear_proj=proj),
     )
     mlp = replace(mlp, submodules=replace(mlp.submodules, linear_fc1=fc1, linear_fc2=fc2))
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention, mlp=mlp))
