@@ -72,7 +72,7 @@ lint: $(BASE)
 test-all: lint test
 
 bench: $(BASE)
-	$(PY) -m weightcast bench
+	$(PY) tests/benchmarks/bench.py
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/weightcast.egg-info

@@ -1,0 +1,35 @@
+"""Tensor shapes of real models, so that a benchmark moves what users move: few large tensors and many small ones."""
+
+import torch
+
+from weightcast.sync import TensorSpec
+
+
+def qwen3_specs(
+    layers: int = 28,
+    hidden: int = 1024,
+    heads: int = 16,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    intermediate: int = 3072,
+    vocab: int = 151_936,
+) -> list[TensorSpec]:
+    """The tensors of a Qwen3 checkpoint with tied embeddings, bf16; the defaults are Qwen3-0.6B's, 1.19 GB."""
+    rows: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocab, hidden))]
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        rows += [
+            (f"{prefix}input_layernorm.weight", (hidden,)),
+            (f"{prefix}self_attn.q_proj.weight", (heads * head_dim, hidden)),
+            (f"{prefix}self_attn.k_proj.weight", (kv_heads * head_dim, hidden)),
+            (f"{prefix}self_attn.v_proj.weight", (kv_heads * head_dim, hidden)),
+            (f"{prefix}self_attn.o_proj.weight", (hidden, heads * head_dim)),
+            (f"{prefix}self_attn.q_norm.weight", (head_dim,)),
+            (f"{prefix}self_attn.k_norm.weight", (head_dim,)),
+            (f"{prefix}post_attention_layernorm.weight", (hidden,)),
+            (f"{prefix}mlp.gate_proj.weight", (intermediate, hidden)),
+            (f"{prefix}mlp.up_proj.weight", (intermediate, hidden)),
+            (f"{prefix}mlp.down_proj.weight", (hidden, intermediate)),
+        ]
+    rows.append(("model.norm.weight", (hidden,)))
+    return [TensorSpec(name, torch.bfloat16, shape) for name, shape in rows]
