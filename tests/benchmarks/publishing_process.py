@@ -40,7 +40,8 @@ class RandomSource:
     def held(self) -> list[HeldRegion]:
         """All of them."""
         return [
-            HeldRegion(spec.whole(), lambda t=self._tensors[spec.name]: t.view(torch.bfloat16)) for spec in self._specs
+            HeldRegion(spec.whole(), partial(torch.Tensor.view, self._tensors[spec.name], torch.bfloat16))
+            for spec in self._specs
         ]
 
     def step(self) -> int:
