@@ -35,6 +35,7 @@ def check_config(config: ConfigContainer, *, world_size: int) -> Layout:
     _check_model(config, layout)
     _check_training(config)
     _check_checkpoint(config)
+    _check_publish(config, world_size)
     return layout
 
 
@@ -81,11 +82,6 @@ def _check_layout(config: ConfigContainer, world_size: int) -> Layout:
 
 def _check_model(config: ConfigContainer, layout: Layout) -> None:
     model, sequence = config.model, config.dataset.seq_length
-    if model.seq_length is not None and model.seq_length != sequence:
-        raise ConfigError(
-            f"model.seq_length={model.seq_length} and dataset.seq_length={sequence} differ: set one to the other, "
-            f"or leave model.seq_length null"
-        )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true needs model.tensor_model_parallel_size of 2 or more")
     if model.sequence_parallel and sequence % model.tensor_model_parallel_size:
@@ -145,8 +141,16 @@ def _check_choice(name: str, value: str | None, allowed: tuple[str | None, ...])
 def _check_checkpoint(config: ConfigContainer) -> None:
     if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
         raise ConfigError("checkpoint.save_interval is set and checkpoint.save is not: say where to save")
-    if config.publish.wait_for < 0:
-        raise ConfigError(f"publish.wait_for={config.publish.wait_for} is a number of engines, 0 or more")
     for name in dict.fromkeys(config.dataset.files):
         if not Path(name).is_file():
             raise ConfigError(f"dataset.files: there is no file {name!r}")
+
+
+def _check_publish(config: ConfigContainer, world_size: int) -> None:
+    publish = config.publish
+    if publish.wait_for < 0:
+        raise ConfigError(f"publish.wait_for={publish.wait_for} is a number of engines, 0 or more")
+    if publish.wait_for and publish.to is None:
+        raise ConfigError("publish.wait_for is set and publish.to is not: say at which address engines subscribe")
+    if publish.to is not None and publish.to.endswith(":0") and world_size > 1:
+        raise ConfigError(f"publish.to={publish.to!r}: all ranks need the same address, so name a port that is free")

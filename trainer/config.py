@@ -21,8 +21,6 @@ class ModelConfig:
     """Folder of the Hugging Face checkpoint (or its hub id) that training starts from."""
     load_weights: bool = True
     """Start from the checkpoint's weights; false takes its configuration alone and draws weights by `rng.seed`."""
-    seq_length: int | None = None
-    """Longest sequence the model is built for, in tokens; null means `dataset.seq_length`."""
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's matrices (TP)."""
     pipeline_model_parallel_size: int = 1

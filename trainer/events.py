@@ -1,7 +1,7 @@
 """What ran when, as JSON lines: the demo's live table and report, and any later tool, read these.
 
 Each rank appends to a file of its own. A phase is `{"process", "phase", "version", "start_s", "end_s"}`, times in
-seconds since the Unix epoch; a version is `{"process", "event": "version", "version", "step", "loss", …}`.
+seconds since the Unix epoch; other records are `{"process", "event": "step" | "version", …}` with their figures.
 
     with EventLog("run/events.jsonl", rank=0) as events:
         with events.phase("optimizer", version=3): ...
@@ -49,15 +49,15 @@ class EventLog:
         try:
             yield
         finally:
-            self.span(name, version=version, start_s=start_s, end_s=time.time())
+            self.phase_ran(name, version=version, start_s=start_s, end_s=time.time())
 
-    def span(self, name: str, *, version: int, start_s: float, end_s: float) -> None:
+    def phase_ran(self, name: str, *, version: int, start_s: float, end_s: float) -> None:
         """Record a phase whose times are known."""
         self._write({"phase": name, "version": version, "start_s": start_s, "end_s": end_s})
 
-    def version(self, version: int, **figures: Any) -> None:
-        """Record the figures of a version."""
-        self._write({"event": "version", "version": version, **figures})
+    def record(self, event: str, **figures: Any) -> None:
+        """Record an event with its figures."""
+        self._write({"event": event, **figures})
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._file is not None:

@@ -9,7 +9,7 @@ is Megatron's choice by the layout.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,7 @@ def train(
         with events.phase("step", version=state.step + 1):
             report = train_step(state, forward_step, batches, events)
         reports.append(report)
+        events.record("step", **asdict(report))
         if dist.get_rank() == 0 and report.step % state.config.logger.log_interval == 0:
             logger.info(
                 "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %.2f s",

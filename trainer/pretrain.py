@@ -1,0 +1,184 @@
+"""Train a model from a Hugging Face checkpoint, publish its weights while it trains, export it at the end.
+
+From a script, with a configuration made in Python:
+
+    if __name__ == "__main__":  # saving a checkpoint starts a helper process, which imports the script again
+        pretrain(cfg, forward_step)
+
+or from the shell, on any number of ranks:
+
+    torchrun --nproc-per-node 2 -m weightcast.trainer.pretrain model.hf_path=path/to/hf \\
+        model.tensor_model_parallel_size=2 dataset.files=[a.txt] train.train_iters=5 \\
+        publish.to=tcp://127.0.0.1:5600 checkpoint.export_hf=out
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+
+from weightcast.bridges import AutoBridge
+from weightcast.bridges.hf_source import HFSource
+from weightcast.bridges.process_groups import destroy_distributed
+from weightcast.sync.errors import ConfigError, WeightcastError
+from weightcast.trainer.checkpoint import load_checkpoint, save_checkpoint
+from weightcast.trainer.checks import check_config
+from weightcast.trainer.config import ConfigContainer, ModelConfig
+from weightcast.trainer.data.packing import TokenStream, load_or_pack
+from weightcast.trainer.data.samples import Batches
+from weightcast.trainer.data.text import choose_files
+from weightcast.trainer.events import EventLog
+from weightcast.trainer.gpt_step import ForwardStep, forward_step
+from weightcast.trainer.loop import StepReport, train
+from weightcast.trainer.overrides import load_config
+from weightcast.trainer.publishing import StepPublisher
+from weightcast.trainer.state import TrainState, build_state, make_provider
+
+logger = logging.getLogger(__name__)
+
+# Starts of messages, seen on torch 2.13 and megatron-core 0.16.1; none asks the user for anything.
+EXPECTED_WARNINGS = (
+    r"`torch.distributed.\w+` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    r"When using async grad allreduce it is recommended",
+    r"full scope is deprecated",
+)
+
+
+def pretrain(
+    cfg: ConfigContainer, forward_step_func: ForwardStep, *, bridge: AutoBridge | None = None
+) -> list[StepReport]:
+    """Train as `cfg` says; returns what each step came to. Every rank calls it.
+
+    `cfg.model` is a `ModelConfig` or a provider. `bridge` is needed with a provider, and only to publish or to export.
+    Raises `ConfigError` before any process group is made where settings contradict each other, the model or the
+    text.
+    """
+    rank, world_size = _rank_and_world_size()
+    check_config(cfg, world_size=world_size)
+    provider, bridge = make_provider(cfg, bridge)
+    _check_bridge(cfg, bridge)
+    if _is_first_on_its_machine():
+        _open_stream(cfg, bridge, provider.vocab_size)
+    with ExitStack() as stack:
+        events = stack.enter_context(EventLog(cfg.logger.events, rank=rank))
+        state = build_state(cfg, provider)
+        batches = Batches(
+            _open_stream(cfg, bridge, provider.vocab_size),
+            seq_length=cfg.dataset.seq_length,
+            micro_batch_size=cfg.train.micro_batch_size,
+            global_batch_size=cfg.train.global_batch_size,
+            seed=cfg.rng.seed,
+        )
+        if cfg.checkpoint.load is not None and load_checkpoint(state, cfg.checkpoint):
+            logger.info("resumed from %s at step %d", cfg.checkpoint.load, state.step)
+        publisher = None
+        if cfg.publish.to is not None:
+            assert bridge is not None
+            publisher = stack.enter_context(StepPublisher(bridge.weight_source(state.model), cfg.publish, events))
+        reports = train(
+            state, forward_step_func, batches, events, lambda step: _after_step(step, state, publisher, events)
+        )
+        _export(state, bridge, events)
+    return reports
+
+
+def _after_step(step: StepReport, state: TrainState, publisher: StepPublisher | None, events: EventLog) -> None:
+    """Publish and save, where they are due."""
+    state.gather_parameters()
+    if publisher is not None and publisher.is_due(step.step):
+        publisher.after_step(step)
+    checkpoint, last = state.config.checkpoint, state.config.train.train_iters
+    interval = checkpoint.save_interval if checkpoint.save_interval is not None else last
+    if checkpoint.save is not None and (step.step % interval == 0 or step.step == last):
+        with events.phase("save", version=step.step):
+            save_checkpoint(state, checkpoint)
+
+
+def _export(state: TrainState, bridge: AutoBridge | None, events: EventLog) -> None:
+    folder = state.config.checkpoint.export_hf
+    if folder is not None:
+        assert bridge is not None
+        with events.phase("export", version=state.step):
+            bridge.save_hf_pretrained(state.model, folder)
+
+
+def _open_stream(cfg: ConfigContainer, bridge: AutoBridge | None, vocab_size: int) -> TokenStream:
+    """The packed tokens, made by the first rank of each machine before it joins the others."""
+    cache = Path(cfg.dataset.cache_dir) if cfg.dataset.cache_dir else Path.home() / ".cache/weightcast/tokens"
+    stream = load_or_pack(choose_files(cfg.dataset), _tokenizer_folder(cfg, bridge), cache)
+    room = vocab_size if cfg.tokenizer.vocab_size is None else min(vocab_size, cfg.tokenizer.vocab_size)
+    if stream.record.max_token_id >= room:
+        raise ConfigError(
+            f"the tokenizer of {stream.record.tokenizer} gives token {stream.record.max_token_id}, and the model has "
+            f"{room}: name the model's own tokenizer with tokenizer.tokenizer_model"
+        )
+    return stream
+
+
+def _tokenizer_folder(cfg: ConfigContainer, bridge: AutoBridge | None) -> str:
+    if cfg.tokenizer.tokenizer_model is not None:
+        return str(HFSource.make(cfg.tokenizer.tokenizer_model).folder())
+    if isinstance(cfg.model, ModelConfig):
+        return str(HFSource.make(cfg.model.hf_path).folder())
+    raise ConfigError(
+        "no tokenizer: set tokenizer.tokenizer_model to the model's folder, since cfg.model is a provider"
+    )
+
+
+def _check_bridge(cfg: ConfigContainer, bridge: AutoBridge | None) -> None:
+    if bridge is None and (cfg.publish.to is not None or cfg.checkpoint.export_hf is not None):
+        raise ConfigError(
+            "publish.to and checkpoint.export_hf need the bridge that cfg.model came from: pretrain(cfg, forward_step, "
+            "bridge=bridge), or set cfg.model.hf_path instead of a provider"
+        )
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_first_on_its_machine() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def _quieten() -> None:
+    """Hold back what torch and Megatron say to developers, in this program alone; errors still show."""
+    for name in ("megatron", "torch", "httpx", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status, 2 for a mistake in the settings."""
+    parser = argparse.ArgumentParser(
+        prog="python -m weightcast.trainer.pretrain", description="Train, publish and export a model."
+    )
+    parser.add_argument("--config", help="YAML file with sections such as `train:`; overrides win over it")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    _quieten()
+    try:
+        pretrain(load_config(given.overrides, config_file=given.config), forward_step)
+    except WeightcastError as error:
+        # Before the ranks have met, all of them found the same mistake: one message is enough.
+        if dist.is_initialized() or _is_first_on_its_machine():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        destroy_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

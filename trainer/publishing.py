@@ -1,0 +1,98 @@
+"""A version of the weights after a step: publishing from inside the training loop.
+
+The version's number is the step. Every rank publishes its own regions, and training goes on when the fleet serves
+the version; how long that took is in the events.
+
+    with StepPublisher(bridge.weight_source(model), cfg.publish, events) as publisher:
+        publisher.after_step(report)
+"""
+
+import logging
+import time
+from dataclasses import asdict
+from types import TracebackType
+from typing import Self
+
+from weightcast.sync import PublishReport, Span, WeightPublisher, WeightSource
+from weightcast.trainer.config import PublishConfig
+from weightcast.trainer.events import EventLog
+from weightcast.trainer.loop import StepReport
+
+logger = logging.getLogger(__name__)
+
+
+class StepPublisher:
+    """Publishes each `publish.every`-th step. Every rank makes one and calls it alike.
+
+    Waits for `publish.wait_for` engines first (rank 0). Raises the errors of `WeightPublisher`, and
+    `DeadlineExceeded` when the engines do not come.
+    """
+
+    def __init__(self, source: WeightSource, publish: PublishConfig, events: EventLog) -> None:
+        assert publish.to is not None
+        self._config = publish
+        self._events = events
+        self._is_first_rank = source.rank == 0
+        self._publisher = WeightPublisher(source, publish.to, timeout_s=publish.timeout_s)
+        try:
+            self._publisher.wait_for_subscribers(publish.wait_for, publish.wait_timeout_s)
+        except BaseException:
+            self._publisher.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._publisher.close()
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step is published."""
+        return step % self._config.every == 0
+
+    def after_step(self, step: StepReport) -> None:
+        """Publish the version of `step` and record what became of it. Every rank calls it."""
+        start_s = time.monotonic()
+        report = self._publisher.publish(version=step.step, timeout_s=self._config.timeout_s)
+        stall_s = time.monotonic() - start_s
+        for span in self._own_spans(report):
+            self._events.phase_ran(f"publish.{span.phase}", version=step.step, start_s=span.start_s, end_s=span.end_s)
+        self._record(step, report, stall_s)
+
+    def _own_spans(self, report: PublishReport) -> list[Span]:
+        """This rank's packing; on the first rank also the fleet's staging and commit, which are alike on all ranks.
+
+        The report lists every rank's packing, and gives this rank's length.
+        """
+        length_s = report.phases_s["pack"]
+        packs = [span for span in report.spans if span.phase == "pack"]
+        own = min(packs, key=lambda span: abs(span.end_s - span.start_s - length_s))
+        return [own, *(span for span in report.spans if span.phase != "pack" and self._is_first_rank)]
+
+    def _record(self, step: StepReport, report: PublishReport, stall_s: float) -> None:
+        engines = report.engines
+        self._events.record(
+            "version",
+            version=step.step,
+            epoch=report.version.epoch,
+            step=step.step,
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            num_bytes=report.num_bytes,
+            num_tensors=report.num_tensors,
+            stage_s=report.phases_s.get("stage", 0.0),
+            pause_ms=max((engine.pause_s for engine in engines), default=0.0) * 1000,
+            checksums_checked=sum(engine.checksums_checked for engine in engines),
+            stall_s=stall_s,
+            engines=[asdict(engine) for engine in engines],
+        )
+        if self._is_first_rank:
+            logger.info(
+                "version %d: %.1f MB to %d engine(s), trainer stalled for %.2f s",
+                step.step,
+                report.num_bytes / 1e6,
+                len(engines),
+                stall_s,
+            )
