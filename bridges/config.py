@@ -77,6 +77,7 @@ def model_dtype(hf: PretrainedConfig) -> torch.dtype:
 
 def decoder_fields(hf: PretrainedConfig) -> Fields:
     """Sizes, norms and numbers that every Llama-like decoder has."""
+    require_absent(hf, "quantization_config", "quantised weights are not read")
     dtype = model_dtype(hf)
     groups = getattr(hf, "num_key_value_heads", None)
     return {

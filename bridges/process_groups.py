@@ -118,7 +118,8 @@ def initialize_model_parallel(config: ModelParallelConfig, seed: int = 1234) -> 
     parallel_state.initialize_model_parallel(
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size, **sizes
     )
-    model_parallel_cuda_manual_seed(seed)
+    # Another seed for each pipeline stage, as Megatron-LM does, so that their layers do not start alike.
+    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
 def destroy_model_parallel() -> None:

@@ -50,6 +50,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     """The embedding's rows are padded to a multiple of this times the tensor parallel size."""
     padded_vocab_size: int | None = None
     """Set by `finalize()`."""
+    mask_padded_vocabulary: bool = True
+    """Give the padding tokens no probability, so that losses are those of the HF model."""
     seq_length: int = 4096
     """Longest sequence in tokens."""
     share_embeddings_and_output_weights: bool = False

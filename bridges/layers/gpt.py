@@ -22,6 +22,26 @@ def scale_output(module: nn.Module, factor: float) -> None:
     module.register_forward_hook(scaled)
 
 
+def mask_padding(output_layer: nn.Module, vocab_size: int, rank: int) -> None:
+    """Set the logits of Megatron's padding tokens to the dtype's lowest value, so that they have no probability.
+
+    The loss, its gradients and log-probabilities are then those of the HF model, which has no such tokens. Megatron
+    leaves them in the softmax. `rank` is this rank's place in the tensor parallel group.
+    """
+
+    def masked(layer: nn.Module, inputs: object, output: tuple[torch.Tensor, object]) -> tuple[torch.Tensor, object]:
+        logits = output[0]
+        is_shard = logits.shape[-1] == layer.output_size_per_partition
+        first = rank * logits.shape[-1] if is_shard else 0
+        padding = max(vocab_size - first, 0)
+        if padding < logits.shape[-1]:
+            # In place: nothing needs the product's own values for the backward.
+            logits[..., padding:] = torch.finfo(logits.dtype).min
+        return output
+
+    output_layer.register_forward_hook(masked)
+
+
 def rope_module(provider: "GPTModelProvider", cp_group: object) -> RopeEmbedding:
     """The rotary embedding for the provider's settings."""
     rope, local = provider.rope(), provider.local_rope()
@@ -55,4 +75,6 @@ def build_gpt(provider: "GPTModelProvider", pre_process: bool, post_process: boo
         model.rotary_pos_emb = rope_module(provider, model.pg_collection.cp)
     if pre_process and provider.embedding_scale is not None:
         scale_output(model.embedding, provider.embedding_scale)
+    if post_process and provider.mask_padded_vocabulary:
+        mask_padding(model.output_layer, provider.vocab_size, model.pg_collection.tp.rank())
     return model

@@ -16,6 +16,7 @@ import pytest
 JOB = Path(__file__).with_name("parity_job.py")
 WORLD_SIZE = 4
 TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4  # of a tensor's largest gradient
 
 MODELS = (
     "llama2",
@@ -31,6 +32,7 @@ MODELS = (
     "gemma3-biases",
 )
 LAYOUTS = ("tp1", "tp2", "tp2-sequence-parallel", "tp4", "pp2", "pp2-vpp2", "tp2-pp2")
+GRADIENT_LAYOUTS = ("tp2-sequence-parallel", "tp4", "pp2-vpp2", "tp2-pp2")
 SABOTAGE = (
     "rope-numbers-of-megatron",
     "no-linear-scaling",
@@ -82,9 +84,17 @@ def test_logits_are_those_of_transformers(differences: Differences, model: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_loss_and_gradients_are_those_of_transformers(differences: Differences, model: str, layout: str) -> None:
+    assert differences[f"gradients-{layout}"][model] <= GRADIENT_TOLERANCE
+
+
+@pytest.mark.slow
 def test_every_model_of_the_job_is_looked_at(differences: Differences) -> None:
-    assert set(differences) == {*LAYOUTS, "sabotage"}
-    assert all(set(differences[layout]) == set(MODELS) for layout in LAYOUTS)
+    gradient_layouts = {f"gradients-{layout}" for layout in GRADIENT_LAYOUTS}
+    assert set(differences) == {*LAYOUTS, *gradient_layouts, "sabotage"}
+    assert all(set(differences[layout]) == set(MODELS) for layout in {*LAYOUTS, *gradient_layouts})
     assert set(differences["sabotage"]) == set(SABOTAGE)
 
 
