@@ -18,7 +18,6 @@ from pathlib import Path
 
 from weightcast.sync import Span, Version
 
-
 Line = dict[str, str | int | float | bool]
 
 
