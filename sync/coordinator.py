@@ -173,10 +173,9 @@ class Coordinator:
         totals = [0] * len(self.specs)
         for rank, part in parts.items():
             regions = self._assigned[rank]
-            digests = np.frombuffer(part.digests, "<u8")
-            if len(digests) != len(regions):
-                raise WireError(f"source rank {rank} gives {len(digests)} digests for {len(regions)} regions")
-            for region, digest in zip(regions, digests, strict=True):
+            if len(part.digests) != 8 * len(regions):
+                raise WireError(f"source rank {rank} gives {len(part.digests)} bytes of digests for {len(regions)} regions")
+            for region, digest in zip(regions, np.frombuffer(part.digests, "<u8"), strict=True):
                 index = self._order[region.name]
                 totals[index] = (totals[index] + int(digest)) & MASK
         return np.array(totals, np.uint64)

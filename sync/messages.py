@@ -19,7 +19,7 @@ import torch
 from weightcast.sync import schema
 from weightcast.sync.errors import WireError
 from weightcast.sync.regions import DTYPES, Region, TensorSpec
-from weightcast.sync.schema import checked, many, optional, real, record, text, uint
+from weightcast.sync.schema import checked, many, optional, real, record, show, text, uint
 from weightcast.sync.version import Version
 
 PROTOCOL = 1
@@ -68,14 +68,25 @@ class EngineReport:
 def known_dtype(value: Any) -> torch.dtype:
     """A dtype by its name, from the allow-list `DTYPES`."""
     if not isinstance(value, str) or value not in DTYPES:
-        raise WireError(f"one of the dtypes {sorted(DTYPES)} was expected, got {str(value)[:40]!r}")
+        raise WireError(f"one of the dtypes {sorted(DTYPES)} was expected, got {show(value)}")
     return DTYPES[value]
 
 
 VERSION = record(Version, uint(), uint())
 SIZES = many(uint(1 << 48), schema.MAX_DIMENSIONS)
 SPEC = record(TensorSpec, text, known_dtype, SIZES)
-REGION = record(Region, text, SIZES, SIZES)
+_REGION_FIELDS = record(Region, text, SIZES, SIZES)
+
+
+def known_region(value: Any) -> Region:
+    """A region with one offset and one size a dimension."""
+    region: Region = _REGION_FIELDS(value)
+    if len(region.offset) != len(region.shape):
+        raise WireError(f"{region} was expected to have as many offsets as sizes")
+    return region
+
+
+REGION = known_region
 SPAN = record(Span, text, real, real)
 SPANS = many(SPAN, MAX_SPANS)
 HASHES = schema.binary(MAX_CHUNKS * CHUNK_HASH_BYTES)

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_MS = 100
 _PING_EVERY_S = 0.5
+_LINGER_MS = 500
 # The coordinator's own process takes part in its protocol under this routing id, which ZeroMQ never gives.
 _SELF = b""
 
@@ -152,7 +153,8 @@ class PublisherLoop:
             if self._stopping:
                 return
             self._stopping = True
-            self._wake_out.send(b"")
+            if self._thread.is_alive():
+                self._wake_out.send(b"")
         self._thread.join(timeout=10)
 
     # The loop
@@ -180,7 +182,8 @@ class PublisherLoop:
         finally:
             self._wake_in.close(0)
             self._wake_out.close(0)
-            self.control.close(0)
+            # The last messages to engines and sources may still be on their way: they have a moment to leave.
+            self.control.close(_LINGER_MS)
             self.server.close()
             self._close_context()
             if self.coordinator is not None:
@@ -228,8 +231,11 @@ class PublisherLoop:
             self.assigned = message
         elif isinstance(message, Published):
             self.published = message
-        elif isinstance(message, Goodbye):
-            self.failure = PeerLost(f"rank 0 at {self.address} ended or refused this source: {message.reason}")
+        elif isinstance(message, Goodbye) and self.failure is None:
+            if self.assigned is None:
+                self.failure = SourceError(message.reason)
+            else:
+                self.failure = PeerLost(f"rank 0 at {self.address} ended or refused this source: {message.reason}")
         elif isinstance(message, Pong) and not message.known:
             return [Outgoing(_SELF, self._hello)]
         return []
@@ -262,12 +268,11 @@ class PublisherLoop:
         for peer, engine in self.coordinator.engines.items():
             if not engine.lost:
                 self.control.send_multipart([peer, goodbye])
-        self.control.linger = 500
 
     def _close_context(self) -> None:
         if self._guard is not None:
             self._guard.stop()
-        self._context.destroy(linger=500)
+        self._context.destroy(linger=_LINGER_MS)
 
 
 def _data_address(address: str, rank: int) -> str:

@@ -84,6 +84,8 @@ class Region:
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
 
     def __str__(self) -> str:
+        if len(self.offset) != len(self.shape):
+            return f"{self.name}[offset {self.offset}, shape {self.shape}]"
         spans = ", ".join(f"{s.start}:{s.stop}" for s in self.slices)
         return f"{self.name}[{spans}]"
 

@@ -70,7 +70,8 @@ def _build(cls: type[Any], kind: str, values: dict[str, Any]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if values.keys() != fields.keys():
         raise WireError(
-            f"a {kind!r} message with the fields {sorted(values)[:20]}; exactly {sorted(fields)} are allowed"
+            f"a {kind!r} message with the fields {[show(name) for name in values][:20]}; "
+            f"exactly {sorted(fields)} are allowed"
         )
     built = {}
     for name, field in fields.items():
@@ -97,7 +98,7 @@ def uint(limit: int = MAX_UINT) -> Check:
 
     def check(value: Any) -> int:
         if type(value) is not int or not 0 <= value <= limit:
-            raise WireError(f"an integer from 0 to {limit} was expected, got {_show(value)}")
+            raise WireError(f"an integer from 0 to {limit} was expected, got {show(value)}")
         return value
 
     return check
@@ -106,21 +107,21 @@ def uint(limit: int = MAX_UINT) -> Check:
 def real(value: Any) -> float:
     """A finite number, not negative: times and durations in seconds."""
     if type(value) not in (float, int) or not 0 <= value < 1e15:
-        raise WireError(f"a number >= 0 was expected, got {_show(value)}")
+        raise WireError(f"a number >= 0 was expected, got {show(value)}")
     return float(value)
 
 
 def boolean(value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool):
-        raise WireError(f"true or false was expected, got {_show(value)}")
+        raise WireError(f"true or false was expected, got {show(value)}")
     return value
 
 
 def text(value: Any) -> str:
     """Printable text of at most `MAX_TEXT_BYTES`."""
     if not isinstance(value, str) or len(value) > MAX_TEXT_BYTES or "\0" in value:
-        raise WireError(f"text of at most {MAX_TEXT_BYTES} characters was expected, got {_show(value)}")
+        raise WireError(f"text of at most {MAX_TEXT_BYTES} characters was expected, got {show(value)}")
     return value
 
 
@@ -129,7 +130,7 @@ def binary(limit: int) -> Check:
 
     def check(value: Any) -> bytes:
         if not isinstance(value, bytes) or len(value) > limit:
-            raise WireError(f"at most {limit} bytes were expected, got {_show(value)}")
+            raise WireError(f"at most {limit} bytes were expected, got {show(value)}")
         return value
 
     return check
@@ -140,7 +141,7 @@ def choice(*allowed: str) -> Check:
 
     def check(value: Any) -> str:
         if value not in allowed:
-            raise WireError(f"one of {allowed} was expected, got {_show(value)}")
+            raise WireError(f"one of {allowed} was expected, got {show(value)}")
         return str(value)
 
     return check
@@ -156,7 +157,7 @@ def many(inner: Check, limit: int = MAX_ITEMS) -> Check:
 
     def check(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list) or len(value) > limit:
-            raise WireError(f"a list of at most {limit} items was expected, got {_show(value)}")
+            raise WireError(f"a list of at most {limit} items was expected, got {show(value)}")
         return tuple(inner(item) for item in value)
 
     return check
@@ -167,12 +168,14 @@ def record(cls: type[Any], *inner: Check) -> Check:
 
     def check(value: Any) -> Any:
         if not isinstance(value, list) or len(value) != len(inner):
-            raise WireError(f"a {cls.__name__} of {len(inner)} fields was expected, got {_show(value)}")
+            raise WireError(f"a {cls.__name__} of {len(inner)} fields was expected, got {show(value)}")
         return cls(*(take(item) for take, item in zip(inner, value, strict=True)))
 
     return check
 
 
-def _show(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def show(value: Any) -> str:
+    """A value for an error message, in bounded time: a stranger's may be deep, or hundreds of megabytes."""
+    if isinstance(value, list | dict | bytes):
+        return f"{type(value).__name__} of length {len(value)}"
+    return repr(value[:77] + "..." if isinstance(value, str) and len(value) > 80 else value)

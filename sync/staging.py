@@ -8,7 +8,7 @@ Nothing here touches the network or the engine. Buffers come from a pool and ret
 a tensor on them, so that a steady stream of versions reuses one copy's worth of memory.
 """
 
-import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,15 +31,17 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
+        # A tensor keeps the array that it was made of alive, and so do its views: a dead lease means free memory.
+        self._leases: dict[str, weakref.ref[npt.NDArray[np.uint8]]] = {}
 
     def take(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor for `spec` with undefined contents, on memory that nobody else looks at."""
         buffer = self._buffers.get(spec.name)
-        # Two references when free: the dictionary's entry and the local name ('getrefcount' adds its own).
-        if buffer is None or len(buffer) != spec.num_bytes or sys.getrefcount(buffer) > 3:
-            buffer = np.empty(spec.num_bytes, np.uint8)
-            self._buffers[spec.name] = buffer
-        return torch.from_numpy(buffer).view(spec.dtype).view(spec.shape)
+        if buffer is None or len(buffer) != spec.num_bytes or self._leases[spec.name]() is not None:
+            self._buffers[spec.name] = buffer = np.empty(spec.num_bytes, np.uint8)
+        lease = buffer.view()
+        self._leases[spec.name] = weakref.ref(lease)
+        return torch.from_numpy(lease).view(spec.dtype).view(spec.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,13 @@ def read_announce(announce: Announce, specs: Sequence[TensorSpec]) -> tuple[Mani
     dtypes = {spec.name: spec.dtype for spec in specs}
     layouts = []
     for offer in announce.offers:
+        # Before the layout is made, whose cost grows with what the regions claim to be.
+        claimed_bytes = sum(region.numel * dtypes[region.name].itemsize for region in offer.regions)
+        if claimed_bytes > len(offer.hashes) // CHUNK_HASH_BYTES * announce.chunk_bytes:
+            raise WireError(
+                f"version {announce.version}: source rank {offer.rank} offers {claimed_bytes} bytes, "
+                f"too many for its {len(offer.hashes) // CHUNK_HASH_BYTES} chunks of {announce.chunk_bytes}"
+            )
         chunks = lay_out_chunks(offer.regions, dtypes, announce.chunk_bytes)
         if len(offer.hashes) != len(chunks) * CHUNK_HASH_BYTES:
             raise WireError(
@@ -87,6 +96,8 @@ def read_announce(announce: Announce, specs: Sequence[TensorSpec]) -> tuple[Mani
 
 def _check_regions(announce: Announce, specs: Sequence[TensorSpec]) -> None:
     by_name: dict[str, list[Region]] = {spec.name: [] for spec in specs}
+    if len(by_name) != len(specs):
+        raise WireError(f"version {announce.version}: the publisher lists a tensor name twice")
     ranks = [offer.rank for offer in announce.offers]
     if len(set(ranks)) != len(ranks):
         raise WireError(f"version {announce.version} lists a source rank twice: {sorted(ranks)}")

@@ -11,7 +11,7 @@ import time
 import zmq
 
 from weightcast.sync.arrival import Effect, Request, Tell
-from weightcast.sync.errors import PeerLost, WireError
+from weightcast.sync.errors import AddressError, PeerLost, WireError
 from weightcast.sync.messages import decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.subscription import Subscription
@@ -51,6 +51,9 @@ class SubscriberLoop:
 
     def submit(self, effects: list[Effect]) -> None:
         """Carry out effects that a call of the engine's caused. Call with `lock` held."""
+        raise_ended(self.ended)
+        if self._stopping:
+            raise PeerLost("the subscriber was closed; make a new one")
         self._outbox += effects
         self._wake_out.send(b"")
 
@@ -60,7 +63,8 @@ class SubscriberLoop:
             if self._stopping:
                 return
             self._stopping = True
-            self._wake_out.send(b"")
+            if self.ended is None:
+                self._wake_out.send(b"")
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
@@ -129,8 +133,18 @@ class SubscriberLoop:
         for effect in effects:
             if isinstance(effect, Tell):
                 self._control.send(encode(effect.message))
-            elif isinstance(effect, Request):
-                self._client.ask(effect)
+            elif isinstance(effect, Request) and not self._ask(effect):
+                return
+
+    def _ask(self, request: Request) -> bool:
+        try:
+            self._client.ask(request)
+        except (AddressError, zmq.ZMQError) as error:
+            # The address came over the wire.
+            reason = f"source rank {request.rank} cannot be reached at {request.address!r}: {error}"
+            self._carry_out(self._subscription.give_up(reason))
+            return False
+        return True
 
 
 def raise_ended(ended: Exception | None) -> None:

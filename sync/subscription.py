@@ -64,6 +64,8 @@ class Subscription:
         self._pool = BufferPool()
         self._heard_s: float | None = None
         self._pinged_s = -1e9
+        self._greeted_s = -1e9
+        self._is_met = False
 
     @property
     def is_ready(self) -> bool:
@@ -98,18 +100,28 @@ class Subscription:
         """Make this engine known."""
         return [Tell(Hello(PROTOCOL, self.engine, self.role, self.serving))]
 
+    def _greet_again(self, now_s: float) -> list[Effect]:
+        """Every ping that queued up while nobody was there gets its pong; one greeting answers them all."""
+        if now_s - self._greeted_s < self._limits.ping_every_s:
+            return []
+        self._greeted_s = now_s
+        return self.hello()
+
     def receive(self, message: Message, now_s: float) -> list[Effect]:
         """A message of the coordinator."""
         self._heard_s = now_s
         if isinstance(message, Welcome):
+            self._is_met = True
             return self._welcome(message)
         if isinstance(message, Announce):
             return self._announced(message, now_s)
         if isinstance(message, Release):
-            self.released = message.version
+            # A forgotten publisher that still runs may not lower what the fleet has released.
+            if message.version.epoch == self.epoch:
+                self.released = message.version if self.released is None else max(self.released, message.version)
         elif isinstance(message, Pong):
-            if not message.known:
-                return self.hello()
+            if not message.known or not self._is_met:
+                return self._greet_again(now_s)
         elif isinstance(message, Goodbye):
             self.error = PeerLost(f"the publisher ended or refused engine {self.engine!r}: {message.reason}")
             self._drop_unreleased()
@@ -182,6 +194,10 @@ class Subscription:
             self.arrival = Arrival(announce, Staging(manifest, layouts, self._pool), self._limits, now_s)
         except WireError as error:
             return self._refuse(announce.version, error)
+        except MemoryError:
+            num_bytes = sum(spec.num_bytes for spec in self.specs)
+            reason = f"engine {self.engine!r} has no memory for the {num_bytes} bytes of version {announce.version}"
+            return self._refuse(announce.version, WireError(reason))
         return self.arrival.begin(now_s) or self._tell_staged()
 
     def land(self, rank: int, header: ChunkHeader, buffer: npt.NDArray[np.uint8], now_s: float) -> list[Effect]:
@@ -206,9 +222,16 @@ class Subscription:
         return [Tell(arrival.make_staged(self._wall_offset_s))]
 
     def _refuse(self, version: Version, error: WeightcastError) -> list[Effect]:
-        self.error = error
+        # Without its traceback, whose frames would keep the refused version's memory.
+        self.error = error.with_traceback(None)
         self.arrival = None
         return [Tell(Failed(version, str(error)[:4000]))]
+
+    def give_up(self, reason: str) -> list[Effect]:
+        """Refuse the version that is on its way."""
+        if self.arrival is None or self.arrival.is_staged:
+            return []
+        return self._refuse(self.arrival.announce.version, WireError(reason))
 
     def _drop_unreleased(self) -> None:
         self._waiting = None
@@ -249,6 +272,8 @@ class Subscription:
             effects.append(Tell(Ping()))
         if self._heard_s is not None and now_s - self._heard_s > self._limits.lost_after_s:
             self._heard_s = None
+            # What was dropped must be announced again, even by a publisher that did not miss this engine.
+            self._is_met = False
             self._lose()
         return effects if self.arrival is None else effects + self.arrival.repeat_overdue(now_s)
 

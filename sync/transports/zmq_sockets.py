@@ -84,6 +84,11 @@ def bind(
             f"{address} can be reached from other machines, where anyone could read or replace the weights; "
             "pass keys=CurveKeys(...), or bind to tcp://127.0.0.1 or ipc://"
         )
+    if keys is not None and not keys.allowed:
+        raise AddressError(
+            f"keys for {address} allow nobody, and ZeroMQ would then admit every key; "
+            "list the public keys of the engines and sources in CurveKeys.allowed"
+        )
     socket = context.socket(zmq.ROUTER)
     _set_options(socket)
     socket.maxmsgsize = max_message_bytes
