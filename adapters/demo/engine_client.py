@@ -2,7 +2,7 @@
 
 client = EngineClient("http://127.0.0.1:8000")
 if client.is_healthy():
-    answer = client.complete("import ", max_tokens=16)
+    answer = client.complete(Question("import "), max_tokens=16)
 """
 
 import json
@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from weightcast.adapters.demo.proof import Answer
+from weightcast.adapters.demo.proof import Answer, Question
 from weightcast.sync.errors import EngineError, PeerLost
 
 REQUEST_TIMEOUT_S = 120.0
@@ -43,16 +43,17 @@ class EngineClient:
         except EngineError:
             return None
 
-    def complete(self, prompt: str, max_tokens: int) -> Answer:
-        """Exactly `max_tokens` greedy tokens after `prompt`, and the weights they were made with.
+    def complete(self, question: Question, max_tokens: int) -> Answer:
+        """Exactly `max_tokens` tokens in answer to `question`, and the weights they were made with.
 
         Raises EngineError when the engine refuses, or takes new weights between the question and the answer.
         """
         before = self.weight_version()
         body: dict[str, Any] = {
-            "prompt": prompt,
+            "prompt": question.prompt,
             "max_tokens": max_tokens,
-            "temperature": 0.0,
+            "temperature": 0.0 if question.seed is None else 1.0,
+            "seed": question.seed,
             "ignore_eos": True,
             "return_token_ids": True,
         }

@@ -16,6 +16,7 @@ from typing import Any
 
 from weightcast.sync.errors import ConfigError
 
+REPORTING_RANK = "trainer-0"  # every rank reports a version, all alike
 HEADINGS = (
     "version",
     "step",
@@ -97,13 +98,13 @@ class EventReader:
 
 
 def parse_event(line: str) -> Event | None:
-    """The event of one JSON line; None for kinds that neither table nor timeline shows (a save, a note)."""
+    """The event of one JSON line; None for kinds that neither table nor timeline shows."""
     try:
         fields = json.loads(line)
         if fields.get("event") == "version":
-            return _parse_version(fields)
+            return _parse_version(fields) if fields["process"] == REPORTING_RANK else None
         if "phase" in fields:
-            return Phase(
+            phase = Phase(
                 process=str(fields["process"]),
                 name=str(fields["phase"]),
                 version=int(fields.get("version") or 0),
@@ -111,6 +112,8 @@ def parse_event(line: str) -> Event | None:
                 end_s=float(fields["end_s"]),
                 reason=str(fields.get("reason", "")),
             )
+            # A moment without a reason ("it serves") is the end of another phase, and would be drawn twice.
+            return phase if phase.duration_s > 0 or phase.reason else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"an event file holds a line that is no event ({error!r}): {line[:200]}") from error
     return None

@@ -31,12 +31,18 @@ from weightcast.adapters.demo.events import EventReader, Phase, VersionRow
 from weightcast.adapters.demo.inputs import DemoRequest
 from weightcast.adapters.demo.live import LiveTable
 from weightcast.adapters.demo.processes import Child, Processes, find_free_port
-from weightcast.adapters.demo.proof import Answer, PromptProof, Proof
+from weightcast.adapters.demo.proof import Answer, Comparison, Proof, Question
 from weightcast.adapters.demo.report import Report, render_report
 from weightcast.adapters.demo.setup import Setup, prepare, read_software
 from weightcast.sync.errors import DeadlineExceeded, EngineError
 
-PROMPTS = ("import ", "def main(argv=None):", "Water boils at a temperature of")
+QUESTIONS = (
+    Question("import "),
+    Question("def main(argv=None):"),
+    Question("Water boils at a temperature of"),
+    Question("import ", seed=1),
+    Question("Water boils at a temperature of", seed=2),
+)
 ENGINE_START_TIMEOUT_S = 300.0
 QUIET_TIMEOUT_S = 600.0  # without a single event from trainer or engine
 POLL_S = 0.1
@@ -104,9 +110,8 @@ def run_demo(request: DemoRequest, table: LiveTable) -> DemoResult:
         fresh_child, client = start_engine(setup, watch, "engine-fresh", setup.export)
         fresh = ask(client, setup)
         processes.stop(fresh_child)
-    proof = Proof(
-        tuple(PromptProof(*answers) for answers in zip(PROMPTS, before, live, fresh, strict=True)), request.steps
-    )
+    answers = zip(QUESTIONS, before, live, fresh, strict=True)
+    proof = Proof(tuple(Comparison(*each) for each in answers), last_version=request.steps)
     report = Report(tuple(watch.rows), tuple(watch.phases), proof, setup.facts(), read_software())
     setup.report.write_text(render_report(report), encoding="utf-8")
     return DemoResult(setup.report, setup.export, proof)
@@ -191,8 +196,8 @@ def follow(watch: Watch, trainer: Child, steps: int) -> None:
 
 
 def ask(client: EngineClient, setup: Setup) -> list[Answer]:
-    """The engine's greedy answers to all prompts."""
-    return [client.complete(prompt, setup.request.max_tokens) for prompt in PROMPTS]
+    """The engine's answers to all questions."""
+    return [client.complete(question, setup.request.max_tokens) for question in QUESTIONS]
 
 
 def is_listening(address: str) -> bool:

@@ -12,7 +12,7 @@ from html import escape
 from statistics import median
 
 from weightcast.adapters.demo.events import HEADINGS, Phase, VersionRow
-from weightcast.adapters.demo.proof import Answer, PromptProof, Proof
+from weightcast.adapters.demo.proof import Answer, Comparison, Proof
 from weightcast.adapters.demo.report_style import STYLE
 from weightcast.adapters.demo.timeline_svg import draw_timeline
 
@@ -51,8 +51,9 @@ def render_report(report: Report) -> str:
 <p class="faint">A lane a process, a bar a phase; v3 is version 3. Point at a bar for its length.</p>
 {draw_timeline(report.phases)}
 <h2>Proof</h2>
-<p class="faint">Greedy answers of the live engine before training, of the same engine at the last version, and of a
-fresh engine started on the exported folder; ↵ is a new line.</p>
+<p class="faint">Answers of the live engine before training, of the same engine at the last version, and of a fresh
+engine started on the exported folder; ↵ is a new line. A sampled token depends on the whole distribution, so equal
+samples tell more than equal greedy tokens.</p>
 {render_proof(report.proof)}
 <div class="columns">
 <section><h2>Configuration</h2>{render_facts(report.settings)}</section>
@@ -70,7 +71,7 @@ def render_verdict(proof: Proof) -> str:
     if faults:
         items = "".join(f"<li>{escape(fault)}</li>" for fault in faults)
         return f'<div class="verdict bad">The proof failed.<ul>{items}</ul></div>'
-    num_tokens = sum(len(prompt.live.token_ids) for prompt in proof.prompts)
+    num_tokens = sum(len(each.live.token_ids) for each in proof.comparisons)
     return (
         f'<div class="verdict good">Proved: at version {proof.last_version} the live engine and a fresh engine on the '
         f"exported folder gave the same {num_tokens} tokens, and other ones than before training.</div>"
@@ -113,24 +114,25 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def render_proof(proof: Proof) -> str:
-    """Three answers a prompt, each compared with the fresh engine's."""
-    body = "".join(_render_prompt(prompt, proof.last_version) for prompt in proof.prompts)
+    """Three answers a question, each compared with the fresh engine's."""
+    body = "".join(_render_comparison(each, proof.last_version) for each in proof.comparisons)
     head = '<tr><th class="who">engine</th><th>answer</th><th class="badge">against the fresh engine</th></tr>'
     return f'<div class="scroll"><table class="answers"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
-def _render_prompt(prompt: PromptProof, last_version: int) -> str:
-    same = prompt.live.token_ids == prompt.fresh.token_ids
-    changed = prompt.before.token_ids != prompt.fresh.token_ids
+def _render_comparison(each: Comparison, last_version: int) -> str:
+    same = each.live.token_ids == each.fresh.token_ids
+    changed = each.before.token_ids != each.fresh.token_ids
     tone = "good" if same else "bad"
     return "".join(
         (
-            f'<tr class="prompt"><td colspan="3">prompt: <code>{escape(prompt.prompt)}</code></td></tr>',
-            _render_answer("live, before training", prompt.before, None, "differs" if changed else "equal", "plain"),
+            f'<tr class="prompt"><td colspan="3"><code>{escape(each.question.prompt)}</code> '
+            f'<span class="faint">{each.question.manner}</span></td></tr>',
+            _render_answer("live, before training", each.before, None, "differs" if changed else "equal", "plain"),
             _render_answer(
-                f"live, version {last_version}", prompt.live, prompt.fresh, "equal" if same else "DIFFERS", tone
+                f"live, version {last_version}", each.live, each.fresh, "equal" if same else "DIFFERS", tone
             ),
-            _render_answer("fresh, exported folder", prompt.fresh, None, "", ""),
+            _render_answer("fresh, exported folder", each.fresh, None, "", ""),
         )
     )
 
