@@ -10,25 +10,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-MESSAGES = ("send", "recv", "recv_anysource")
-COLLECTIVES = (
-    "_allgather_base",
-    "_reduce_scatter_base",
+# What `ProcessGroup`'s methods that move data begin with; their number differs between versions of torch.
+TALKING = (
+    "all_gather",
+    "all_to_all",
     "allgather",
-    "allgather_coalesced",
-    "allgather_into_tensor_coalesced",
     "allreduce",
-    "allreduce_coalesced",
     "alltoall",
-    "alltoall_base",
     "barrier",
     "broadcast",
     "gather",
+    "merge_remote_group",
     "monitored_barrier",
+    "recv",
     "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor_coalesced",
     "scatter",
+    "send",
+    "split_group",
 )
 
 
@@ -41,7 +39,7 @@ def no_collectives() -> Iterator[None]:
     """Inside, any collective or message raises `CollectiveIssued`."""
     group: Any = dist.ProcessGroup
     # As stored in the class: getattr would take off the wrapping that makes it a method again.
-    saved = {name: vars(group)[name] for name in (*COLLECTIVES, *MESSAGES)}
+    saved = {name: method for name, method in vars(group).items() if name.lstrip("_").startswith(TALKING)}
 
     def forbid(name: str) -> Any:
         def forbidden(*args: object, **kwargs: object) -> None:
