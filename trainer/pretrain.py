@@ -171,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         pretrain(load_config(given.overrides, config_file=given.config), forward_step)
     except WeightcastError as error:
-        # Before the ranks have met, all of them found the same mistake: one message is enough.
-        if dist.is_initialized() or _is_first_on_its_machine():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         destroy_distributed()

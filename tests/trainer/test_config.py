@@ -1,0 +1,154 @@
+"""Reading, overriding, checking and saving a configuration."""
+
+import ast
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weightcast.sync.errors import ConfigError
+from weightcast.trainer import config as config_module
+from weightcast.trainer.checks import check_config
+from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.overrides import known_keys, load_config, save_config
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  train_iters: 7\n  global_batch_size: 4\noptimizer: {lr: 1e-2}\n")
+    config = load_config(["train.train_iters=9", "train.train_iters=5", "model.hf_path=x"], config_file=str(file))
+    assert (config.train.train_iters, config.train.global_batch_size) == (5, 4)
+    assert config.optimizer.lr == 0.01
+    assert config.model.hf_path == "x"
+    assert config.train.micro_batch_size == ConfigContainer().train.micro_batch_size
+
+
+@pytest.mark.parametrize(
+    ("word", "section", "key", "value"),
+    [
+        ("dataset.files=[a.txt, 'b c.txt']", "dataset", "files", ["a.txt", "b c.txt"]),
+        ("publish.to=tcp://127.0.0.1:5600", "publish", "to", "tcp://127.0.0.1:5600"),
+        ("publish.to=null", "publish", "to", None),
+        ("optimizer.lr=3e-4", "optimizer", "lr", 3e-4),
+        ("optimizer.lr=1", "optimizer", "lr", 1.0),
+        ("model.sequence_parallel=true", "model", "sequence_parallel", True),
+        ("model.virtual_pipeline_model_parallel_size=2", "model", "virtual_pipeline_model_parallel_size", 2),
+        ("model.hf_path=/models/1=2", "model", "hf_path", "/models/1=2"),
+    ],
+)
+def test_overrides_are_typed(word: str, section: str, key: str, value: Any) -> None:
+    found = getattr(getattr(load_config([word]), section), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.train_iter=5", "did you mean 'train.train_iters'"),
+        ("tensor_model_parallel_size=2", "did you mean 'model.tensor_model_parallel_size'"),
+        ("train=5", "it is a section, with the settings train.micro_batch_size"),
+        ("zzz.q=1", "the sections are model, train, optimizer"),
+        ("train.train_iters", "write section.key=value"),
+        ("=5", "write section.key=value"),
+        ("train.train_iters=many", "could not be converted to Integer"),
+        ("train.train_iters=2.5", "could not be converted to Integer"),
+        ("train.train_iters=null", "train.train_iters"),
+        ("train.train_iters.x=1", "train.train_iters"),
+        ("dataset.files=[a", "quote it"),
+    ],
+)
+def test_wrong_overrides_are_named(word: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([word])
+    assert message in str(caught.value)
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["train: {train_iter: 5}", "- 1", "train: [", "train: 5"])
+def test_wrong_files_are_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(config_file=str(file))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(config_file=str(tmp_path / "none.yaml"))
+
+
+def test_saved_configuration_starts_the_same_run(tmp_path: Path) -> None:
+    config = load_config(["dataset.files=[a, b]", "mixed_precision=fp32", "model.tensor_model_parallel_size=2"])
+    save_config(config, tmp_path / "run.yaml")
+    assert load_config(config_file=str(tmp_path / "run.yaml")) == config
+
+
+def test_a_misspelt_attribute_is_refused_in_python() -> None:
+    with pytest.raises(AttributeError):
+        ConfigContainer().train.train_iter = 5  # type: ignore[attr-defined]
+
+
+def test_every_field_says_what_it_means() -> None:
+    """A string follows each field, but for the sections of the container."""
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field_node, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field_node, ast.AnnAssign) and not ast.unparse(field_node).endswith("Config)"):
+                assert isinstance(following, ast.Expr), f"{node.name}.{ast.unparse(field_node.target)} has no line"
+
+
+def test_known_keys_are_the_fields() -> None:
+    keys = list(known_keys())
+    assert len(keys) == len(set(keys))
+    assert {key.partition(".")[0] for key in keys} == {item.name for item in fields(ConfigContainer)}
+
+
+def test_layout_is_worked_out() -> None:
+    words = ["train.global_batch_size=12", "train.micro_batch_size=2", "model.tensor_model_parallel_size=2"]
+    layout = check_config(load_config(words), world_size=4)
+    assert (layout.data_parallel_size, layout.num_microbatches) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "message"),
+    [
+        (["model.tensor_model_parallel_size=4"], 2, "torchrun --nproc-per-node 4"),
+        (["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"], 6, "multiple of 4 ranks"),
+        (["train.global_batch_size=3"], 2, "make it a multiple of 2"),
+        (["train.micro_batch_size=3"], 1, "make it a multiple of 3"),
+        (["train.train_iters=0"], 1, "train.train_iters is 0"),
+        (["model.sequence_parallel=true"], 1, "tensor_model_parallel_size of 2 or more"),
+        (
+            ["model.sequence_parallel=true", "model.tensor_model_parallel_size=2", "dataset.seq_length=33"],
+            2,
+            "multiple of it",
+        ),
+        (["model.virtual_pipeline_model_parallel_size=2"], 1, "pipeline_model_parallel_size >= 2"),
+        (
+            [
+                "model.virtual_pipeline_model_parallel_size=2",
+                "model.pipeline_model_parallel_size=2",
+                "train.global_batch_size=3",
+            ],
+            2,
+            "multiples of PP=2",
+        ),
+        (["scheduler.lr_decay_style=cosin"], 1, "is not one of: constant, linear, cosine"),
+        (["scheduler.lr_warmup_iters=10"], 1, "fewer than the 10 steps"),
+        (["optimizer.min_lr=1"], 1, "between 0 and optimizer.lr"),
+        (["mixed_precision=fp8"], 1, "is not one of: null, bf16_mixed, fp32"),
+        (["ddp.overlap_param_gather=true"], 1, "needs ddp.overlap_grad_reduce=true"),
+        (["checkpoint.save_interval=5"], 1, "say where to save"),
+        (["publish.wait_for=1"], 1, "publish.to is not"),
+        (["publish.to=tcp://127.0.0.1:0"], 2, "name a port that is free"),
+        (["dataset.files=[/nowhere/a.txt]"], 1, "there is no file '/nowhere/a.txt'"),
+    ],
+)
+def test_contradictions_are_refused_with_the_remedy(words: list[str], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(load_config(words), world_size=world_size)
+    assert message in str(caught.value)
