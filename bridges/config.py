@@ -135,15 +135,16 @@ def sliding_window_fields(hf: PretrainedConfig) -> Fields:
     return {"window_size": (window - 1, 0), "window_attn_skip_freq": sliding}
 
 
+_DEFAULT_THETA = 10000.0  # what transformers takes where a configuration says nothing, as Llama 2's does
+
+
 def rope_parameters(hf: PretrainedConfig) -> dict[str, Any]:
     """The rope settings as transformers 5 writes them, also from the fields of older configurations."""
-    parameters = getattr(hf, "rope_parameters", None)
-    if parameters:
-        return dict(parameters)
-    scaling = dict(getattr(hf, "rope_scaling", None) or {})
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    return {"rope_type": kind, "rope_theta": getattr(hf, "rope_theta", 10000.0), **scaling}
+    parameters = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
+    by_kind_of_layer = any(isinstance(value, Mapping) for value in parameters.values())
+    if not by_kind_of_layer:
+        parameters.setdefault("rope_theta", getattr(hf, "rope_theta", _DEFAULT_THETA))
+    return parameters
 
 
 _ROPE_FIELDS: Mapping[str, frozenset[str]] = {

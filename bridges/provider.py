@@ -85,6 +85,9 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     embedding_scale: float | None = None
     """What token embeddings are multiplied with (Gemma)."""
 
+    cuda_graph_scope: list[str] = field(default_factory=list)
+    """Megatron's own default, "full", is one that Megatron itself warns of."""
+
     seed: int = 1234
     """Seed of the initial weights and of dropout."""
     pre_wrap_hooks: _Hooks = field(default_factory=_Hooks, repr=False)

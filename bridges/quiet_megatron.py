@@ -23,7 +23,7 @@ with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=message, category=category)
     import megatron.core.dist_checkpointing
     import megatron.core.distributed
-    import megatron.core.models.gpt
+    import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel
     import megatron.core.transformer.multi_latent_attention  # noqa: F401

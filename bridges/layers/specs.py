@@ -118,7 +118,11 @@ def variants(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
         module=RopePerLayerAttention if config.rotary_base_local is not None else attention.module,
         submodules=replace(attention.submodules, linear_qkv=qkv, linear_proj=proj),
     )
-    mlp = replace(mlp, submodules=replace(mlp.submodules, linear_fc1=fc1, linear_fc2=fc2))
+    mlp = replace(
+        mlp,
+        params=mlp.params | {"ffn_hidden_size": config.ffn_hidden_size},  # Megatron warns of an MLP that takes its own
+        submodules=replace(mlp.submodules, linear_fc1=fc1, linear_fc2=fc2),
+    )
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention, mlp=mlp))
 
 
