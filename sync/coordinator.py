@@ -174,7 +174,7 @@ class Coordinator:
         for rank, part in parts.items():
             regions = self._assigned[rank]
             if len(part.digests) != 8 * len(regions):
-                raise WireError(f"source rank {rank} gives {len(part.digests)} bytes of digests for {len(regions)} regions")
+                raise WireError(f"source rank {rank} gives {len(part.digests)} digest bytes for {len(regions)} regions")
             for region, digest in zip(regions, np.frombuffer(part.digests, "<u8"), strict=True):
                 index = self._order[region.name]
                 totals[index] = (totals[index] + int(digest)) & MASK
