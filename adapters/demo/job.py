@@ -124,7 +124,7 @@ def train_with_engine(setup: Setup, watch: Watch) -> tuple[list[Answer], list[An
     watch.table.say(f"starting the {request.engine} engine")
     engine, client = start_engine(setup, watch, "engine", setup.model, publisher)
     before = ask(client, setup)
-    watch.table.say("starting the trainer")
+    watch.table.say(f"starting the trainer, {setup.tensor_parallel} ranks")
     trainer = run(processes, "trainer", trainer_command(trainer_settings(setup, publisher)))
     children = [engine]
     if request.engine == "vllm":
@@ -187,7 +187,7 @@ def follow(watch: Watch, trainer: Child, steps: int) -> None:
             raise DeadlineExceeded(f"the trainer did nothing for {QUIET_TIMEOUT_S:.0f} s; see {trainer.log}")
         if watch.phases and said != len(watch.rows):
             said = len(watch.rows)
-            watch.table.say(f"training: step {said + 1} of {steps}" if said < steps else "exporting the model")
+            watch.table.say(f"training: step {said + 1} of {steps}" if said < steps else "exporting", passing=True)
         time.sleep(POLL_S)
     watch.look(may_end=trainer)
     if trainer.popen.returncode != 0:

@@ -44,13 +44,13 @@ class LiveTable:
             self._live.update(self._draw_table() if self._rows else "")
             self._live.stop()
 
-    def say(self, text: str) -> None:
-        """Show what happens now; it stays until the next one."""
+    def say(self, text: str, *, passing: bool = False) -> None:
+        """Show what happens now; it stays until the next one. A `passing` remark is for terminals only."""
         elapsed = f"{time.monotonic() - self._started_s:5.1f} s"
         if self._console.is_terminal:
             self._spinner.update(text=f"{elapsed}  {text}")
             self._refresh()
-        else:
+        elif not passing:
             self._print(f"[{elapsed}] {text}")
 
     def add(self, row: VersionRow) -> None:

@@ -73,9 +73,7 @@ class Proof:
                 "gave different tokens: the engine does not hold the trainer's weights"
             )
         if not self.changed:
-            faults.append(
-                "training left the greedy tokens of every prompt as they were: the engine took no update, or none showed"
-            )
+            faults.append("training left the greedy tokens of every prompt as they were, so they show no update")
         labels = sorted({each.live.weight_version for each in self.comparisons})
         if any(_number(label) != self.last_version for label in labels):
             faults.append(f"the live engine answered with version {', '.join(labels)}, not {self.last_version}")
