@@ -36,6 +36,8 @@ class BufferPool:
 
     def take(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor for `spec` with undefined contents, on memory that nobody else looks at."""
+        if not spec.num_bytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
         buffer = self._buffers.get(spec.name)
         if buffer is None or len(buffer) != spec.num_bytes or self._leases[spec.name]() is not None:
             self._buffers[spec.name] = buffer = np.empty(spec.num_bytes, np.uint8)
