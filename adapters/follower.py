@@ -11,6 +11,7 @@ whose loading broke off in the middle is left paused, reported, and never serves
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from weightcast.adapters.engine import Engine, PauseMode
@@ -22,7 +23,7 @@ from weightcast.sync.errors import DeadlineExceeded, EngineError, ModelMismatch,
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 1.0  # after an error that is not one version's (a publisher that is gone), before the next wait
+_RETRY_S = 0.2  # after an error that is not one version's (a publisher that is gone), before the next wait
 
 
 class EngineFollower:
@@ -54,18 +55,23 @@ class EngineFollower:
         """A snapshot, for status pages; may be read from any thread."""
         return self._state
 
-    def run(self, stop: threading.Event, *, poll_s: float = 0.5) -> None:
-        """Follow until `stop` is set. Raises `EngineError` when the engine is poisoned; goes on after all else."""
+    def run(self, stop: threading.Event, *, poll_s: float = 0.5, when_idle: Callable[[], None] | None = None) -> None:
+        """Follow until `stop` is set. Raises `EngineError` when the engine is poisoned; goes on after all else.
+
+        `when_idle` is called whenever no version came for `poll_s`.
+        """
         while not stop.is_set():
             try:
                 self.step(poll_s)
-            except DeadlineExceeded:
-                continue  # nothing new within poll_s
+            except DeadlineExceeded:  # nothing new within poll_s
+                if when_idle is not None:
+                    when_idle()
             except EngineError:
                 raise
             except WeightcastError as error:
-                self._advance(Refused(None, str(error)))
-                logger.warning("%s: no update taken: %s", self._engine.name, error)
+                if str(error) != self._state.last_error:  # a publisher of another model raises at every wait
+                    self._advance(Refused(None, str(error)))
+                    logger.warning("%s: no update taken: %s", self._engine.name, error)
                 stop.wait(_RETRY_S)
 
     def step(self, timeout_s: float) -> bool:

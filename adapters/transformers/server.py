@@ -21,10 +21,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from weightcast.adapters.engine import PauseMode, check_pause_mode
 from weightcast.adapters.follower import EngineFollower
+from weightcast.adapters.keys import read_engine_keys
 from weightcast.adapters.lifecycle import FollowerState
 from weightcast.adapters.transformers.app import make_app
 from weightcast.adapters.transformers.engine import TransformersEngine
-from weightcast.sync import WeightSubscriber
+from weightcast.sync import CurveKeys, WeightSubscriber
 from weightcast.sync.errors import AddressError, ConfigError, EngineError
 from weightcast.sync.regions import DTYPES
 
@@ -35,9 +36,18 @@ class FollowerThread(AbstractContextManager["FollowerThread"]):
     """A subscriber and its follower in a thread of their own, for as long as the server runs."""
 
     def __init__(
-        self, engine: TransformersEngine, publisher: str, *, pause_mode: PauseMode, events: Path | None
+        self,
+        engine: TransformersEngine,
+        publisher: str,
+        *,
+        pause_mode: PauseMode,
+        events: Path | None = None,
+        keys: CurveKeys | None = None,
     ) -> None:
-        self._subscriber = WeightSubscriber(publisher, engine=engine.name)
+        # A checkpoint that lists a tied tensor twice matches a publisher of either form: see `check_offer`.
+        specs = engine.expected_specs()
+        expect = None if engine.aliases.keys() & {spec.name for spec in specs} else specs
+        self._subscriber = WeightSubscriber(publisher, engine=engine.name, expect=expect, keys=keys)
         self._follower = EngineFollower(engine, self._subscriber, pause_mode=pause_mode, events=events)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="weightcast-follower", daemon=True)
@@ -99,6 +109,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pause-mode", default="wait", help="running requests at an update: abort, wait or keep")
     parser.add_argument("--events", type=Path, help="file that gets one JSON line for each phase of an update")
+    parser.add_argument("--keys", type=Path, help="key file, for a publisher beyond this host")
     return parser.parse_args(arguments)
 
 
@@ -115,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.publisher is None:
         serve(listener, engine, tokenizer, None)
         return
-    with FollowerThread(engine, args.publisher, pause_mode=mode, events=args.events) as follower:
+    keys = read_engine_keys(args.keys)
+    with FollowerThread(engine, args.publisher, pause_mode=mode, events=args.events, keys=keys) as follower:
         serve(listener, engine, tokenizer, follower)
 
 

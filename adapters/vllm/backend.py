@@ -9,8 +9,9 @@ reload begins and ends inside one call: a driver that dies between calls leaves 
     vllm serve path/to/hf --weight-transfer-config '{"backend": "weightcast"}'
 
 Settings that only the operator of the server may give stand in `--additional-config
-'{"weightcast": {"events": "events.jsonl", "publisher": "tcp://…"}}'`: a file for the phases of each update, and the
-one publisher from which this server takes weights whatever is posted to its unauthenticated routes.
+'{"weightcast": {"events": "events.jsonl", "publisher": "tcp://…", "keys": "keys.json"}}'`: a file for the
+phases of each update, the one publisher from which this server takes weights whatever is posted to its
+unauthenticated routes, and a key file (`weightcast.adapters.keys`).
 """
 
 import logging
@@ -31,6 +32,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from weightcast.adapters.checkpoint import read_checkpoint_specs
 from weightcast.adapters.engine import check_offer, check_ties, version_label
+from weightcast.adapters.keys import read_engine_keys
 from weightcast.adapters.timeline import EventLog
 from weightcast.adapters.vllm import NOT_CONNECTED, UNTOUCHED
 from weightcast.sync import Span, Update, WeightSubscriber
@@ -38,6 +40,8 @@ from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, Peer
 from weightcast.sync.regions import TensorSpec
 
 logger = logging.getLogger(__name__)
+
+_SETTINGS = frozenset({"events", "keys", "publisher"})
 
 
 @dataclass
@@ -88,22 +92,22 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self._poisoned = ""
 
     def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
-        """Begin to follow a publisher. A second call leaves the first publisher.
+        """Begin to follow a publisher, which may come up later. A second call leaves the first publisher.
 
-        Raises `ConfigError` for a publisher that the operator does not allow, and what `WeightSubscriber` raises
-        when nobody answers or when the publisher has another model.
+        Raises `ConfigError` for a publisher that the operator does not allow, and `AddressError`.
         """
         allowed = self._settings.get("publisher", init_info.publisher)
         if init_info.publisher != allowed:
             raise ConfigError(f"this server takes weights from {allowed} only, got {init_info.publisher}")
         self.shutdown()
-        subscriber = WeightSubscriber(init_info.publisher, engine=self._worker_name(init_info.engine))
-        try:
-            check_offer(self._specs, subscriber.specs(init_info.timeout_s), self._aliases)
-        except WeightcastError:
-            subscriber.close()
-            raise
-        self._subscriber, self._timeout_s = subscriber, float(init_info.timeout_s)
+        self._subscriber = WeightSubscriber(
+            init_info.publisher,
+            engine=self._worker_name(init_info.engine),
+            # A checkpoint that lists a tied tensor twice matches a publisher of either form: see `check_offer`.
+            expect=None if self._aliases.keys() & {spec.name for spec in self._specs} else self._specs,
+            keys=read_engine_keys(Path(keys) if (keys := self._settings.get("keys")) else None),
+        )
+        self._timeout_s = float(init_info.timeout_s)
 
     def _worker_name(self, engine: str) -> str:
         """Each worker is a receiver of its own; one alone carries the engine's name."""
@@ -230,6 +234,7 @@ def read_settings(vllm_config: VllmConfig) -> dict[str, str]:
     """The operator's settings in `--additional-config`. Raises `ConfigError` for an unknown one."""
     additional = vllm_config.additional_config
     settings: dict[str, str] = additional.get("weightcast", {}) if isinstance(additional, dict) else {}
-    if unknown := sorted(settings.keys() - {"events", "publisher"}):
-        raise ConfigError(f"--additional-config weightcast: {', '.join(unknown)} unknown; allowed: events, publisher")
+    if unknown := sorted(settings.keys() - _SETTINGS):
+        allowed = ", ".join(sorted(_SETTINGS))
+        raise ConfigError(f"--additional-config weightcast: {', '.join(unknown)} unknown; allowed: {allowed}")
     return settings

@@ -87,7 +87,10 @@ class VLLMClient(AbstractContextManager["VLLMClient"]):
         return str(self._call("GET", "/weight_info", _SHORT_S)["weight_version"])
 
     def complete(self, prompt: str | Sequence[int], max_tokens: int, **fields: Any) -> Completion:
-        """Greedy completion of text or token ids; `fields` are more of vLLM's request fields."""
+        """Greedy completion of text or token ids; `fields` are more of vLLM's request fields.
+
+        vLLM does not say in its answer which weights made it; the label is then what it serves afterwards.
+        """
         body = {
             "model": self.model_name(),
             "prompt": prompt if isinstance(prompt, str) else list(prompt),
@@ -96,8 +99,10 @@ class VLLMClient(AbstractContextManager["VLLMClient"]):
             "return_token_ids": True,
             **fields,
         }
-        choice = self._call("POST", "/v1/completions", self._timeout_s, body)["choices"][0]
-        return Completion(tuple(choice["token_ids"]), self.weight_version(), choice["finish_reason"])
+        answer = self._call("POST", "/v1/completions", self._timeout_s, body)
+        choice = answer["choices"][0]
+        label = answer.get("weight_version") or self.weight_version()
+        return Completion(tuple(choice["token_ids"]), label, choice["finish_reason"])
 
     def _call(self, method: str, path: str, timeout_s: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
         route = path.partition("?")[0]

@@ -18,10 +18,11 @@ import torch
 
 from weightcast.adapters.engine import Completion, PauseMode, check_pause_mode, version_label
 from weightcast.adapters.follower import EngineFollower
+from weightcast.adapters.keys import read_engine_keys
 from weightcast.adapters.vllm import NOT_CONNECTED
 from weightcast.adapters.vllm.client import VLLMClient
-from weightcast.sync import Version, WeightSubscriber
-from weightcast.sync.errors import WeightcastError
+from weightcast.sync import CurveKeys, Version, WeightSubscriber
+from weightcast.sync.errors import DeadlineExceeded, PeerLost, WeightcastError
 from weightcast.sync.regions import TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class VLLMEngine:
         self._name = name
         self._init_info = {"publisher": publisher, "engine": name, "timeout_s": staging_timeout_s}
         self._was_paused = False
+        self._is_connected = False
 
     @property
     def name(self) -> str:
@@ -52,6 +54,20 @@ class VLLMEngine:
     def connect(self) -> None:
         """Let the server's workers join the publisher. Raises `EngineError` with a worker's reason."""
         self._client.init_weight_transfer(self._init_info)
+        self._is_connected = True
+
+    def keep_connected(self) -> None:
+        """Connect when the server has come up, also after a restart; quiet while it is away.
+
+        Without this a restarted server would not be in the fleet, and a policy that waits for it would wait on.
+        """
+        if not self._client.is_healthy():
+            self._is_connected = False
+        elif not self._is_connected:
+            try:
+                self.connect()
+            except (DeadlineExceeded, PeerLost) as error:
+                logger.warning("%s is not connected yet: %s", self._name, error)
 
     def prepare(self, version: Version, specs: Sequence[TensorSpec]) -> None:
         """Open a session: every worker has a version staged and checked. Ends one that a dead driver left open."""
@@ -108,12 +124,21 @@ def drive(
     name: str = "vllm",
     pause_mode: PauseMode = "wait",
     events: Path | None = None,
+    keys: CurveKeys | None = None,
 ) -> None:
-    """Keep the server at `url` in step until `stop` is set. Raises `EngineError` when its weights are undefined."""
-    with VLLMClient(url) as client, WeightSubscriber(publisher, engine=f"{name}/driver", role="observer") as observer:
+    """Keep the server at `url` in step until `stop` is set; it may come up later, go away and come back.
+
+    Raises `EngineError` when its weights are undefined, or when its workers may not follow `publisher`.
+    """
+    observer_name = f"{name}/driver"
+    with (
+        VLLMClient(url) as client,
+        WeightSubscriber(publisher, engine=observer_name, role="observer", keys=keys) as observer,
+    ):
         engine = VLLMEngine(client, publisher, name=name)
-        engine.connect()
-        EngineFollower(engine, observer, pause_mode=pause_mode, events=events, process="driver").run(stop)
+        engine.keep_connected()
+        follower = EngineFollower(engine, observer, pause_mode=pause_mode, events=events, process="driver")
+        follower.run(stop, when_idle=engine.keep_connected)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="vllm", help="the engine's name in the fleet")
     parser.add_argument("--pause-mode", default="wait", help="running requests at an update: abort, wait or keep")
     parser.add_argument("--events", type=Path, help="file that gets one JSON line for each phase of an update")
+    parser.add_argument("--keys", type=Path, help="key file, for a publisher beyond this host")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
@@ -136,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name=args.name,
         pause_mode=check_pause_mode(args.pause_mode),
         events=args.events,
+        keys=read_engine_keys(args.keys),
     )
 
 

@@ -1,0 +1,68 @@
+"""What of the vLLM adapter can be asked without a vLLM server."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.adapters.conftest import free_port
+
+from weightcast.adapters.transformers.server import bind
+from weightcast.adapters.vllm.client import VLLMClient
+from weightcast.adapters.vllm.driver import drive
+from weightcast.adapters.vllm.server import VLLMServer, server_command, server_environment
+from weightcast.sync.errors import DeadlineExceeded, EngineError, PeerLost
+
+
+def test_the_command_names_the_backend_and_the_address() -> None:
+    command = server_command("folder", "http://127.0.0.1:8123", ["--enforce-eager"])
+    assert command[0] == sys.executable
+    assert command[command.index("--port") + 1] == "8123"
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert json.loads(command[command.index("--weight-transfer-config") + 1]) == {"backend": "weightcast"}
+    assert "folder" in command
+    assert command[-1] == "--enforce-eager"
+
+
+def test_the_environment_opens_the_update_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
+    environment = server_environment()
+    assert (environment["VLLM_SERVER_DEV_MODE"], environment["VLLM_CPU_KVCACHE_SPACE"]) == ("1", "7")
+
+
+def test_a_server_that_is_not_there() -> None:
+    with VLLMClient(f"http://127.0.0.1:{free_port()}") as client:
+        assert not client.is_healthy()
+        with pytest.raises(PeerLost, match="is the engine still running"):
+            client.is_paused()
+
+
+def test_a_driver_waits_for_a_server_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    publisher = f"tcp://127.0.0.1:{free_port()}"
+    stop = threading.Event()
+    timer = threading.Timer(1.5, stop.set)
+    timer.start()
+    drive(f"http://127.0.0.1:{free_port()}", publisher, stop)
+    timer.join()
+    assert [record for record in caplog.records if record.name.startswith("weightcast")] == []
+
+
+def test_a_server_that_does_not_answer() -> None:
+    with (
+        bind("127.0.0.1", 0) as silent,
+        VLLMClient(f"http://127.0.0.1:{silent.getsockname()[1]}") as client,
+        pytest.raises(DeadlineExceeded, match=r"/pause did not answer within 0\.2 s"),
+    ):
+        client.pause("wait", timeout_s=0.2)
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    server = VLLMServer(tmp_path, log_path=tmp_path / "log", ready_timeout_s=120)
+    with pytest.raises(EngineError, match=r"vLLM exited with status 1 at its start(.|\n)*Error"):
+        server.start()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url, trust_env=False)
