@@ -103,6 +103,7 @@ def initialize_model_parallel(config: ModelParallelConfig, seed: int = 1234) -> 
     Every rank calls it, after `initialize_distributed`; it is a collective. Groups that exist with the same sizes are
     kept. Raises ConfigError when they exist with other sizes, or when the sizes do not divide the world.
     """
+    ensure_runtime()
     sizes = model_parallel_sizes(config)
     if parallel_state.model_parallel_is_initialized():
         different = {name: size for name, size in _present_sizes().items() if size != sizes[name]}
@@ -116,7 +117,10 @@ def initialize_model_parallel(config: ModelParallelConfig, seed: int = 1234) -> 
         return
     _check_world(sizes)
     parallel_state.initialize_model_parallel(
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size, **sizes
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        # A fake group, as plans for ranks that do not exist use, cannot have gloo groups beside it.
+        create_gloo_process_groups=dist.get_backend() != "fake",
+        **sizes,
     )
     # Another seed for each pipeline stage, as Megatron-LM does, so that their layers do not start alike.
     model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())

@@ -32,6 +32,7 @@ from weightcast.bridges.layers.linears import with_bias, with_post_norm
 from weightcast.bridges.layers.norms import norm_class
 from weightcast.bridges.layers.rope import RopePerLayerAttention
 from weightcast.bridges.runtime import has_transformer_engine
+from weightcast.sync.errors import ConfigError
 
 
 class SdpaSpecProvider(LocalSpecProvider):  # type: ignore[misc]
@@ -127,7 +128,13 @@ def variants(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
 
 
 def layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
-    """The specs of all layers of the model, in order."""
+    """The specs of all layers of the model, in order. Raises ConfigError for kinds of layers not known here."""
+    for setting in ("num_moe_experts", "multi_latent_attention", "mtp_num_layers"):
+        if getattr(config, setting):
+            raise ConfigError(
+                f"{setting}={getattr(config, setting)!r} is not supported: only dense layers with grouped-query "
+                "attention are built here; unset it"
+            )
     layer = transformer_engine_layer(config) if has_transformer_engine() else local_layer(config)
     return [variants(config, layer)] * config.num_layers
 

@@ -114,49 +114,117 @@ def test_a_model_wants_a_finalized_provider() -> None:
         provider().provide(True, True)
 
 
-@pytest.mark.slow
-def test_a_lone_process_builds_wraps_and_trains_in_bf16() -> None:
-    program = """
-    import torch
-    from weightcast.bridges.provider import GPTModelProvider
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.transformer.module import Float16Module
-
-    provider = GPTModelProvider(
-        num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=131,
-        seq_length=64, normalization="RMSNorm", attention_dropout=0.5, layernorm_zero_centered_gamma=True,
-    )
-    provider.set_dtype(torch.bfloat16)
-    calls = []
-    provider.register_pre_wrap_hook(lambda model: calls.append(type(model[0]).__name__))
-    model = provider.provide_distributed_model(
-        pre_wrap_hook=lambda model: calls.append("given"),
-        post_wrap_hook=lambda model: calls.append(type(model[0]).__name__),
-    )
-    assert calls == ["GPTModel", "given", "DistributedDataParallel"], calls
-    (ddp,) = model
-    assert isinstance(ddp, DistributedDataParallel) and isinstance(ddp.module, Float16Module)
-    assert {parameter.dtype for parameter in ddp.parameters()} == {torch.bfloat16}
-
-    tokens = torch.randint(0, 131, (2, 16))
-    positions = torch.arange(16).expand_as(tokens)
-    losses = []
-    for step in range(2):
-        loss = ddp(tokens, positions, None, labels=tokens).mean()
-        loss.backward()
-        losses.append(loss.item())
-    assert losses[0] != losses[1], "dropout drew nothing"
-    assert all(parameter.main_grad.abs().sum() > 0 for parameter in ddp.parameters())
-    ddp.eval()
-    assert ddp(tokens, positions, None, labels=tokens).dtype == torch.float32
-    """
-    # Megatron's own forward says on every call that its linears will want a group some day.
-    allowed = "ignore:Warning:DeprecationWarning"
+def run_python(program: str) -> None:
+    """Run a program in a process of its own, so that the CPU runtime stays out of this one."""
+    # Megatron says on every forward that its linears will want a group some day, and of selective recomputation
+    # what holds with Transformer Engine.
+    expected = ("ignore:Warning:DeprecationWarning", "ignore:If you are using transformer_engine:UserWarning")
+    filters = [argument for notice in expected for argument in ("-W", notice)]
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", allowed, "-c", textwrap.dedent(program)],
+        [sys.executable, "-W", "error", *filters, "-c", textwrap.dedent(program)],
         capture_output=True,
         text=True,
         timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_recomputed_activations_draw_the_same_dropout() -> None:
+    run_python(
+        """
+        import torch
+        from weightcast.bridges.provider import GPTModelProvider
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        tokens = torch.arange(32).reshape(2, 16)
+        positions = torch.arange(16).expand_as(tokens)
+
+        def gradients(**settings):
+            provider = GPTModelProvider(
+                num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
+                vocab_size=131, seq_length=64, attention_dropout=0.3, hidden_dropout=0.2, rotary_base_local=100.0,
+                window_size=(4, 0), window_attn_skip_freq=[1, 0], **settings,
+            )
+            (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+            with torch.no_grad():
+                for number, parameter in enumerate(model.parameters()):
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 8)
+            model_parallel_cuda_manual_seed(7)
+            model(tokens, positions, None, labels=tokens).mean().backward()
+            return [parameter.grad for parameter in model.parameters()]
+
+        plain = gradients()
+        full = gradients(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        selective = gradients(recompute_granularity="selective")
+        assert all(gradient.abs().sum() > 0 for gradient in plain)
+        for recomputed in (full, selective):
+            assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+        """
+    )
+
+
+def test_any_rank_of_a_large_layout_is_built_on_meta_tensors() -> None:
+    run_python(
+        """
+        import torch
+        import torch.distributed as dist
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+        from weightcast.bridges.process_groups import initialize_model_parallel
+        from weightcast.bridges.provider import GPTModelProvider
+
+        provider = GPTModelProvider(
+            num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, num_query_groups=4,
+            vocab_size=128256, tensor_model_parallel_size=8, pipeline_model_parallel_size=16, normalization="RMSNorm",
+        )
+        provider.finalize()
+        dist.init_process_group("fake", store=FakeStore(), rank=777, world_size=1024)
+        initialize_model_parallel(provider)
+        with torch.device("meta"):
+            model = provider.provide()
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        assert len(model.decoder.layers) == 5
+        assert model.decoder.layers[0].self_attention.linear_qkv.weight.shape == ((64 + 2 * 4) * 128 // 8, 8192)
+        """
+    )
+
+
+@pytest.mark.slow
+def test_a_lone_process_builds_wraps_and_trains_in_bf16() -> None:
+    run_python(
+        """
+        import torch
+        from weightcast.bridges.provider import GPTModelProvider
+        from megatron.core.distributed import DistributedDataParallel
+        from megatron.core.transformer.module import Float16Module
+
+        provider = GPTModelProvider(
+            num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=131,
+            seq_length=64, normalization="RMSNorm", attention_dropout=0.5, layernorm_zero_centered_gamma=True,
+        )
+        provider.set_dtype(torch.bfloat16)
+        calls = []
+        provider.register_pre_wrap_hook(lambda model: calls.append(type(model[0]).__name__))
+        model = provider.provide_distributed_model(
+            pre_wrap_hook=lambda model: calls.append("given"),
+            post_wrap_hook=lambda model: calls.append(type(model[0]).__name__),
+        )
+        assert calls == ["GPTModel", "given", "DistributedDataParallel"], calls
+        (ddp,) = model
+        assert isinstance(ddp, DistributedDataParallel) and isinstance(ddp.module, Float16Module)
+        assert {parameter.dtype for parameter in ddp.parameters()} == {torch.bfloat16}
+
+        tokens = torch.randint(0, 131, (2, 16))
+        positions = torch.arange(16).expand_as(tokens)
+        losses = []
+        for step in range(2):
+            loss = ddp(tokens, positions, None, labels=tokens).mean()
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[0] != losses[1], "dropout drew nothing"
+        assert all(parameter.main_grad.abs().sum() > 0 for parameter in ddp.parameters())
+        ddp.eval()
+        assert ddp(tokens, positions, None, labels=tokens).dtype == torch.float32
+        """
+    )
