@@ -146,12 +146,12 @@ def connect(
     parsed = parse_address(address)
     if parsed.host in _ANY_HOST or parsed.port == "*":
         raise AddressError(f"cannot connect to {address}: name a host and a port")
+    if keys is not None and keys.server is None:
+        raise AddressError(f"keys for {address} lack `server`, the publisher's public key")
     socket = context.socket(zmq.DEALER)
     _set_options(socket)
     socket.maxmsgsize = max_message_bytes
     if keys is not None:
-        if keys.server is None:
-            raise AddressError(f"keys for {address} lack `server`, the publisher's public key")
         socket.curve_secretkey, socket.curve_publickey = keys.secret, keys.public
         socket.curve_serverkey = keys.server
     socket.connect(str(parsed))
