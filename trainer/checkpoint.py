@@ -46,6 +46,13 @@ MODEL_FIELDS = (
     "normalization",
     "add_qkv_bias",
     "qk_layernorm",
+    "layernorm_zero_centered_gamma",
+    "post_norms",
+    "embedding_scale",
+    "rotary_base",
+    "rotary_base_local",
+    "rope_scaling",
+    "window_size",
 )
 
 
@@ -182,7 +189,9 @@ def _record(state: TrainState) -> dict[str, Any]:
 
 def describe_model(provider: Any) -> dict[str, Any]:
     """The fields that make two models the same one."""
-    return {name: getattr(provider, name) for name in MODEL_FIELDS if hasattr(provider, name)}
+    found = {name: getattr(provider, name) for name in MODEL_FIELDS if hasattr(provider, name)}
+    described: dict[str, Any] = json.loads(json.dumps(found))  # as the record gives it back: tuples are lists
+    return described
 
 
 def _read_record(folder: Path) -> TrainerRecord:
