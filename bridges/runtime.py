@@ -83,7 +83,7 @@ _WAITS = "schedules, timers and checkpointing call it unconditionally"
 _RNG = "dropout, initialisation and recomputation switch CUDA random states; on a CPU they must switch the CPU's"
 _NVTX = "profiler ranges need a CUDA build"
 
-# Found by running each on megatron-core 0.16.1 and 0.19.2 with torch 2.13 for CPU.
+# Found by running megatron-core 0.16.1 with torch 2.13 for CPU; 0.19.2 wants the same.
 MENDS: tuple[Mend, ...] = (
     _without_cuda("torch.cuda:current_device", stand_ins.cpu_device, _DEVICE),
     _without_cuda("torch.cuda:set_device", stand_ins.do_nothing, _WAITS),

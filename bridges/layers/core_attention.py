@@ -108,6 +108,11 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
         mask = self._mask(query, key, attention_mask, mask_type)
         dropout = self.dropout if self.training else 0.0
+        if mask is not None and query.is_cuda:
+            # With a mask CUDA has an efficient kernel only for as many key heads as query heads; see the notes on
+            # `enable_gqa` in torch's documentation of scaled_dot_product_attention.
+            heads_per_group = query.shape[2] // key.shape[2]
+            key, value = key.repeat_interleave(heads_per_group, 2), value.repeat_interleave(heads_per_group, 2)
 
         def attend() -> torch.Tensor:
             return nn.functional.scaled_dot_product_attention(
