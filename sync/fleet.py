@@ -82,7 +82,8 @@ class EngineStatus:
             return "lost"
         if current is None:
             return "joined"
-        if self.serving is not None and self.serving >= current:
+        # An engine with a later epoch's version serves no version of this one: it will refuse it.
+        if self.serving is not None and self.serving.epoch == current.epoch and self.serving >= current:
             return "serving"
         if self.refused == current:
             return "refused"
