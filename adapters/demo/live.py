@@ -68,7 +68,7 @@ class LiveTable:
 
     def _refresh(self) -> None:
         parts: list[RenderableType] = [self._draw_table()] if self._rows else []
-        self._live.update(Group(*parts, self._spinner))
+        self._live.update(Group(*parts, self._spinner), refresh=True)
 
     def _draw_table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
