@@ -38,6 +38,14 @@ def wait_for_text(path: Path, timeout_s: float = 20.0) -> str:
     return path.read_text()
 
 
+def wait_until_gone(pid: int, timeout_s: float = 10.0) -> None:
+    """A killed process is gone a moment later; one that nobody waits for stays as a zombie."""
+    deadline_s = time.monotonic() + timeout_s
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s, f"process {pid} is still running"
+        time.sleep(0.05)
+
+
 def test_leaving_ends_children_and_grandchildren(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
         child = processes.start("family", python(FAMILY))
@@ -45,7 +53,7 @@ def test_leaving_ends_children_and_grandchildren(tmp_path: Path) -> None:
         assert psutil.pid_exists(grandchild)
         processes.check()
     assert not child.is_running()
-    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+    wait_until_gone(grandchild)
 
 
 def test_an_error_ends_them_too(tmp_path: Path) -> None:
