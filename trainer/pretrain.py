@@ -123,13 +123,14 @@ def _open_stream(cfg: ConfigContainer, bridge: AutoBridge | None, vocab_size: in
 
 
 def _tokenizer_folder(cfg: ConfigContainer, bridge: AutoBridge | None) -> str:
-    if cfg.tokenizer.tokenizer_model is not None:
-        return str(HFSource.make(cfg.tokenizer.tokenizer_model).folder())
-    if isinstance(cfg.model, ModelConfig):
-        return str(HFSource.make(cfg.model.hf_path).folder())
-    raise ConfigError(
-        "no tokenizer: set tokenizer.tokenizer_model to the model's folder, since cfg.model is a provider"
-    )
+    name = cfg.tokenizer.tokenizer_model
+    if name is None and isinstance(cfg.model, ModelConfig):
+        name = cfg.model.hf_path
+    if name is None and bridge is not None:
+        name = bridge.hf_config.name_or_path
+    if not name:
+        raise ConfigError("no tokenizer: set tokenizer.tokenizer_model to the model's folder, or pass bridge=bridge")
+    return str(HFSource.make(name).folder())
 
 
 def _check_bridge(cfg: ConfigContainer, bridge: AutoBridge | None) -> None:

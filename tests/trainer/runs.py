@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from weightcast.bridges import AutoBridge
 from weightcast.bridges.process_groups import destroy_model_parallel
 from weightcast.sync.errors import WeightcastError
+from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.gpt_step import forward_step
+from weightcast.trainer.loop import StepReport
 from weightcast.trainer.overrides import load_config
 from weightcast.trainer.pretrain import pretrain
 
@@ -35,7 +38,7 @@ def train_all(runs: dict[str, list[str]]) -> dict[str, Any]:
     for name, words in runs.items():
         try:
             config = load_config(words)
-            reports = pretrain(config, forward_step)
+            reports = _train_provider(config) if name == "provider" else pretrain(config, forward_step)
             results[name] = {
                 "losses": [report.loss for report in reports],
                 "grad_norms": [report.grad_norm for report in reports],
@@ -46,6 +49,18 @@ def train_all(runs: dict[str, list[str]]) -> dict[str, Any]:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
         destroy_model_parallel()
     return results
+
+
+def _train_provider(config: ConfigContainer) -> list[StepReport]:
+    """As a script does that makes the provider itself."""
+    bridge = AutoBridge.from_hf_pretrained(config.model.hf_path)
+    provider = bridge.to_megatron_provider()
+    provider.tensor_model_parallel_size = 2
+    provider.calculate_per_token_loss = True
+    provider.finalize()
+    config.model = provider
+    config.tokenizer.vocab_size = provider.vocab_size
+    return pretrain(config, forward_step, bridge=bridge)
 
 
 def _sum_of(folder: str | None) -> str | None:

