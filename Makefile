@@ -13,6 +13,7 @@ TP ?=
 OUT ?= out/demo
 PYTHON ?=
 TESTS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -72,7 +73,7 @@ lint: $(BASE)
 test-all: lint test
 
 bench: $(BASE)
-	$(PY) tests/benchmarks/bench.py
+	$(PY) tests/benchmarks/bench.py $(BENCH_ARGS)
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/weightcast.egg-info
