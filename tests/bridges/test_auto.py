@@ -206,6 +206,10 @@ def refuse_misuse(models: str, out: str) -> dict[str, Any]:
     without_norms = ModelBridge("mine", ("LlamaForCausalLM",), lambda hf: LLAMA.rules(hf)[1:], LLAMA.translate)
     mine = AutoBridge.from_hf_pretrained(Path(models, "llama2"), bridges=[without_norms])
     other = AutoBridge.from_hf_pretrained(Path(models, "qwen2"))
+    with_norms = AutoBridge.from_hf_pretrained(Path(models, "qwen3"))
+    with_biases = AutoBridge.from_hf_pretrained(Path(models, "llama-biases"))
+    with_norms.save_megatron_model(with_norms.to_megatron_model(wrap_with_ddp=False), Path(out, "saved"))
+    without = AutoBridge.from_hf_pretrained(Path(models, "llama3.1"))
     Path(out, "full").mkdir()
     Path(out, "full", "file").touch()
     return {
@@ -222,6 +226,9 @@ def refuse_misuse(models: str, out: str) -> dict[str, Any]:
         "other model": message(lambda: other.plan(model)),
         "setting": message(lambda: bridge.load_megatron_model(Path(out), tensor_parallel=2)),
         "no checkpoint": message(lambda: bridge.load_megatron_model(Path(out, "gpt2"))),
+        "checkpoint of another shape": message(lambda: bridge.load_megatron_model(Path(out, "saved"))),
+        "checkpoint with more": message(lambda: without.load_megatron_model(Path(out, "saved"))),
+        "checkpoint with less": message(lambda: with_biases.load_megatron_model(Path(out, "saved"))),
         "full folder": message(lambda: bridge.save_megatron_model(model, Path(out, "full"))),
         "plan of a config": len(bare.from_hf_config(bridge.hf_config).plan(model).specs),
     }
@@ -244,6 +251,9 @@ def test_misuse_is_refused_with_a_remedy(tiny_models: Path, tmp_path: Path) -> N
         "other model": "UnmappedTensor: ",
         "setting": "ConfigError: the provider has no setting 'tensor_parallel'",
         "no checkpoint": "gpt2 is no Megatron checkpoint; give a folder that save_megatron_model wrote",
+        "checkpoint of another shape": "linear_proj.weight has shape (32, 32) in the model and (32, 64) in ",
+        "checkpoint with more": "_layernorm.weight in ",
+        "checkpoint with less": "in the model and does not exist in ",
         "full folder": "full is not empty; give a new folder",
     }
     assert said.keys() == expected.keys()
