@@ -189,6 +189,8 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         initialize_layerwise_reload(self.model)
         loaded = self.model.load_weights((name, tensor) for name, tensor in update if name not in self._aliases)
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            refresh_tied_layers(self.model)
         if loaded is None or self.model_config.quantization is not None:
             return  # vLLM itself tracks loaded names only for unquantised models that report them
         if unfilled := sorted(expected - loaded):
@@ -228,6 +230,25 @@ def find_ties(model_config: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str
         return {}
     embeddings = [spec.name for spec in specs if spec.name.endswith("embed_tokens.weight")]
     return {"lm_head.weight": embeddings[0]} if embeddings else {}
+
+
+def refresh_tied_layers(model: torch.nn.Module) -> None:
+    """Let layers that share their weight with another one process it anew.
+
+    On a CPU an output layer keeps a packed copy of its weight (vLLM 0.32, layers/utils.py,
+    `dispatch_cpu_unquantized_gemm`). The reload processes only layers that were given tensors, and a tied output
+    layer is given none: without this it goes on with the old embedding, and nothing says so.
+    """
+    sharing: dict[int, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.numel() > 0:
+            sharing.setdefault(id(weight), []).append(module)
+    for modules in sharing.values():
+        for module in modules if len(modules) > 1 else ():
+            method = getattr(module, "quant_method", None)
+            if method is not None:
+                method.process_weights_after_loading(module)
 
 
 def read_settings(vllm_config: VllmConfig) -> dict[str, str]:

@@ -6,6 +6,7 @@ with VLLMServer(Path("path/to/hf"), log_path=Path("vllm.log")) as server:
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,9 @@ from weightcast.adapters.vllm import BACKEND
 from weightcast.adapters.vllm.client import VLLMClient
 from weightcast.sync.errors import DeadlineExceeded, EngineError
 
-_TAIL_LINES = 30
+_TAIL_LINES = 20
+_MAX_CAUSES = 5
+_ERROR = re.compile(r"\b\w+(Error|Exception): .+")
 _STOP_S = 15.0
 
 
@@ -87,8 +90,10 @@ class VLLMServer(AbstractContextManager["VLLMServer"]):
             time.sleep(0.2)
 
     def log_tail(self) -> str:
-        """The last lines that the server wrote."""
-        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+        """The errors in the server's log, and its last lines: vLLM writes the cause long before the end."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        causes = dict.fromkeys(match[0] for line in lines if (match := _ERROR.search(line)))
+        return "\n".join([*list(causes)[:_MAX_CAUSES], "...", *lines[-_TAIL_LINES:]])
 
     def close(self) -> None:
         """End the server and every process that it started: asked first, killed after 15 s."""

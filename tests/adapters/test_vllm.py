@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.adapters.conftest import Checkpoint, free_port
+from tests.adapters.conftest import Checkpoint, free_port, make_checkpoint
 from tests.adapters.models import NUM_TOKENS, PROMPT, greedy_tokens
 from tests.adapters.trainer_side import ServerUnderTest, TensorSource, wait_until
 
@@ -27,6 +27,17 @@ from weightcast.sync import Version, WeightPublisher
 from weightcast.sync.errors import DeadlineExceeded, EngineError, ModelMismatch
 
 pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Tied embeddings: the case in which vLLM's own reload leaves a CPU's output layer with the old weights."""
+    return make_checkpoint(3, tmp_path_factory.mktemp("first"), tied=True)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return make_checkpoint(4, tmp_path_factory.mktemp("second"), tied=True)
 
 
 @dataclass(frozen=True)

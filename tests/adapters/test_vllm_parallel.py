@@ -1,0 +1,50 @@
+"""A real vLLM server with two tensor-parallel workers: each is a receiver of its own, and both must hold a version."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from tests.adapters.conftest import Checkpoint, free_port
+from tests.adapters.models import NUM_TOKENS, PROMPT, greedy_tokens
+from tests.adapters.trainer_side import TensorSource, wait_until
+
+from weightcast.adapters.vllm.driver import drive
+from weightcast.adapters.vllm.server import VLLMServer
+from weightcast.sync import WeightPublisher
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_every_worker_receives_and_the_version_is_one(
+    first: Checkpoint, second: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # two workers on one NUMA node must be bound by hand
+    address, stop = f"tcp://127.0.0.1:{free_port()}", threading.Event()
+    server = VLLMServer(
+        first.folder,
+        log_path=tmp_path / "log",
+        dtype="float32",
+        max_model_len=256,
+        arguments=["--enforce-eager", "--tensor-parallel-size", "2"],
+        settings={"events": str(tmp_path / "events.jsonl")},
+    )
+    with server, WeightPublisher(TensorSource(second.tensors), address, timeout_s=60) as publisher:
+        assert server.client.complete(PROMPT, NUM_TOKENS).token_ids == greedy_tokens(first.model)
+        driver = threading.Thread(target=drive, args=(server.url, address, stop))
+        driver.start()
+        try:
+            wait_until(lambda: len(publisher.fleet()) == 3, "two workers and the driver")
+            reports = {engine.engine: engine for engine in publisher.publish(version=1).engines}
+            assert server.client.complete(PROMPT, NUM_TOKENS).token_ids == greedy_tokens(second.model)
+        finally:
+            stop.set()
+            driver.join(20)
+    assert {name: report.state for name, report in reports.items()} == {
+        "vllm/0": "serving",
+        "vllm/1": "serving",
+        "vllm/driver": "serving",
+    }
+    assert reports["vllm/0"].num_bytes == reports["vllm/1"].num_bytes == publisher.num_bytes
+    phases = [json.loads(line)["phase"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert sorted(phases) == ["reload", "reload", "stage", "stage"]
