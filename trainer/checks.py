@@ -82,6 +82,11 @@ def _check_layout(config: ConfigContainer, world_size: int) -> Layout:
 
 def _check_model(config: ConfigContainer, layout: Layout) -> None:
     model, sequence = config.model, config.dataset.seq_length
+    if getattr(model, "context_parallel_size", 1) != 1:
+        raise ConfigError(
+            f"context_parallel_size={model.context_parallel_size}: batches are not split along the sequence yet; use 1 "
+            "and tensor parallelism with sequence_parallel for long sequences"
+        )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true needs model.tensor_model_parallel_size of 2 or more")
     if model.sequence_parallel and sequence % model.tensor_model_parallel_size:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from weightcast.bridges import GPTModelProvider
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer import config as config_module
 from weightcast.trainer.checks import check_config
@@ -152,3 +153,9 @@ def test_contradictions_are_refused_with_the_remedy(words: list[str], world_size
     with pytest.raises(ConfigError) as caught:
         check_config(load_config(words), world_size=world_size)
     assert message in str(caught.value)
+
+
+def test_a_provider_with_context_parallelism_is_refused() -> None:
+    config = ConfigContainer(model=GPTModelProvider(context_parallel_size=2, num_layers=2, num_attention_heads=2))
+    with pytest.raises(ConfigError, match="context_parallel_size=2"):
+        check_config(config, world_size=2)
