@@ -259,7 +259,7 @@ class PublisherLoop:
                 continue
             raw = encoded.setdefault(id(item.message), b"") or encode(item.message)
             encoded[id(item.message)] = raw
-            self.control.send_multipart([item.peer, raw] if self.coordinator is not None else [raw])
+            self.control.send_multipart([item.peer, raw] if self.coordinator is not None else [raw], zmq.NOBLOCK)
 
     def _say_goodbye(self) -> None:
         if self.coordinator is None:

@@ -132,7 +132,8 @@ class SubscriberLoop:
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Tell):
-                self._control.send(encode(effect.message))
+                # libzmq ends a link for good after a frame beyond the limit; a plain send would then wait for ever.
+                self._control.send(encode(effect.message), zmq.NOBLOCK)
             elif isinstance(effect, Request) and not self._ask(effect):
                 return
 

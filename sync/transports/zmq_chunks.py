@@ -97,18 +97,25 @@ class ZmqChunkClient:
 
     def ask(self, request: Request) -> None:
         """Send a request, over a new link where the source is new."""
-        chunk_bytes = request.chunk_bytes
-        key = (request.rank, request.address, chunk_bytes)
-        socket = self._links.get(key)
+        raw = encode(request.message)
+        socket = self._links.get((request.rank, request.address, request.chunk_bytes))
         if socket is None:
-            self._drop_rank(request.rank)
-            limit = chunk_bytes + _HEADER_ROOM_BYTES
-            socket = zmq_sockets.connect(self._context, request.address, self._keys, limit)
-            self._links[key] = socket
-            self._ranks[socket] = request.rank
-            if len(self._scratch) < chunk_bytes:
-                self._scratch = np.empty(chunk_bytes, np.uint8)
-        socket.send(encode(request.message))
+            socket = self._open(request)
+        try:
+            socket.send(raw, zmq.NOBLOCK)
+        except zmq.Again:
+            # After a frame beyond the limit libzmq ends a link for good, and a plain send would wait for ever.
+            self._open(request).send(raw, zmq.NOBLOCK)
+
+    def _open(self, request: Request) -> zmq.Socket[bytes]:
+        self._drop_rank(request.rank)
+        limit = request.chunk_bytes + _HEADER_ROOM_BYTES
+        socket = zmq_sockets.connect(self._context, request.address, self._keys, limit)
+        self._links[request.rank, request.address, request.chunk_bytes] = socket
+        self._ranks[socket] = request.rank
+        if len(self._scratch) < request.chunk_bytes:
+            self._scratch = np.empty(request.chunk_bytes, np.uint8)
+        return socket
 
     def _drop_rank(self, rank: int) -> None:
         """A source that moved: its old link would only reconnect forever."""

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from hypothesis import settings
@@ -41,7 +42,10 @@ class TensorSource:
     def held(self) -> list[HeldRegion]:
         """The regions given, or every tensor whole."""
         regions = [spec.whole() for spec in self.specs()] if self._regions is None else self._regions
-        return [HeldRegion(region, lambda r=region: self.tensors[r.name][r.slices]) for region in regions]
+        return [HeldRegion(region, partial(self._view, region)) for region in regions]
+
+    def _view(self, region: Region) -> torch.Tensor:
+        return self.tensors[region.name][region.slices]
 
 
 def make_specs(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:

@@ -1,6 +1,7 @@
 """Publishers and subscribers over real sockets: what is published arrives, bit-equal and in step."""
 
 import time
+from operator import methodcaller
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_engines_follow_versions_bit_for_bit(address: str, num_sources: int, num
             for number in (1, 2, 7):
                 for name, tensor in make_model(number).items():
                     tensors[name].copy_(tensor)
-                reports = on_all(made, lambda publisher, n=number: publisher.publish(n))
+                reports = on_all(made, methodcaller("publish", number))
                 for engine in engines:
                     assert_same_bits(engine.tensors, make_model(number))
         report = reports[0]

@@ -1,6 +1,7 @@
 """Snapshots and staging: what is packed comes out bit-equal, and what is damaged does not come out."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ def pack(tensors: dict[str, torch.Tensor], specs: list[TensorSpec] | None = None
     specs = make_specs(tensors) if specs is None else specs
     regions = tuple(spec.whole() for spec in specs)
     chunks = lay_out_chunks(regions, {spec.name: spec.dtype for spec in specs}, CHUNK_BYTES)
-    held = {region: HeldRegion(region, lambda name=region.name: tensors[name]) for region in regions}
+    held = {region: HeldRegion(region, partial(tensors.__getitem__, region.name)) for region in regions}
     by_name = {spec.name: spec for spec in specs}
     snapshot = pack_snapshot(V1, held, by_name, regions, chunks, allocate_arena(chunks))
     digests = np.array(snapshot.digests, "<u8").tobytes()
