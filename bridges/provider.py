@@ -111,6 +111,10 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         turn_off_fusions(self)
         if not has_cuda():
             self.use_cpu_initialization = True
+        if self.virtual_pipeline_model_parallel_size is not None:
+            # Without overlap one batch holds several sends between the same two ranks when PP is 2, and they are
+            # mixed up: Megatron-LM refuses that, Megatron-Core computes another loss.
+            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
         self.pipeline_dtype = self.params_dtype if self.pipeline_model_parallel_size > 1 else None
         self.autocast_dtype = self.params_dtype
         self.padded_vocab_size = padded_vocab_size(self)

@@ -59,10 +59,6 @@ def make_provider(config: ConfigContainer, bridge: AutoBridge | None) -> tuple[A
     provider.seed = config.rng.seed
     if config.mixed_precision is not None:
         provider.set_dtype(DTYPES[config.mixed_precision])
-    if provider.virtual_pipeline_model_parallel_size is not None:
-        # Without overlap one batch holds several sends between the same two ranks when PP is 2, and they are mixed
-        # up: Megatron-LM refuses that, Megatron-Core computes another loss.
-        provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
     provider.finalize()
     if config.dataset.seq_length > provider.seq_length:
         raise ConfigError(
