@@ -34,7 +34,7 @@ class Middle:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._control, self.address = self._listen()
         self._data, self._data_address = self._listen()
-        self._back: dict[tuple[zmq.Socket[bytes], bytes], zmq.Socket[bytes]] = {}
+        self._back: dict[tuple[zmq.Socket[bytes], bytes, str], zmq.Socket[bytes]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -55,19 +55,19 @@ class Middle:
                 while front.poll(0):
                     peer, *frames = front.recv_multipart()
                     self._back_for(front, peer).send_multipart(frames)
-            for (front, peer), back in list(self._back.items()):
+            for (front, peer, _), back in list(self._back.items()):
                 if back in ready:
                     for message in self._change(front, back.recv_multipart()):
                         front.send_multipart([peer, *message])
         self._context.destroy(linger=0)
 
     def _back_for(self, front: zmq.Socket[bytes], peer: bytes) -> zmq.Socket[bytes]:
-        if (front, peer) not in self._back:
-            back = self._context.socket(zmq.DEALER)
-            back.linger = 0
-            back.connect(self._target if front is self._control else self._data_target)
-            self._back[front, peer] = back
-        return self._back[front, peer]
+        key = (front, peer, self._target if front is self._control else self._data_target)
+        if key not in self._back:
+            self._back[key] = self._context.socket(zmq.DEALER)
+            self._back[key].linger = 0
+            self._back[key].connect(key[2])
+        return self._back[key]
 
     def _change(self, front: zmq.Socket[bytes], frames: list[bytes]) -> list[list[bytes]]:
         message = decode(frames[0])

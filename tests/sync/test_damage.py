@@ -4,6 +4,7 @@ import random
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -99,12 +100,12 @@ def test_chunks_out_of_order_are_assembled() -> None:
 @pytest.mark.parametrize("name", ["a flipped bit", "a cut body", "no body", "a longer body"])
 def test_a_chunk_altered_every_time_refuses_the_version_by_name(name: str) -> None:
     tensors = make_model(23)
-    with (
-        WeightPublisher(TensorSource(tensors), TCP, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S) as publisher,
-        Middle(publisher.address) as middle,
-        WeightSubscriber(middle.address, engine="e", limits=LIMITS) as subscriber,
-    ):
+    with ExitStack() as stack:
+        source = TensorSource(tensors)
+        publisher = stack.enter_context(WeightPublisher(source, TCP, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S))
         publisher.publish(1)
+        middle = stack.enter_context(Middle(publisher.address))
+        subscriber = stack.enter_context(WeightSubscriber(middle.address, engine="e", limits=LIMITS))
         subscriber.wait(WAIT_S).commit()
         while publisher.fleet()[0].serving is None:
             time.sleep(0.01)

@@ -1,0 +1,210 @@
+"""A fleet without sockets or clocks: coordinators, engines and a network that a test may disturb.
+
+Control messages keep their order, and a broken connection loses what was under way and comes back under another
+routing id, as TCP and ZeroMQ do. Chunk requests are lost when the test says so.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tests.sync.parts import TensorSource, bits, make_specs, split_rows
+
+from weightcast.sync import FleetPolicy, Limits, Version
+from weightcast.sync.arrival import Effect, Request, Tell
+from weightcast.sync.chunks import lay_out_chunks
+from weightcast.sync.coordinator import Coordinator, Outgoing
+from weightcast.sync.messages import (
+    PROTOCOL,
+    Announce,
+    ChunkHeader,
+    Message,
+    Packed,
+    Published,
+    SourceHello,
+    decode,
+    encode,
+)
+from weightcast.sync.snapshot import Snapshot, allocate_arena, pack_snapshot
+from weightcast.sync.subscription import Subscription
+from weightcast.sync.version import fingerprint
+
+NUM_SOURCES = 2
+LOST_AFTER_S = 5.0
+LIMITS = Limits(credit_chunks=2, chunk_timeout_s=1.0, lost_after_s=LOST_AFTER_S, ping_every_s=0.5)
+CHUNK_BYTES = 4096
+
+
+def model_of(version: Version) -> dict[str, torch.Tensor]:
+    """The weights of a version: nothing else has these bits."""
+    value = version.epoch * 1000 + version.number
+    return {"w": torch.full((4, 600), value, dtype=torch.int32), "scale": torch.tensor(value, dtype=torch.float64)}
+
+
+SPECS = tuple(make_specs(model_of(Version(0, 0))))
+
+
+class Trainer:
+    """One life of a publisher: a coordinator, and the snapshots of its sources."""
+
+    def __init__(self, epoch: int, policy: FleetPolicy, now_s: float) -> None:
+        self.coordinator = Coordinator(SPECS, NUM_SOURCES, epoch, CHUNK_BYTES, policy, LOST_AFTER_S, 0.0)
+        self.number = 0
+        self.snapshots: dict[int, Snapshot] = {}
+        self.published: list[Published] = []
+        self._rows = {spec.name: split_rows(spec, NUM_SOURCES) for spec in SPECS}
+        for rank in range(NUM_SOURCES):
+            regions = tuple(self._rows[spec.name][rank] for spec in SPECS)
+            hello = SourceHello(PROTOCOL, rank, NUM_SOURCES, fingerprint(SPECS), f"at-{epoch}-{rank}", regions)
+            assert all(not out.peer.startswith(b"e") for out in self.coordinator.add_source(b"s%d" % rank, hello))
+
+    def pack(self, rank: int, now_s: float, timeout_s: float) -> list[Outgoing]:
+        """Pack the share of a source."""
+        version = Version(self.coordinator.epoch, self.number)
+        regions = self.coordinator._assigned[rank]
+        source = TensorSource(model_of(version), rank, NUM_SOURCES, regions)
+        specs = {spec.name: spec for spec in SPECS}
+        chunks = lay_out_chunks(regions, {spec.name: spec.dtype for spec in SPECS}, CHUNK_BYTES)
+        held = {held.region: held for held in source.held()}
+        snapshot = pack_snapshot(version, held, specs, regions, chunks, allocate_arena(chunks))
+        self.snapshots[rank] = snapshot
+        part = Packed(self.number, snapshot.hashes, np.array(snapshot.digests, "<u8").tobytes(), ())
+        return self.coordinator.add_part(b"s%d" % rank, part, now_s, now_s + timeout_s if rank == 0 else None)
+
+
+@dataclass
+class SimulatedEngine:
+    """An engine: its side of the protocol, its link to the coordinator, and what it served."""
+
+    name: str
+    subscription: Subscription
+    peer: bytes
+    up: deque[bytes] = field(default_factory=deque)
+    down: deque[bytes] = field(default_factory=deque)
+    asked: deque[Request] = field(default_factory=deque)
+    served: list[Version] = field(default_factory=list)
+    silent: bool = False
+
+
+class World:
+    """All of it."""
+
+    def __init__(self, policy: FleetPolicy) -> None:
+        self.now_s = 0.0
+        self.policy = policy
+        self.epoch = 1
+        self.trainer: Trainer = Trainer(1, policy, 0.0)
+        self.engines: dict[str, SimulatedEngine] = {}
+        self.released_at: dict[Version, set[str]] = {}
+        self._peers = 0
+
+    def _new_peer(self) -> bytes:
+        self._peers += 1
+        return b"e%d" % self._peers
+
+    def start_engine(self, name: str) -> None:
+        """A new process of this name; one that ran is gone without a word."""
+        subscription = Subscription(name, "receiver", SPECS, LIMITS, 0.0)
+        self.engines[name] = SimulatedEngine(name, subscription, self._new_peer())
+        self.do(self.engines[name], subscription.hello())
+
+    def do(self, engine: SimulatedEngine, effects: list[Effect]) -> None:
+        """Carry out what a subscription decided."""
+        for effect in effects:
+            if isinstance(effect, Tell):
+                engine.up.append(encode(effect.message))
+            else:
+                engine.asked.append(effect)
+
+    def send(self, outgoing: list[Outgoing]) -> None:
+        """Carry out what the coordinator decided."""
+        engines = {engine.peer: engine for engine in self.engines.values()}
+        for out in outgoing:
+            if isinstance(out.message, Published) and out.peer == b"s0":
+                self.trainer.published.append(out.message)
+            if out.peer in engines:
+                engines[out.peer].down.append(encode(out.message))
+
+    def deliver_up(self, engine: SimulatedEngine) -> None:
+        """One message to the coordinator."""
+        if engine.up and not engine.silent:
+            message = decode(engine.up.popleft())
+            self.send(self.trainer.coordinator.receive(engine.peer, message, self.now_s))
+
+    def deliver_down(self, engine: SimulatedEngine) -> None:
+        """One message to the engine."""
+        if engine.down and not engine.silent:
+            message: Message = decode(engine.down.popleft())
+            self.do(engine, engine.subscription.receive(message, self.now_s))
+
+    def deliver_chunk(self, engine: SimulatedEngine, damage: bool = False) -> None:
+        """One request is answered."""
+        if not engine.asked or engine.silent:
+            return
+        request = engine.asked.popleft()
+        snapshot = self.trainer.snapshots.get(request.rank)
+        if request.address != f"at-{self.trainer.coordinator.epoch}-{request.rank}" or snapshot is None:
+            return
+        version, index = request.message.version, request.message.index
+        held = snapshot.version == version
+        buffer = np.frombuffer(snapshot.buffers[index] if held else b"", np.uint8).copy()
+        if damage and held:
+            buffer[0] ^= 1
+        header = ChunkHeader(version, index, held)
+        self.do(engine, engine.subscription.land(request.rank, header, buffer, self.now_s))
+
+    def break_connection(self, engine: SimulatedEngine) -> None:
+        """What was under way is lost, in both directions; ZeroMQ reconnects under another routing id."""
+        engine.up.clear()
+        engine.down.clear()
+        engine.peer = self._new_peer()
+
+    def replace_trainer(self) -> None:
+        """A new life of the publisher at the same address."""
+        self.epoch += 1
+        self.trainer = Trainer(self.epoch, self.policy, self.now_s)
+        for engine in self.engines.values():
+            self.break_connection(engine)
+
+    def check_take(self, engine: SimulatedEngine) -> bool:
+        """Let the engine take what is ready, and hold every promise against it."""
+        subscription = engine.subscription
+        if subscription.taken is not None or not subscription.is_ready:
+            return False
+        arrival = subscription.take()
+        version = arrival.announce.version
+        assert isinstance(arrival.announce, Announce) and arrival.tensors is not None
+        wanted = model_of(version)
+        assert list(arrival.tensors) == list(wanted)
+        for name, tensor in arrival.tensors.items():
+            assert torch.equal(bits(tensor), bits(wanted[name])), (version, name)
+        assert version in self.released_at, f"{version} was taken, and never released"
+        assert not engine.served or version > engine.served[-1], f"{engine.served} and then {version}"
+        return True
+
+    def commit(self, engine: SimulatedEngine) -> None:
+        """The engine serves what it took."""
+        taken = engine.subscription.taken
+        assert taken is not None
+        engine.served.append(taken.announce.version)
+        self.do(engine, engine.subscription.commit(0.1, (), self.now_s))
+
+    def note_release(self) -> None:
+        """Under `all`, every receiver that answers and did not refuse has staged what is released."""
+        coordinator = self.trainer.coordinator
+        version = coordinator.released
+        if version is None or version in self.released_at:
+            return
+        states = {status.engine: status.state(version) for status in coordinator.engines.values()}
+        self.released_at[version] = set(states)
+        if coordinator.policy.kind == "all":
+            assert set(states.values()) <= {"staged", "serving", "lost"}, states
+
+    def advance(self, seconds: float) -> None:
+        """Time passes for everyone."""
+        self.now_s += seconds
+        self.send(self.trainer.coordinator.tick(self.now_s))
+        for engine in self.engines.values():
+            if not engine.silent:
+                self.do(engine, engine.subscription.tick(self.now_s))

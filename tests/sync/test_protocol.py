@@ -1,0 +1,127 @@
+"""The protocol under every order of faults that hypothesis thinks of: promises hold, and peace brings agreement."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.sync.simulation import World
+
+from weightcast.sync import FleetPolicy, Version
+
+NAMES = ("a", "b", "c")
+ENGINE = st.sampled_from(NAMES)
+
+
+class Fleet(RuleBasedStateMachine):
+    """Three engines, two sources, and lives of a trainer that follow each other."""
+
+    @initialize(policy=st.sampled_from([FleetPolicy.all(), FleetPolicy.quorum(1), FleetPolicy.quorum(2)]))
+    def begin(self, policy: FleetPolicy) -> None:
+        self.world = World(policy)
+        for name in NAMES:
+            self.world.start_engine(name)
+
+    @rule(timeout_s=st.sampled_from([1.0, 30.0]))
+    def publish(self, timeout_s: float) -> None:
+        trainer = self.world.trainer
+        trainer.number += 1
+        # As the publisher does: nothing is served while a snapshot is packed.
+        trainer.snapshots.clear()
+        for rank in (1, 0):
+            self.world.send(trainer.pack(rank, self.world.now_s, timeout_s))
+            self.world.note_release()
+
+    @rule(name=ENGINE, count=st.integers(1, 6))
+    def converse(self, name: str, count: int) -> None:
+        engine = self.world.engines[name]
+        for _ in range(count):
+            self.world.deliver_up(engine)
+            self.world.note_release()
+            self.world.deliver_down(engine)
+
+    @rule(name=ENGINE, count=st.integers(1, 6))
+    def fetch(self, name: str, count: int) -> None:
+        for _ in range(count):
+            self.world.deliver_chunk(self.world.engines[name])
+
+    @rule(name=ENGINE)
+    def damage_a_chunk(self, name: str) -> None:
+        self.world.deliver_chunk(self.world.engines[name], damage=True)
+
+    @rule(name=ENGINE)
+    def lose_a_request(self, name: str) -> None:
+        if self.world.engines[name].asked:
+            self.world.engines[name].asked.popleft()
+
+    @rule(name=ENGINE)
+    def take(self, name: str) -> None:
+        self.world.check_take(self.world.engines[name])
+
+    @rule(name=ENGINE, well=st.booleans())
+    def finish_loading(self, name: str, well: bool) -> None:
+        engine = self.world.engines[name]
+        if engine.subscription.taken is None:
+            return
+        if well:
+            self.world.commit(engine)
+        else:
+            self.world.do(engine, engine.subscription.reject("no", self.world.now_s))
+
+    @rule(name=ENGINE)
+    def restart_engine(self, name: str) -> None:
+        self.world.start_engine(name)
+
+    @rule(name=ENGINE)
+    def break_connection(self, name: str) -> None:
+        self.world.break_connection(self.world.engines[name])
+
+    @rule(name=ENGINE)
+    def stop_or_continue(self, name: str) -> None:
+        self.world.engines[name].silent = not self.world.engines[name].silent
+
+    @precondition(lambda self: self.world.epoch < 4)
+    @rule()
+    def replace_trainer(self) -> None:
+        self.world.replace_trainer()
+
+    @rule(seconds=st.sampled_from([0.3, 1.1, 6.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.advance(seconds)
+        self.world.note_release()
+
+    @invariant()
+    def nobody_goes_back(self) -> None:
+        for engine in self.world.engines.values():
+            assert engine.served == sorted(set(engine.served))
+            assert engine.subscription.serving == (engine.served[-1] if engine.served else None)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self._settle()
+            self.publish(30.0)
+            self._settle()
+            newest = Version(self.world.epoch, self.world.trainer.number)
+            served = {name: engine.served[-1:] for name, engine in self.world.engines.items()}
+            assert served == {name: [newest] for name in NAMES}
+            published = self.world.trainer.published[-1]
+            assert published.version == newest and published.error == ""
+
+    def _settle(self) -> None:
+        """No more faults, and time enough for every limit to pass."""
+        for engine in self.world.engines.values():
+            engine.silent = False
+        for _ in range(30):
+            self.world.advance(0.6)
+            for engine in self.world.engines.values():
+                if engine.subscription.taken is not None:
+                    self.world.commit(engine)
+                for _ in range(25):
+                    self.world.deliver_up(engine)
+                    self.world.note_release()
+                    self.world.deliver_down(engine)
+                    self.world.deliver_chunk(engine)
+                if self.world.check_take(engine):
+                    self.world.commit(engine)
+
+
+Fleet.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestFleet = Fleet.TestCase
