@@ -35,13 +35,14 @@ class SubscriberLoop:
         self._subscription = subscription
         self._stopping = False
         self._outbox: list[Effect] = []
+        self._address, self._keys = address, keys
         self._context, _ = zmq_sockets.make_context(None)
         try:
             self._wake_in = self._context.socket(zmq.PAIR)
             self._wake_in.bind("inproc://wake")
             self._wake_out = self._context.socket(zmq.PAIR)
             self._wake_out.connect("inproc://wake")
-            self._control = zmq_sockets.connect(self._context, address, keys, MAX_MESSAGE_BYTES)
+            self._control = self._connect()
         except BaseException:
             self._context.destroy(linger=0)
             raise
@@ -102,8 +103,8 @@ class SubscriberLoop:
         if self._control in ready:
             while self._control.poll(0):
                 self._hear(self._control.recv_multipart())
-        for socket in ready:
-            if socket is not self._wake_in and socket is not self._control:
+        for socket in self._client.sockets():
+            if socket in ready:
                 self._take_chunks(socket)
         self._carry_out(self._subscription.tick(time.monotonic()))
 
@@ -132,10 +133,22 @@ class SubscriberLoop:
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Tell):
-                # libzmq ends a link for good after a frame beyond the limit; a plain send would then wait for ever.
-                self._control.send(encode(effect.message), zmq.NOBLOCK)
+                self._tell(encode(effect.message))
             elif isinstance(effect, Request) and not self._ask(effect):
                 return
+
+    def _tell(self, raw: bytes) -> None:
+        try:
+            self._control.send(raw, zmq.NOBLOCK)
+        except zmq.Again:
+            # libzmq ends a link for good after a refused handshake or a frame beyond the limit; a plain send would
+            # then wait for ever. Over a new link the publisher does not know this engine, and it is greeted again.
+            self._control.close(0)
+            self._control = self._connect()
+            self._control.send(raw, zmq.NOBLOCK)
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        return zmq_sockets.connect(self._context, self._address, self._keys, MAX_MESSAGE_BYTES)
 
     def _ask(self, request: Request) -> bool:
         try:
