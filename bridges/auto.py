@@ -22,7 +22,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from transformers import PretrainedConfig
 
-from weightcast.bridges.checkpoint_files import check_tensors, has_weights, open_checkpoint
 from weightcast.bridges.hf_export import HFWeightTuple, export_weights
 from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, save_weights
 from weightcast.bridges.hf_import import import_weights
@@ -37,6 +36,7 @@ from weightcast.bridges.provider import GPTModelProvider
 from weightcast.bridges.rules import Tied
 from weightcast.bridges.shards import Model
 from weightcast.bridges.source import PlanSource
+from weightcast.sync.checkpoint_files import check_tensors, has_weights, open_checkpoint
 from weightcast.sync.errors import ConfigError, UnsupportedModel, WeightcastError
 from weightcast.sync.regions import TensorSpec
 

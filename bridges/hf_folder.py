@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from weightcast.bridges.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from weightcast.bridges.exchange import Live, agree, get_rank, get_world_size, send_parcels
 from weightcast.bridges.hf_export import gather_routes
 from weightcast.bridges.hf_source import COMPANION_FILES, CONFIG_FILE
 from weightcast.bridges.parcels import Parcel, Routes, split_batches
 from weightcast.bridges.plan import Plan
+from weightcast.sync.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import TensorSpec
 

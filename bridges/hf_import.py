@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from weightcast.bridges.checkpoint_files import CheckpointFiles, RegionReader
 from weightcast.bridges.plan import Plan
+from weightcast.sync.checkpoint_files import CheckpointFiles, RegionReader
 from weightcast.sync.errors import CheckpointMismatch
 from weightcast.sync.regions import Region
 

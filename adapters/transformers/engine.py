@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from weightcast.adapters.checkpoint import read_checkpoint_specs
 from weightcast.adapters.engine import (
     INITIAL_LABEL,
     Completion,
@@ -27,6 +26,7 @@ from weightcast.adapters.engine import (
     version_label,
 )
 from weightcast.adapters.transformers.gate import Gate
+from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.errors import EngineError, ModelMismatch
 from weightcast.sync.regions import TensorSpec, dtype_name
 from weightcast.sync.version import Version
@@ -67,7 +67,7 @@ class TransformersEngine:
         self.gate = Gate()
         self.label = INITIAL_LABEL
         self._admission_timeout_s = admission_timeout_s
-        self._specs = read_checkpoint_specs(folder)
+        self._specs = open_checkpoint(folder).specs
         self._model = _load_model(folder, dtype).to(device).eval()
         self._targets, self.aliases = _find_targets(self._model, self._specs, folder)
         self._eos = _eos_token_ids(self._model)

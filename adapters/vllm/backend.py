@@ -30,12 +30,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from weightcast.adapters.checkpoint import read_checkpoint_specs
 from weightcast.adapters.engine import check_offer, check_ties, version_label
 from weightcast.adapters.keys import read_engine_keys
 from weightcast.adapters.timeline import EventLog
 from weightcast.adapters.vllm import NOT_CONNECTED, UNTOUCHED
 from weightcast.sync import Span, Update, WeightSubscriber
+from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, PeerLost, WeightcastError
 from weightcast.sync.regions import TensorSpec
 
@@ -81,7 +81,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._specs = read_checkpoint_specs(find_checkpoint(vllm_config.model_config))
+        self._specs = open_checkpoint(find_checkpoint(vllm_config.model_config)).specs
         self._aliases = find_ties(vllm_config.model_config, self._specs)
         self._settings = read_settings(vllm_config)
         self._log = EventLog("engine", Path(events) if (events := self._settings.get("events")) else None)

@@ -34,12 +34,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from weightcast.bridges.checkpoint_files import open_checkpoint
 from weightcast.bridges.hf_import import import_weights
 from weightcast.bridges.models.registry import find_bridge
 from weightcast.bridges.plan import Plan, build_plan
 from weightcast.bridges.process_groups import destroy_distributed, destroy_model_parallel, initialize_distributed
 from weightcast.bridges.provider import GPTModelProvider
+from weightcast.sync.checkpoint_files import open_checkpoint
 
 NUM_MICROBATCHES, MICRO_BATCH, SEQUENCE = 2, 2, 24
 

@@ -12,9 +12,9 @@ from tests.bridges.tiny_models import TINY_MODELS
 from tests.ranks import run_ranks
 
 from weightcast.bridges import AutoBridge
-from weightcast.bridges.checkpoint_files import CheckpointFiles, open_checkpoint
 from weightcast.bridges.hf_import import import_weights
 from weightcast.bridges.process_groups import destroy_model_parallel
+from weightcast.sync.checkpoint_files import CheckpointFiles, open_checkpoint
 from weightcast.sync.regions import HeldRegion
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.ranks import run_ranks
 
-from weightcast.bridges.checkpoint_files import INDEX_FILE, check_tensors, open_checkpoint
+from weightcast.sync.checkpoint_files import INDEX_FILE, check_tensors, open_checkpoint
 from weightcast.sync.errors import CheckpointMismatch
 from weightcast.sync.regions import Region, TensorSpec
 
@@ -57,6 +57,16 @@ def test_regions_are_read_and_counted(sharded: Path) -> None:
         assert torch.equal(part, load_file(sharded / "model-2.safetensors")["c"][1:3, 1:3])
         reader.read(SPECS[0].whole())
         assert reader.num_bytes == 4 * 4 + 12 * 4
+
+
+def test_derived_buffers_of_old_checkpoints_are_passed_over(sharded: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change(sharded / "model-2.safetensors", lambda tensors: tensors.update({name: torch.rand(4)}))
+    write_index(sharded, {"a": 1, "b": 1, "c": 2, "d": 2, name: 2})
+    checkpoint = open_checkpoint(sharded)
+    assert checkpoint.derived == (name,)
+    assert list(checkpoint.specs) == SPECS and set(checkpoint.files) == {"a", "b", "c", "d"}
+    check_tensors(checkpoint, SPECS)
 
 
 @pytest.mark.parametrize(

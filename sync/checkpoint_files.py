@@ -11,6 +11,7 @@ short, an index that names what is not there, a tensor that is missing, unknown 
 """
 
 import json
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,14 @@ from safetensors import SafetensorError, safe_open
 from weightcast.sync.errors import CheckpointMismatch
 from weightcast.sync.regions import Region, TensorSpec
 
+logger = logging.getLogger(__name__)
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+# Buffers that old checkpoints (Llama 2's) store and that every loader computes from the configuration instead:
+# transformers and vLLM pass over them by these names, and so do we, in a log line. Exports do not have them.
+DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
 # Names of dtypes in a safetensors header (safetensors' format description).
 _DTYPES = {
@@ -45,11 +52,15 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """The tensors of a folder: their specs, in the order in which they lie on disk, and the file of each."""
+    """The tensors of a folder: their specs, in the order in which they lie on disk, and the file of each.
+
+    `derived` names the stored buffers that no loader reads; they are in neither of the others.
+    """
 
     folder: Path
     specs: tuple[TensorSpec, ...]
     files: Mapping[str, Path]
+    derived: tuple[str, ...] = ()
 
     @contextmanager
     def reader(self) -> Iterator["RegionReader"]:
@@ -107,7 +118,11 @@ def open_checkpoint(folder: Path) -> CheckpointFiles:
             specs.append(spec)
     if listed is not None:
         _check_index(index, listed, files)
-    return CheckpointFiles(folder, tuple(specs), files)
+    derived = tuple(spec.name for spec in specs if spec.name.endswith(DERIVED_SUFFIXES))
+    if derived:
+        logger.info("%s: %d derived buffers are passed over, the first is %s", folder, len(derived), derived[0])
+    kept = tuple(spec for spec in specs if spec.name not in derived)
+    return CheckpointFiles(folder, kept, {spec.name: files[spec.name] for spec in kept}, derived)
 
 
 def check_tensors(checkpoint: CheckpointFiles, expected: Sequence[TensorSpec], optional: Collection[str] = ()) -> None:
