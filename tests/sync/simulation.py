@@ -32,7 +32,8 @@ from weightcast.sync.version import fingerprint
 
 NUM_SOURCES = 2
 LOST_AFTER_S = 5.0
-LIMITS = Limits(credit_chunks=2, chunk_timeout_s=1.0, lost_after_s=LOST_AFTER_S, ping_every_s=0.5)
+# Engines are the first to give up: a publisher that never missed them must announce anew all the same.
+LIMITS = Limits(credit_chunks=2, chunk_timeout_s=1.0, lost_after_s=2.0, ping_every_s=0.5)
 CHUNK_BYTES = 4096
 
 
@@ -205,6 +206,7 @@ class World:
         """Time passes for everyone."""
         self.now_s += seconds
         self.send(self.trainer.coordinator.tick(self.now_s))
+        self.note_release()
         for engine in self.engines.values():
             if not engine.silent:
                 self.do(engine, engine.subscription.tick(self.now_s))

@@ -83,7 +83,7 @@ class Fleet(RuleBasedStateMachine):
     def replace_trainer(self) -> None:
         self.world.replace_trainer()
 
-    @rule(seconds=st.sampled_from([0.3, 1.1, 6.0]))
+    @rule(seconds=st.sampled_from([0.3, 1.1, 2.5, 6.0]))
     def wait(self, seconds: float) -> None:
         self.world.advance(seconds)
         self.world.note_release()
