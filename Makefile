@@ -4,6 +4,8 @@
 #   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
 #   make test | test-quick | lint | test-all | bench | clean
 
+GIVEN = $(if $(TP), --tp '$(TP)')$(if $(MODEL), --model '$(MODEL)')$(if $(DATA), --data '$(DATA)')
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick test-all lint bench clean
 
@@ -56,8 +58,7 @@ setup: $(BASE)
 endif
 
 demo: setup
-	$(PY) -m weightcast demo --engine '$(ENGINE)' --steps '$(STEPS)' --out '$(OUT)' \
-	  $(if $(TP),--tp '$(TP)') $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
+	$(PY) -m weightcast demo --engine '$(ENGINE)' --steps '$(STEPS)' --out '$(OUT)'$(GIVEN)
 
 test: $(VLLM)
 	$(PY) -m pytest $(TESTS)
