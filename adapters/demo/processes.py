@@ -23,6 +23,8 @@ from weightcast.sync.errors import PeerLost
 
 TERMINATE_TIMEOUT_S = 15.0
 TAIL_LINES = 25
+ERROR_PREFIX = "error: "  # how weightcast.trainer.pretrain begins the line that says why it ends
+TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,21 @@ class Child:
         """Whether the process has not ended."""
         return self.popen.poll() is None
 
-    def tail(self) -> str:
-        """The last lines of its log."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(lines[-TAIL_LINES:])
-
     def lost(self) -> PeerLost:
-        """The error that says how the process ended and what it said last."""
-        return PeerLost(
-            f"{self.name} ended with {describe_exit(self.popen.returncode)}; {self.log} ends with:\n{self.tail()}"
-        )
+        """The error that says how the process ended and why, as far as its log tells."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return PeerLost(f"{self.name} ended with {describe_exit(self.popen.returncode)}{describe_end(lines, self.log)}")
+
+
+def describe_end(lines: Sequence[str], log: Path) -> str:
+    """What to tell of a log of `lines`: the error that our own commands print, or else its last lines. Pure."""
+    errors = [line.removeprefix(ERROR_PREFIX) for line in lines if line.startswith(ERROR_PREFIX)]
+    if errors:
+        return f": {errors[-1]} (log: {log})"
+    # torchrun follows a rank's traceback with a longer one of its own, which says nothing of the cause.
+    end = next((number for number, line in enumerate(lines) if TORCHRUN_REPORT in line), len(lines))
+    tail = "\n".join(lines[max(0, end - TAIL_LINES) : end])
+    return f"; {log} ends with:\n{tail}"
 
 
 class Processes:

@@ -13,7 +13,7 @@ from rich.console import Console
 from weightcast.adapters.demo.events import EventReader, VersionRow
 from weightcast.adapters.demo.job import Watch
 from weightcast.adapters.demo.live import LiveTable
-from weightcast.adapters.demo.processes import Processes, describe_exit, find_free_port
+from weightcast.adapters.demo.processes import Processes, describe_end, describe_exit, find_free_port
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, PeerLost
 
 SLEEP = "import time; time.sleep(600)"
@@ -80,6 +80,16 @@ def test_a_child_that_may_end_must_end_well(tmp_path: Path) -> None:
             processes.check(may_end=good)
         with pytest.raises(PeerLost, match="good ended with exit code 0"):
             processes.check(may_end=bad)
+
+
+def test_the_cause_is_found_in_a_log_of_torchrun() -> None:
+    report = ["E11 .../torch/distributed/elastic/multiprocessing/api.py:1002] failed", *(["noise"] * 40)]
+    log = Path("x.log")
+    assert describe_end(["step 1", "error: no text", *report], log) == ": no text (log: x.log)"
+    assert (
+        describe_end(["step 1", "RuntimeError: odd", *report], log) == "; x.log ends with:\nstep 1\nRuntimeError: odd"
+    )
+    assert describe_end(["line"] * 100, log).count("line") == 25
 
 
 def test_exits_are_named() -> None:
