@@ -4,15 +4,19 @@ Chunks are asked for as there is room, asked for again when they do not come, an
 keeps arriving damaged.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from weightcast.sync.errors import WireError
+from weightcast.sync.errors import ConfigError, WireError
 from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Span, Staged
 from weightcast.sync.staging import Staging
+
+# A source leaves an engine that wants more at once unanswered.
+MAX_CREDIT_CHUNKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,9 @@ class Limits:
     """How patient a subscription is, and how much it asks for at once."""
 
     credit_chunks: int = 8
-    """Chunks asked for and not yet received, a source; times the chunk's size, what may be under way."""
+    """Chunks asked for and not yet received, a source (a source answers at most 64 at once)."""
+    under_way_chunks: int = 64
+    """The same over all sources: times the chunk's size, what may be on its way to this engine."""
     chunk_timeout_s: float = 10.0
     """A chunk that has not come after this is asked for again."""
     chunk_attempts: int = 3
@@ -48,6 +54,13 @@ class Limits:
     ping_every_s: float = 0.5
     lost_after_s: float = 10.0
     """A coordinator that was silent for this long is lost."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.credit_chunks <= MAX_CREDIT_CHUNKS or self.under_way_chunks < 1:
+            raise ConfigError(
+                f"credit_chunks={self.credit_chunks} and under_way_chunks={self.under_way_chunks} grant no sound "
+                f"credit; use 1 to {MAX_CREDIT_CHUNKS} for the first and at least 1 for the second"
+            )
 
 
 @dataclass(slots=True)
@@ -62,6 +75,8 @@ class Arrival:
     tensors: dict[str, torch.Tensor] | None = None
     asked_s: dict[tuple[int, int], float] = field(default_factory=dict)
     _next_index: dict[int, int] = field(default_factory=dict)
+    _under_way: dict[int, int] = field(default_factory=dict)
+    _askable: deque[int] = field(default_factory=deque)
     _damaged: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
@@ -72,23 +87,31 @@ class Arrival:
     def begin(self, now_s: float) -> list[Effect]:
         """The first requests, to every source; a version without bytes is complete at once."""
         assert self.staging is not None
-        requests = [effect for rank in self.staging.layouts for effect in self._ask(rank, now_s)]
+        self._askable.extend(rank for rank, layout in self.staging.layouts.items() if layout.chunks)
+        requests = self._ask(now_s)
         if not requests:
             self._complete(now_s)
         return requests
 
-    def _ask(self, rank: int, now_s: float) -> list[Effect]:
-        """Grant the source `rank` credit for as many chunks as are not under way yet."""
+    def _ask(self, now_s: float) -> list[Effect]:
+        """Grant credit in turn to the sources that have more chunks and room, up to what may be under way."""
         assert self.staging is not None
-        num_chunks = len(self.staging.layouts[rank].chunks)
         requests: list[Effect] = []
-        under_way = sum(1 for asked_rank, _ in self.asked_s if asked_rank == rank)
-        while under_way < self.limits.credit_chunks and self._next_index.get(rank, 0) < num_chunks:
+        while self._askable and len(self.asked_s) < self.limits.under_way_chunks:
+            rank = self._askable.popleft()
             index = self._next_index.get(rank, 0)
             self._next_index[rank] = index + 1
+            self._under_way[rank] = self._under_way.get(rank, 0) + 1
             requests.append(self._request(rank, index, now_s))
-            under_way += 1
+            self._queue(rank)
         return requests
+
+    def _queue(self, rank: int) -> None:
+        """Put a source in the line of those that may be asked, when it has more chunks and credit is left."""
+        assert self.staging is not None
+        has_more = self._next_index.get(rank, 0) < len(self.staging.layouts[rank].chunks)
+        if has_more and self._under_way[rank] < self.limits.credit_chunks and rank not in self._askable:
+            self._askable.append(rank)
 
     def _request(self, rank: int, index: int, now_s: float) -> Request:
         assert self.staging is not None
@@ -114,11 +137,13 @@ class Arrival:
             if not self.staging.is_missing(rank, index) or attempts >= self.limits.chunk_attempts:
                 raise
             return [self._request(rank, index, now_s)]
-        self.asked_s.pop((rank, index), None)
+        if self.asked_s.pop((rank, index), None) is not None:
+            self._under_way[rank] -= 1
+            self._queue(rank)
         if self.staging.num_missing == 0:
             self._complete(now_s)
             return []
-        return self._ask(rank, now_s)
+        return self._ask(now_s)
 
     def _complete(self, now_s: float) -> None:
         assert self.staging is not None

@@ -93,6 +93,7 @@ class Coordinator:
         self._order = {spec.name: index for index, spec in enumerate(self.specs)}
         self._sources: dict[bytes, SourceHello] = {}
         self._assigned: dict[int, tuple[Region, ...]] = {}
+        self._ended = -1
 
     # Sources
 
@@ -116,8 +117,10 @@ class Coordinator:
         else:
             self._sources[peer] = hello
             return self._assign() if len(self._sources) == self._world_size else []
-        self.fault = reason
-        return [Outgoing(peer, Goodbye(reason))]
+        if not self._assigned:
+            # While ranks gather, one that does not fit means a job that is set up wrong; later, somebody else's.
+            self.fault = reason
+        return [Outgoing(peer, Goodbye(reason, final=True))]
 
     def _assign(self) -> list[Outgoing]:
         holdings = {hello.rank: hello.regions for hello in self._sources.values()}
@@ -125,7 +128,7 @@ class Coordinator:
             self._assigned = assign_regions(self.specs, holdings)
         except SourceError as error:
             self.fault = str(error)
-            return [Outgoing(peer, Goodbye(str(error)[:4000])) for peer in self._sources]
+            return [Outgoing(peer, Goodbye(str(error)[:4000], final=True)) for peer in self._sources]
         return [
             Outgoing(peer, Assigned(self.epoch, self._chunk_bytes, self._assigned[hello.rank]))
             for peer, hello in self._sources.items()
@@ -142,14 +145,11 @@ class Coordinator:
         if hello is None:
             return []
         publication = self.publication
+        if part.number <= self._ended or (publication is not None and part.number < publication.number):
+            # A rank that was too late for a version; it will come with the next one.
+            return []
         if publication is None or publication.number < part.number:
             publication = self.publication = Publication(part.number)
-        if publication.number != part.number:
-            self.fault = (
-                f"source rank {hello.rank} published version {part.number} while others are at "
-                f"{publication.number}; every rank must publish the same versions in the same order"
-            )
-            return []
         if deadline_s is not None:
             publication.deadline_s = deadline_s
         publication.parts[hello.rank] = part
@@ -213,13 +213,13 @@ class Coordinator:
     def _meet(self, peer: bytes, hello: Hello, now_s: float) -> list[Outgoing]:
         if hello.protocol != PROTOCOL:
             reason = f"engine {hello.engine!r} speaks protocol {hello.protocol}, this is {PROTOCOL}; update weightcast"
-            return [Outgoing(peer, Goodbye(reason))]
+            return [Outgoing(peer, Goodbye(reason, final=True))]
         sends = []
         for other, engine in list(self.engines.items()):
             if engine.engine == hello.engine and other != peer:
                 # A crashed engine that came back before it was missed, or a second one with the same name.
                 del self.engines[other]
-                sends.append(Outgoing(other, Goodbye(f"another engine took the name {hello.engine!r}")))
+                sends.append(Outgoing(other, Goodbye(f"another engine took the name {hello.engine!r}", final=True)))
         role = cast(fleet.Role, hello.role)
         self.engines[peer] = EngineStatus(hello.engine, role, hello.serving, now_s)
         sends.append(Outgoing(peer, Welcome(PROTOCOL, self.epoch, self.specs)))
@@ -263,6 +263,7 @@ class Coordinator:
 
     def _finish(self, publication: Publication, version: Version, now_s: float) -> list[Outgoing]:
         self.publication = None
+        self._ended = publication.number
         engines: Iterable[EngineStatus] = self.engines.values()
         late = sorted(set(range(self._world_size)) - publication.parts.keys())
         error = ""

@@ -112,10 +112,9 @@ def note_staged(status: EngineStatus, message: Staged) -> EngineStatus:
 
 
 def note_serving(status: EngineStatus, message: Serving) -> EngineStatus:
-    """After `Serving`. An older version than the one before is kept as said: an operator rolled the engine back."""
-    return replace(
-        status, serving=message.version, pause_s=message.pause_s, spans=status.spans + message.spans, reason=""
-    )
+    """After `Serving`. An engine that was met anew says it again, with no pause: the longer one is the real one."""
+    pause_s = max(status.pause_s, message.pause_s)
+    return replace(status, serving=message.version, pause_s=pause_s, spans=status.spans + message.spans, reason="")
 
 
 def note_failed(status: EngineStatus, message: Failed) -> EngineStatus:

@@ -178,9 +178,10 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """The coordinator ends, or refuses this peer for the reason given."""
+    """The coordinator ends, or refuses this peer for the reason given; `final` when it need not come back."""
 
     reason: str = checked(text)
+    final: bool = checked(schema.boolean)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ class WeightPublisher:
         def enough() -> bool:
             return sum(not e.lost and e.role == "receiver" for e in engines.values()) >= count
 
-        self._loop.watch(enough, timeout_s, f"{count} engines to subscribe to {self.address}")
+        self._loop.watch(enough, timeout_s, lambda: f"{count} engines to subscribe to {self.address}")
 
     def publish(self, version: int, *, timeout_s: float | None = None) -> PublishReport:
         """Publish the weights as they are now, and wait until the fleet serves them. Every rank must call.
@@ -137,7 +137,7 @@ class WeightPublisher:
         self._check_number(version)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
-        self._loop.watch(lambda: self._loop.assigned is not None, timeout_s, self._describe_missing())
+        self._loop.watch(lambda: self._loop.assigned is not None, timeout_s, self._describe_missing)
         packed = self._pack_and_offer(version, deadline_s)
         self._last_number = version
         # The coordinator keeps the deadline and says who missed it; this wait only outlasts a dead coordinator.
@@ -145,7 +145,7 @@ class WeightPublisher:
         self._loop.watch(
             lambda: self._loop.published is not None and self._loop.published.version.number == version,
             max(0.0, deadline_s - time.monotonic()) + grace_s,
-            f"version {version} to be published by rank 0 at {self.address}",
+            lambda: f"version {version} to be published by rank 0 at {self.address}",
         )
         published = self._loop.published
         assert published is not None

@@ -106,8 +106,8 @@ class PublisherLoop:
             self._inbox.append(work)
             self._wake_out.send(b"")
 
-    def watch(self, ready: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Wait until `ready()`; `DeadlineExceeded` names `what` was waited for."""
+    def watch(self, ready: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
+        """Wait until `ready()`; `DeadlineExceeded` names `what()` was waited for."""
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
             while not ready():
@@ -115,7 +115,7 @@ class PublisherLoop:
                     raise self.failure
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
-                    raise DeadlineExceeded(f"source rank {self._hello.rank} waited {timeout_s:g} s for {what}")
+                    raise DeadlineExceeded(f"source rank {self._hello.rank} waited {timeout_s:g} s for {what()}")
                 self._lock.wait(min(left_s, 1.0))
 
     def withdraw(self, timeout_s: float) -> None:
@@ -128,7 +128,7 @@ class PublisherLoop:
             return []
 
         self.submit(drop)
-        self.watch(done.is_set, timeout_s, "its own thread")
+        self.watch(done.is_set, timeout_s, lambda: "its own thread")
 
     def offer(self, snapshot: Snapshot, part: Packed, deadline_s: float) -> None:
         """Serve a snapshot, and tell the coordinator that it is there."""
@@ -174,6 +174,13 @@ class PublisherLoop:
                     self._step(ready, time.monotonic())
                     self._lock.notify_all()
             self._say_goodbye()
+        except zmq.Again:
+            with self._lock:
+                self.failure = self.failure or PeerLost(
+                    f"rank 0 at {self.address} ended the link of source rank {self._hello.rank}: "
+                    "it has other CurveZMQ keys, or is no weightcast publisher"
+                )
+                self._lock.notify_all()
         except Exception as error:  # whatever it is, the trainer must hear of it instead of waiting
             logger.exception("the publisher's thread of source rank %d ended", self._hello.rank)
             with self._lock:
@@ -264,7 +271,7 @@ class PublisherLoop:
     def _say_goodbye(self) -> None:
         if self.coordinator is None:
             return
-        goodbye = encode(Goodbye("the publisher was closed"))
+        goodbye = encode(Goodbye("the publisher was closed", final=False))
         for peer, engine in self.coordinator.engines.items():
             if not engine.lost:
                 self.control.send_multipart([peer, goodbye])

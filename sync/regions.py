@@ -130,13 +130,18 @@ def _find_box_fault(spec: TensorSpec, box: Region) -> str | None:
 
 
 def _find_overlap(boxes: list[Region]) -> tuple[Region, Region] | None:
-    """Two boxes that share an element. Sorted by offset, so the scan stops at the first box past the end."""
+    """Two boxes that share an element.
+
+    A sweep along the dimension that is cut most often: only boxes that reach past the next one's start are compared.
+    """
     if not boxes or not boxes[0].shape:
         return (boxes[0], boxes[1]) if len(boxes) > 1 else None
+    dim = max(range(len(boxes[0].shape)), key=lambda d: len({box.offset[d] for box in boxes}))
+    boxes = sorted(boxes, key=lambda box: box.offset[dim])
     for index, box in enumerate(boxes):
-        end = box.offset[0] + box.shape[0]
+        end = box.offset[dim] + box.shape[dim]
         for other in boxes[index + 1 :]:
-            if other.offset[0] >= end:
+            if other.offset[dim] >= end:
                 break
             if _share_an_element(box, other):
                 return box, other

@@ -99,7 +99,8 @@ class WeightSubscriber:
 
     `engine` names this receiver in reports and errors and must be unique in the fleet; `expect` lists the tensors
     that the engine must get, and a publisher of another model is refused; an `observer` receives no bytes and is
-    told of released versions (for a process that drives an engine whose workers are the receivers).
+    told of released versions (for a process that drives an engine whose workers are the receivers); it commits each,
+    since `publish` waits for it.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class WeightSubscriber:
                 raise_ended(self._loop.ended)
                 error = self._subscription.error
                 if error is not None:
-                    if not isinstance(error, ModelMismatch):
+                    if not (isinstance(error, ModelMismatch) or self._subscription.is_dismissed):
                         self._subscription.error = None
                     raise error
                 self._sleep_until(deadline_s, timeout_s)

@@ -66,6 +66,7 @@ class Subscription:
         self._pinged_s = -1e9
         self._greeted_s = -1e9
         self._is_met = False
+        self.is_dismissed = False
 
     @property
     def is_ready(self) -> bool:
@@ -124,6 +125,8 @@ class Subscription:
                 return self._greet_again(now_s)
         elif isinstance(message, Goodbye):
             self.error = PeerLost(f"the publisher ended or refused engine {self.engine!r}: {message.reason}")
+            # Two engines of one name would otherwise put each other out for ever.
+            self.is_dismissed = message.final
             self._drop_unreleased()
         else:
             raise WireError(f"the publisher sent a {type(message).__name__}, which publishers do not send")
@@ -266,6 +269,8 @@ class Subscription:
 
     def tick(self, now_s: float) -> list[Effect]:
         """Ping, ask again for chunks that did not come, and notice a coordinator that fell silent."""
+        if self.is_dismissed:
+            return []
         effects: list[Effect] = []
         if now_s - self._pinged_s >= self._limits.ping_every_s:
             self._pinged_s = now_s

@@ -2,7 +2,7 @@
 
 Receiver-driven: nothing is sent that was not asked for, and an engine asks only for what it has room for, so a slow
 engine costs the source no memory (frames point into the snapshot). An engine that asks for more than
-`MAX_UNDER_WAY` chunks at once is not answered until what it asked for has left.
+`MAX_CREDIT_CHUNKS` chunks at once is not answered until what it asked for has left.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from weightcast.sync.arrival import Request
+from weightcast.sync.arrival import MAX_CREDIT_CHUNKS, Request
 from weightcast.sync.errors import WireError
 from weightcast.sync.messages import ChunkHeader, ChunkRequest, decode, encode
 from weightcast.sync.snapshot import Snapshot
@@ -19,7 +19,6 @@ from weightcast.sync.transports import zmq_sockets
 from weightcast.sync.transports.base import ReceivedChunk
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 
-MAX_UNDER_WAY = 64
 MAX_REQUEST_BYTES = 4096
 _HEADER_ROOM_BYTES = 4096
 
@@ -71,7 +70,7 @@ class ZmqChunkServer:
         trackers = self._under_way.setdefault(peer, deque())
         while trackers and trackers[0].done:
             trackers.popleft()
-        if len(trackers) >= MAX_UNDER_WAY:
+        if len(trackers) >= MAX_CREDIT_CHUNKS:
             return
         header = encode(ChunkHeader(request.version, request.index, True))
         self.socket.send_multipart([peer, header], zmq.SNDMORE)

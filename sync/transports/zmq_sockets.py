@@ -26,7 +26,8 @@ class CurveKeys:
     """CurveZMQ keys of one process, in Z85 (40 characters) as `zmq.curve_keypair()` makes them.
 
     `public` and `secret` are its own. An engine, or a source other than rank 0, also needs `server`, the public key
-    of the processes it connects to. Sources share one key pair; `allowed` lists the public keys that they listen to.
+    of the processes it connects to. Sources share one key pair; `allowed` lists the public keys that they listen to,
+    the engines' and, where there is more than one source, their own.
     """
 
     public: bytes
@@ -90,7 +91,7 @@ def bind(
             "list the public keys of the engines and sources in CurveKeys.allowed"
         )
     socket = context.socket(zmq.ROUTER)
-    _set_options(socket)
+    _set_options(socket, parsed)
     socket.maxmsgsize = max_message_bytes
     if keys is not None:
         socket.curve_secretkey, socket.curve_publickey = keys.secret, keys.public
@@ -149,7 +150,7 @@ def connect(
     if keys is not None and keys.server is None:
         raise AddressError(f"keys for {address} lack `server`, the publisher's public key")
     socket = context.socket(zmq.DEALER)
-    _set_options(socket)
+    _set_options(socket, parsed)
     socket.maxmsgsize = max_message_bytes
     if keys is not None:
         socket.curve_secretkey, socket.curve_publickey = keys.secret, keys.public
@@ -158,12 +159,12 @@ def connect(
     return socket
 
 
-def _set_options(socket: zmq.Socket[bytes]) -> None:
+def _set_options(socket: zmq.Socket[bytes], address: Address) -> None:
     socket.linger = 0
     # Credit bounds what is under way; ZeroMQ's own marks would drop messages to slow peers without a word.
     socket.sndhwm = 0
     socket.rcvhwm = 0
-    socket.ipv6 = False
+    socket.ipv6 = address.host.startswith("[")
     socket.reconnect_ivl = 100
     socket.reconnect_ivl_max = 1000
 

@@ -38,7 +38,7 @@ CHANGES: dict[str, Change] = {
     "an extra frame": lambda header, body: [[header, body, b"more"], [header, body]],
     "twice": lambda header, body: [[header, body], [header, body]],
     "a duplicate that differs": lambda header, body: [[header, body], *flip(header, body)],
-    "another message": lambda header, body: [[encode(Goodbye("no")), body], [header, body]],
+    "another message": lambda header, body: [[encode(Goodbye("no", False)), body], [header, body]],
     "no message": lambda header, body: [[b"\xc1", body], [header, body]],
     "an unknown chunk": lambda header, body: [[encode(ChunkHeader(Version(1, 1), 9999, True)), body], [header, body]],
     "an older version": lambda header, body: [[encode(ChunkHeader(Version(1, 0), 0, False))], [header, body]],

@@ -32,7 +32,7 @@ EXAMPLES: list[m.Message] = [
     m.Announce(V, 4096, b"\1" * 16, (m.Offer(0, "tcp://127.0.0.1:1", (REGION,), b"\2" * 16),)),
     m.Release(V),
     m.Pong(5, True),
-    m.Goodbye("closed"),
+    m.Goodbye("closed", False),
     m.SourceHello(1, 0, 2, "f" * 32, "ipc:///tmp/x", (REGION, REGION)),
     m.Assigned(5, 4096, (REGION,)),
     m.Packed(7, b"\3" * 32, b"\4" * 8, (SPAN,)),
@@ -171,6 +171,6 @@ def test_extension_types_are_refused() -> None:
 def test_a_message_past_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weightcast.sync.schema.MAX_MESSAGE_BYTES", 100)
     with pytest.raises(WireError, match="limit of 100"):
-        encode(m.Goodbye("x" * 200))
+        encode(m.Goodbye("x" * 200, False))
     with pytest.raises(WireError, match="limit of 100"):
         decode(b"\x81" * 101)
