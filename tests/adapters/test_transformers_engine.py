@@ -92,7 +92,7 @@ def test_a_seed_repeats_a_sample(engine: TransformersEngine) -> None:
 
 
 def test_an_engine_needs_weights_to_start_on(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMismatch, match="has neither model.safetensors nor"):
+    with pytest.raises(CheckpointMismatch, match=r"has neither model\.safetensors nor"):
         TransformersEngine(tmp_path)
 
 

@@ -22,7 +22,7 @@ from engine_pause import run_pause
 from harness import TIMEOUT_S, Record, running_publisher, time_copy
 from rich.console import Console
 from rich.table import Table
-from shapes import qwen3_specs
+from shapes import TINY, qwen3_specs
 
 import weightcast
 from weightcast.sync import TensorSpec, Update, WeightSubscriber
@@ -35,7 +35,7 @@ def sum_bits(update: Update) -> int:
     return sum(int(tensor.view(torch.int16).sum(dtype=torch.int64)) for _, tensor in update)
 
 
-def run_staging(rounds: int, specs: list[TensorSpec], ipc: str) -> list[Record]:
+def run_staging(rounds: int, specs: list[TensorSpec], ipc: str, tiny: bool) -> list[Record]:
     """Stage over tcp and ipc, each round next to a copy of the same bytes."""
     names = ("stage_zmq_tcp", "stage_zmq_ipc")
     source = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs]
@@ -43,7 +43,7 @@ def run_staging(rounds: int, specs: list[TensorSpec], ipc: str) -> list[Record]:
     time_copy(source, target)
     times_s: dict[str, list[float]] = {name: [] for name in (*names, "memcpy", "pack", "publish")}
     num_bytes = sum(spec.num_bytes for spec in specs)
-    with running_publisher(["tcp://127.0.0.1:0", ipc]) as publisher:
+    with running_publisher(["tcp://127.0.0.1:0", ipc], tiny) as publisher:
         subscribers = [WeightSubscriber(address, expect=specs) for address in publisher.addresses]
         for number in range(rounds + 1):
             for index, name in enumerate(names):
@@ -102,13 +102,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
+    parser.add_argument("--tiny", action="store_true", help="a model of 40 MB: to try the program, not for figures")
     parser.add_argument("--skip-engine", action="store_true", help="measure staging only, without starting an engine")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    specs = qwen3_specs()
+    specs = qwen3_specs(**TINY) if options.tiny else qwen3_specs()
     with tempfile.TemporaryDirectory() as folder:
-        records = run_staging(options.rounds, specs, f"ipc://{folder}/bench")
-        if not options.skip_engine:
+        records = run_staging(options.rounds, specs, f"ipc://{folder}/bench", options.tiny)
+        if not (options.skip_engine or options.tiny):
             records.append(run_pause(options.rounds, specs, Path(folder)))
     results = {"machine": describe_machine(), "records": [asdict(record) for record in records]}
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,8 +34,9 @@ class Record:
 class Publisher:
     """The publishing process and its pipes."""
 
-    def __init__(self, addresses: list[str]) -> None:
+    def __init__(self, addresses: list[str], tiny: bool) -> None:
         command = [sys.executable, str(HERE / "publishing_process.py"), *addresses]
+        command += ["--tiny"] if tiny else []
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -59,9 +60,9 @@ class Publisher:
 
 
 @contextmanager
-def running_publisher(addresses: list[str]) -> Iterator[Publisher]:
+def running_publisher(addresses: list[str], tiny: bool = False) -> Iterator[Publisher]:
     """A publishing process that ends with the block."""
-    publisher = Publisher(addresses)
+    publisher = Publisher(addresses, tiny)
     try:
         yield publisher
     finally:

@@ -1,6 +1,6 @@
 """A trainer's stand-in for benchmarks: a process that publishes random tensors when a line on stdin says so.
 
-python tests/benchmarks/publishing_process.py ADDRESS [ADDRESS...]
+python tests/benchmarks/publishing_process.py ADDRESS [ADDRESS...] [--tiny]
 
 Prints one JSON line with the bound addresses, then one for each command. Commands: `publish INDEX VERSION` publishes
 a new version on the address of that index; the answer carries the report's phases, each engine's pause, and a sum over
@@ -13,7 +13,7 @@ import sys
 from functools import partial
 
 import torch
-from shapes import qwen3_specs
+from shapes import TINY, qwen3_specs
 
 from weightcast.sync import HeldRegion, TensorSpec, WeightPublisher
 
@@ -56,8 +56,9 @@ class RandomSource:
 def main() -> None:
     """Serve commands until stdin ends."""
     torch.set_num_threads(1)
-    source = RandomSource(qwen3_specs())
-    publishers = [WeightPublisher(source, address) for address in sys.argv[1:]]
+    addresses = [argument for argument in sys.argv[1:] if argument != "--tiny"]
+    source = RandomSource(qwen3_specs(**TINY) if "--tiny" in sys.argv else qwen3_specs())
+    publishers = [WeightPublisher(source, address) for address in addresses]
     print(json.dumps({"addresses": [publisher.address for publisher in publishers]}), flush=True)
     for line in sys.stdin:
         command, index, number = line.split()

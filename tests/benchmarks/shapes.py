@@ -4,6 +4,8 @@ import torch
 
 from weightcast.sync import TensorSpec
 
+TINY = {"layers": 2, "vocab": 4096}
+
 
 def qwen3_specs(
     layers: int = 28,
