@@ -12,6 +12,7 @@ calls it; importing this module changes nothing, and with CUDA and Transformer E
 import importlib
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,22 @@ def _mended() -> bool:
     return cuda_mended and (has_transformer_engine() or multi_latent_attention.HAVE_TE is False)
 
 
+class _EndOfThread:
+    """Empties a thread's stack of modes when its thread-local variables are cleared, while it still holds the GIL.
+
+    What is left there is freed by C++ after the thread's last Python code; should the interpreter be ending at that
+    moment, the process aborts with "terminate called without an active exception" (seen on torch 2.13, Python 3.11).
+    """
+
+    def __del__(self) -> None:
+        overrides: Any = torch.overrides
+        for _ in overrides._get_current_function_mode_stack():
+            overrides._pop_mode()
+
+
+_this_thread = threading.local()
+
+
 def _enter_mode_for_this_thread() -> None:
     """Enter `CudaToCpuMode` at the bottom of this thread's stack of modes, for good.
 
@@ -149,6 +166,8 @@ def _enter_mode_for_this_thread() -> None:
     overrides._push_mode(stand_ins.CudaToCpuMode())
     for mode in reversed(popped):
         overrides._push_mode(mode)
+    if threading.current_thread() is not threading.main_thread():
+        _this_thread.end = _EndOfThread()
 
 
 def ensure_runtime() -> None:
