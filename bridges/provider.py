@@ -84,6 +84,10 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     """Norms behind attention and MLP as well as before them (Gemma 2 and 3)."""
     embedding_scale: float | None = None
     """What token embeddings are multiplied with (Gemma)."""
+    attn_logit_softcapping: float | None = None
+    """Attention scores are squeezed into (-cap, cap) before the softmax (Gemma 2)."""
+    final_logit_softcapping: float | None = None
+    """Logits are squeezed into (-cap, cap) (Gemma 2)."""
 
     cuda_graph_scope: list[str] = field(default_factory=list)
     """Megatron's own default, "full", is one that Megatron itself warns of."""

@@ -2,7 +2,8 @@
 
 Megatron's own unfused attention needs CUDA for its mask, materialises all scores, and has no head dimension of its
 own for values. This one takes grouped queries, a causal or sliding window mask, a mask given by the caller, a softmax
-scale, and separate key and value head dimensions (`k_channels`, `v_channels`, as multi-latent attention asks).
+scale, and separate key and value head dimensions (`k_channels`, `v_channels`, as multi-latent attention asks). Scores
+that are capped before the softmax (Gemma 2) are computed one by one, because no fused kernel of torch caps them.
 """
 
 from typing import Any
@@ -43,11 +44,35 @@ def allowed_positions(
     return allowed
 
 
+def softcapped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    cap: float,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Attention whose scores are cap * tanh(scores / cap); holds all scores, in fp32 from the cap to the softmax.
+
+    Query [batch, heads, s, k], key and value [batch, groups, t, k or v], `mask` bool [s, t] or broadcastable to
+    [batch, heads, s, t], True to see; gives [batch, heads, s, v].
+    """
+    heads_per_group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(heads_per_group, 1), value.repeat_interleave(heads_per_group, 1)
+    scores = torch.tanh((query @ key.transpose(2, 3)).float() * (scale / cap)) * cap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = nn.functional.dropout(scores.softmax(-1).to(query.dtype), dropout_p)
+    return weights @ value
+
+
 class SdpaAttention(MegatronModule):  # type: ignore[misc]
     """Attention of this rank's query heads over its query groups; no parameters, no communication.
 
-    The layer's window is `config.window_size` where `config.window_attn_skip_freq` says so. Raises `ConfigError` for
-    what it does not compute: context parallelism, a softmax other than the plain one.
+    The layer's window is `config.window_size` where `config.window_attn_skip_freq` says so; scores are capped by a
+    provider's `attn_logit_softcapping`. Raises `ConfigError` for what it does not compute: context parallelism, a
+    softmax other than the plain one.
     """
 
     def __init__(
@@ -67,6 +92,7 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         _refuse_what_it_cannot(config)
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window: tuple[int, int] | None = tuple(config.window_size) if windowed else None
+        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         key_channels = k_channels if k_channels is not None else config.kv_channels
@@ -77,10 +103,10 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, given: torch.Tensor | None, mask_type: AttnMaskType
     ) -> torch.Tensor | None:
-        """The mask to pass on (True to see), or None where plain causal or full attention says it all."""
+        """The mask to pass on (True to see), or None where the kernel's plain causal or full attention says it all."""
         causal = mask_type in _CAUSAL
         square = query.shape[0] == key.shape[0]
-        if given is None and self.window is None and (square or not causal):
+        if given is None and self.window is None and (not causal or (square and self.softcap is None)):
             return None
         mask = allowed_positions(query.shape[0], key.shape[0], self.window, causal, query.device)
         return mask if given is None else mask & ~given  # Megatron's masks are True where nothing is seen
@@ -108,13 +134,16 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
         mask = self._mask(query, key, attention_mask, mask_type)
         dropout = self.dropout if self.training else 0.0
-        if mask is not None and query.is_cuda:
+        if mask is not None and query.is_cuda and self.softcap is None:
             # With a mask CUDA has an efficient kernel only for as many key heads as query heads; see the notes on
             # `enable_gqa` in torch's documentation of scaled_dot_product_attention.
             heads_per_group = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(heads_per_group, 2), value.repeat_interleave(heads_per_group, 2)
 
         def attend() -> torch.Tensor:
+            if self.softcap is not None:
+                q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+                return softcapped_attention(q, k, v, mask, self.softmax_scale, self.softcap, dropout)
             return nn.functional.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),

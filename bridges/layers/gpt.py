@@ -42,6 +42,15 @@ def mask_padding(output_layer: nn.Module, vocab_size: int, rank: int) -> None:
     output_layer.register_forward_hook(masked)
 
 
+def softcap_logits(output_layer: nn.Module, cap: float) -> None:
+    """Squeeze the logits smoothly into (-cap, cap), as HF's Gemma 2 does: cap * tanh(logits / cap)."""
+
+    def capped(layer: nn.Module, inputs: object, output: tuple[torch.Tensor, object]) -> tuple[torch.Tensor, object]:
+        return torch.tanh(output[0] / cap) * cap, output[1]
+
+    output_layer.register_forward_hook(capped)
+
+
 def rope_module(provider: "GPTModelProvider", cp_group: object) -> RopeEmbedding:
     """The rotary embedding for the provider's settings."""
     rope, local = provider.rope(), provider.local_rope()
@@ -75,6 +84,8 @@ def build_gpt(provider: "GPTModelProvider", pre_process: bool, post_process: boo
         model.rotary_pos_emb = rope_module(provider, model.pg_collection.cp)
     if pre_process and provider.embedding_scale is not None:
         scale_output(model.embedding, provider.embedding_scale)
+    if post_process and provider.final_logit_softcapping is not None:
+        softcap_logits(model.output_layer, provider.final_logit_softcapping)  # before the padding is masked
     if post_process and provider.mask_padded_vocabulary:
         mask_padding(model.output_layer, provider.vocab_size, model.pg_collection.tp.rank())
     return model

@@ -29,6 +29,7 @@ from torch import nn
 
 from weightcast.bridges.layers.core_attention import SdpaAttention
 from weightcast.bridges.layers.linears import with_bias, with_post_norm
+from weightcast.bridges.layers.mla import latent_attention
 from weightcast.bridges.layers.norms import norm_class
 from weightcast.bridges.layers.rope import RopePerLayerAttention
 from weightcast.bridges.runtime import has_transformer_engine
@@ -98,8 +99,8 @@ def transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
 def variants(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
     """`layer` with what this model has beyond a plain one: biases by place, norms behind linears, its own rope.
 
-    Reads `qkv_bias`, `attention_output_bias`, `mlp_bias`, `post_norms` and `rotary_base_local` of a
-    `GPTModelProvider`.
+    Reads `qkv_bias`, `attention_output_bias`, `mlp_bias`, `post_norms`, `rotary_base_local` and
+    `attn_logit_softcapping` of a `GPTModelProvider`.
     """
     attention: Any = layer.submodules.self_attention
     mlp: Any = layer.submodules.mlp
@@ -114,10 +115,13 @@ def variants(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
     if config.post_norms:
         norm = final_norm(config)
         proj, fc2 = with_post_norm(proj, norm), with_post_norm(fc2, norm)
+    core = attention.submodules.core_attention
+    if config.attn_logit_softcapping is not None:
+        core = SdpaAttention  # Transformer Engine's kernels cap no scores
     attention = replace(
         attention,
         module=RopePerLayerAttention if config.rotary_base_local is not None else attention.module,
-        submodules=replace(attention.submodules, linear_qkv=qkv, linear_proj=proj),
+        submodules=replace(attention.submodules, linear_qkv=qkv, core_attention=core, linear_proj=proj),
     )
     mlp = replace(
         mlp,
@@ -129,14 +133,16 @@ def variants(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
 
 def layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
     """The specs of all layers of the model, in order. Raises ConfigError for kinds of layers not known here."""
-    for setting in ("num_moe_experts", "multi_latent_attention", "mtp_num_layers"):
+    for setting in ("num_moe_experts", "mtp_num_layers"):
         if getattr(config, setting):
             raise ConfigError(
-                f"{setting}={getattr(config, setting)!r} is not supported: only dense layers with grouped-query "
-                "attention are built here; unset it"
+                f"{setting}={getattr(config, setting)!r} is not supported: only dense layers are built here; unset it"
             )
     layer = transformer_engine_layer(config) if has_transformer_engine() else local_layer(config)
-    return [variants(config, layer)] * config.num_layers
+    layer = variants(config, layer)
+    if config.multi_latent_attention:
+        layer = latent_attention(config, layer)
+    return [layer] * config.num_layers
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
