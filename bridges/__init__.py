@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weightcast.bridges.plan import Plan, WeightConversionTask, build_plan
     from weightcast.bridges.provider import GPTModelProvider
     from weightcast.bridges.rules import FusedQkv, GatedMlp, Rename, Tied, Vocab
+    from weightcast.bridges.rules_experts import InterleavedGatedMlp, PerExpert, StackedExperts, Transposed
     from weightcast.bridges.source import PlanSource
 
 _HOMES = {
@@ -25,11 +26,15 @@ _HOMES = {
     "GPTModelProvider": "provider",
     "GatedMlp": "rules",
     "HFWeightTuple": "hf_export",
+    "InterleavedGatedMlp": "rules_experts",
     "ModelBridge": "models.bridge",
+    "PerExpert": "rules_experts",
     "Plan": "plan",
     "PlanSource": "source",
     "Rename": "rules",
+    "StackedExperts": "rules_experts",
     "Tied": "rules",
+    "Transposed": "rules_experts",
     "Vocab": "rules",
     "WeightConversionTask": "plan",
     "build_plan": "plan",
@@ -40,11 +45,15 @@ __all__ = [
     "GPTModelProvider",
     "GatedMlp",
     "HFWeightTuple",
+    "InterleavedGatedMlp",
     "ModelBridge",
+    "PerExpert",
     "Plan",
     "PlanSource",
     "Rename",
+    "StackedExperts",
     "Tied",
+    "Transposed",
     "Vocab",
     "WeightConversionTask",
     "build_plan",

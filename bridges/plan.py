@@ -16,21 +16,14 @@ from dataclasses import dataclass, replace
 
 from megatron.core.transformer.module import MegatronModule
 
-from weightcast.bridges.rules import (
-    ModelDimensions,
-    Rule,
-    Segment,
-    Tied,
-    Vocab,
-    expand_rules,
-    hf_shapes,
-    map_shard,
-)
+from weightcast.bridges.rule_table import RuleTable, name_some
+from weightcast.bridges.rules import ModelDimensions, Piece, Rule, Segment, Tied, Vocab, map_shard
 from weightcast.bridges.shards import Model, ParameterView, Shard, read_shards, unwrap_chunks
 from weightcast.sync.errors import UnmappedTensor
-from weightcast.sync.regions import HeldRegion, TensorSpec, check_unique_names
+from weightcast.sync.regions import HeldRegion, TensorSpec
 
-_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+# With what is in front of the number: `mtp.layers.0` and `decoder.layers.0` are different layers.
+_LAYER = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.)")
 # Keys that live on the first pipeline stage; keys without a layer number are otherwise on the last one.
 _FIRST_STAGE_PREFIX = "embedding."
 
@@ -101,32 +94,27 @@ def lay_rules(
     hf_specs: Sequence[TensorSpec],
 ) -> Plan:
     """`build_plan` without a model: a pure function of its arguments."""
-    check_unique_names(hf_specs)
-    specs = {spec.name: spec for spec in hf_specs}
-    table = expand_rules(rules, dimensions.num_layers)
-    copies = _find_copies(table.values(), specs)
-    _check_hf_names(table.values(), specs, copies)
-    _check_matches(table, stages, {shard.key for shard in shards})
+    return lay_table(RuleTable.make(rules, dimensions, hf_specs), shards, stages)
 
-    held: dict[str, list[HeldRegion]] = {key: [] for key in table}
+
+def lay_table(table: RuleTable, shards: Sequence[Shard], stages: Stages) -> Plan:
+    """The plan of one rank; for many ranks of one model the table is made once. Raises `UnmappedTensor`."""
+    _check_matches(table.rules, stages, {shard.key for shard in shards})
+    held: dict[str, list[HeldRegion]] = {key: [] for key in table.rules}
     padding: list[ParameterView] = []
     for shard in shards:
-        rule = table[shard.key]
-        segments = rule.segments(shard.global_shape, dimensions)
-        _check_shapes(rule, segments, shard.global_shape, specs)
-        held[shard.key] += _hold(shard, segments, copies)
+        segments = table.segments(shard.key, shard.global_shape, shard.offset, shard.view.shape)
+        held[shard.key] += _hold(shard, segments, table.copies)
         padding += _find_padding(shard, segments)
 
     tasks = tuple(
-        WeightConversionTask(key, rule, _with_copies(rule.hf_names, copies), tuple(held[key]))
-        for key, rule in table.items()
+        WeightConversionTask(key, rule, table.hf_names[key], tuple(held[key])) for key, rule in table.rules.items()
     )
-    order = {spec.name: index for index, spec in enumerate(hf_specs)}
     regions = sorted(
         (region for task in tasks for region in task.held),
-        key=lambda item: (order[item.region.name], item.region.offset),
+        key=lambda item: (table.order[item.region.name], item.region.offset),
     )
-    return Plan(tuple(hf_specs), tasks, tuple(regions), copies, tuple(padding))
+    return Plan(tuple(table.specs.values()), tasks, tuple(regions), table.copies, tuple(padding))
 
 
 def _read_dimensions(chunk: MegatronModule, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]) -> ModelDimensions:
@@ -147,41 +135,11 @@ def _read_dimensions(chunk: MegatronModule, rules: Iterable[Rule], hf_specs: Seq
     )
 
 
-def _find_copies(rules: Iterable[Rule], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    tied = [rule for rule in rules if isinstance(rule, Tied)]
-    return {rule.copy: rule.hf for rule in tied if rule.copy is not None and rule.copy in specs}
-
-
-def _with_copies(names: tuple[str, ...], copies: Mapping[str, str]) -> tuple[str, ...]:
-    return names + tuple(copy for copy, original in copies.items() if original in names)
-
-
-def _check_hf_names(rules: Iterable[Rule], specs: Mapping[str, TensorSpec], copies: Mapping[str, str]) -> None:
-    """Every HF tensor is filled by one rule, and every rule's HF tensors exist. Sees the whole model on any rank."""
-    filled: dict[str, str] = {}
-    for rule in rules:
-        if isinstance(rule, Tied):
-            continue
-        for name in rule.hf_names:
-            if name in filled:
-                raise UnmappedTensor(f"the HF tensor {name} is filled twice, from {filled[name]} and {rule.megatron}")
-            filled[name] = rule.megatron
-    if unfilled := [name for name in specs if name not in filled and name not in copies]:
-        raise UnmappedTensor(
-            f"no rule fills the HF tensor {_name_some(unfilled)}; add a rule for it to the model's table"
-        )
-    if absent := [name for name in filled if name not in specs]:
-        raise UnmappedTensor(
-            f"the rule of {filled[absent[0]]} wants the HF tensor {_name_some(absent)}, which the HF model lacks; "
-            "the table must leave out what the configuration switches off (biases, an untied output layer)"
-        )
-
-
 def _check_matches(table: Mapping[str, Rule], stages: Stages, keys: set[str]) -> None:
     """Every local key has a rule, and every rule of a part of the model that is here has its key."""
     if unmapped := sorted(keys - table.keys()):
         raise UnmappedTensor(
-            f"no rule maps the Megatron tensor {_name_some(unmapped)}; add a rule for it to the model's table, "
+            f"no rule maps the Megatron tensor {name_some(unmapped)}; add a rule for it to the model's table, "
             "or switch off the feature of the configuration that adds it"
         )
     layers = {layer for key in keys if (layer := _layer_of(key)) is not None}
@@ -189,36 +147,25 @@ def _check_matches(table: Mapping[str, Rule], stages: Stages, keys: set[str]) ->
         if key not in keys and not isinstance(rule, Tied) and _belongs_here(key, stages, layers):
             raise UnmappedTensor(
                 f"the rule {type(rule).__name__} of {key} matches nothing: the model has no such tensor, "
-                f"so {_name_some(rule.hf_names)} would never be filled"
+                f"so {name_some(rule.hf_names)} would never be filled"
             )
 
 
-def _belongs_here(key: str, stages: Stages, layers: set[int]) -> bool:
+def _belongs_here(key: str, stages: Stages, layers: set[str]) -> bool:
     layer = _layer_of(key)
     if layer is not None:
         return layer in layers
     return stages.first if key.startswith(_FIRST_STAGE_PREFIX) else stages.last
 
 
-def _layer_of(key: str) -> int | None:
-    match = _LAYER_NUMBER.search(key)
-    return int(match[1]) if match else None
-
-
-def _check_shapes(
-    rule: Rule, segments: Sequence[Segment], shape: tuple[int, ...], specs: Mapping[str, TensorSpec]
-) -> None:
-    for name, want in hf_shapes(segments, shape).items():
-        if specs[name].shape != want:
-            raise UnmappedTensor(
-                f"{name} has shape {specs[name].shape} in the HF model, but {rule.megatron} of shape {shape} makes "
-                f"{want} by the rule {type(rule).__name__}; the model was built for another configuration"
-            )
+def _layer_of(key: str) -> str | None:
+    match = _LAYER.match(key)
+    return match[0] if match else None
 
 
 def _hold(shard: Shard, segments: Sequence[Segment], copies: Mapping[str, str]) -> list[HeldRegion]:
     held = [
-        HeldRegion(piece.region, shard.view.rows(piece.rows))
+        HeldRegion(piece.region, _view(shard.view, piece))
         for piece in map_shard(segments, shard.offset, shard.view.shape)
     ]
     for copy, original in copies.items():
@@ -228,14 +175,16 @@ def _hold(shard: Shard, segments: Sequence[Segment], copies: Mapping[str, str]) 
     return held
 
 
+def _view(view: ParameterView, piece: Piece) -> ParameterView:
+    part = view.at(piece.index)
+    return part.transposed() if piece.transposed else part
+
+
 def _find_padding(shard: Shard, segments: Sequence[Segment]) -> list[ParameterView]:
-    """The shard's rows past the last segment. Rules leave no holes between segments."""
+    """The shard's rows past the last segment. Rules leave no holes between segments, and never pad experts."""
+    if segments[0].expert is not None:
+        return []
     num_rows = shard.view.shape[0]
     mapped = max(segment.megatron_row + segment.num_rows for segment in segments) - shard.offset[0]
     start = min(max(mapped, 0), num_rows)
-    return [shard.view.rows(slice(start, num_rows))] if start < num_rows else []
-
-
-def _name_some(names: Sequence[str]) -> str:
-    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    return f"{names[0]}{more}"
+    return [shard.view.at((slice(start, num_rows),))] if start < num_rows else []

@@ -16,6 +16,8 @@ box that `map_shard` cuts out of it, so no rule ever hears of tensor or pipeline
     )
     rule = expand_rules(LLAMA, num_layers=2)["decoder.layers.1.self_attention.linear_qkv.weight"]
     segments = rule.segments((6144, 4096), dimensions)
+
+`rules_experts` lifts such rules over an axis of experts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,21 +46,31 @@ class ModelDimensions:
 class Segment:
     """`num_rows` rows of a Megatron tensor from `megatron_row` are those of the HF tensor `hf` from `hf_row`.
 
-    A row is an index of the first dimension; the other dimensions are the same on both sides.
+    A row is an index of the first dimension, or of the second in a tensor with an axis of experts in front; the
+    dimensions behind it are the same on both sides.
     """
 
     hf: str
     megatron_row: int
     hf_row: int
     num_rows: int
+    expert: int | None = None
+    """The index on Megatron's axis of experts, where there is one."""
+    stacked: bool = False
+    """The HF tensor has the axis of experts as well."""
+    hf_step: int = 1
+    """HF rows lie this far apart; each is then a region of its own."""
+    transposed: bool = False
+    """HF holds the matrix transposed: rows are its last dimension, columns the one before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One HF region of a shard, and the rows of the shard's own tensor that it is."""
+    """One HF region of a shard, and what it is of the shard's own tensor: `tensor[index]`, transposed or not."""
 
     region: Region
-    rows: slice
+    index: tuple[int | slice, ...]
+    transposed: bool = False
 
 
 class Rule(Protocol):
@@ -84,7 +96,7 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _TemplateRule:
+class TemplateRule:
     """A rule whose fields are all names, or templates of names."""
 
     megatron: str
@@ -97,7 +109,7 @@ class _TemplateRule:
 
 
 @dataclass(frozen=True, slots=True)
-class Rename(_TemplateRule):
+class Rename(TemplateRule):
     """The same tensor under two names."""
 
     hf: str
@@ -111,7 +123,7 @@ class Rename(_TemplateRule):
 
 
 @dataclass(frozen=True, slots=True)
-class Vocab(_TemplateRule):
+class Vocab(TemplateRule):
     """One row a token. Megatron pads the rows for its parallel layout; HF stores `vocab_size` of them."""
 
     hf: str
@@ -130,7 +142,7 @@ class Vocab(_TemplateRule):
 
 
 @dataclass(frozen=True, slots=True)
-class FusedQkv(_TemplateRule):
+class FusedQkv(TemplateRule):
     """Query, key and value projections in one tensor (weight or bias), interleaved by query group.
 
     Megatron's rows of one group are its query heads, then its key head, then its value head; `head_dim` rows each
@@ -171,7 +183,7 @@ class FusedQkv(_TemplateRule):
 
 
 @dataclass(frozen=True, slots=True)
-class GatedMlp(_TemplateRule):
+class GatedMlp(TemplateRule):
     """The gate and up projections of a gated MLP in one tensor (weight or bias): all gate rows, then all up rows."""
 
     gate: str
@@ -189,7 +201,7 @@ class GatedMlp(_TemplateRule):
 
 
 @dataclass(frozen=True, slots=True)
-class Tied(_TemplateRule):
+class Tied(TemplateRule):
     """A Megatron tensor that is an alias of the HF tensor `hf`, which another rule fills; padded like `Vocab`.
 
     Megatron itself lists the tied output layer of a last pipeline stage under the embedding's key
@@ -224,23 +236,55 @@ def expand_rules(rules: Iterable[Rule], num_layers: int) -> dict[str, Rule]:
 def hf_shapes(segments: Sequence[Segment], shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Full shapes of the HF tensors that `segments` of a Megatron tensor of global `shape` make up."""
     rows: dict[str, int] = {}
+    kinds: dict[str, Segment] = {}
     for segment in segments:
         rows[segment.hf] = rows.get(segment.hf, 0) + segment.num_rows
-    return {name: (count, *shape[1:]) for name, count in rows.items()}
+        kinds[segment.hf] = segment
+    return {name: _hf_shape(kinds[name], num_rows, shape) for name, num_rows in rows.items()}
+
+
+def _hf_shape(kind: Segment, num_rows: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an HF tensor to which segments like `kind` give `num_rows` in all."""
+    if kind.expert is None:
+        return _turn((num_rows, *shape[1:]), kind.transposed)
+    if kind.stacked:
+        return (shape[0], *_turn((num_rows // shape[0], *shape[2:]), kind.transposed))
+    return _turn((num_rows, *shape[2:]), kind.transposed)
+
+
+def _turn(box: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    return box[::-1] if transposed else box
 
 
 def map_shard(segments: Sequence[Segment], offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Piece, ...]:
-    """The HF regions of the box `offset`, `shape` of a global Megatron tensor, in the order of its rows.
+    """The HF regions of the box `offset`, `shape` of a global Megatron tensor, in the order of the segments.
 
     Rows that no segment covers (vocabulary padding) give no piece. Pure; any cut along any dimension will do.
     """
-    first, last = offset[0], offset[0] + shape[0]
     pieces: list[Piece] = []
     for segment in segments:
-        start = max(first, segment.megatron_row)
-        stop = min(last, segment.megatron_row + segment.num_rows)
-        if start < stop:
-            hf_row = segment.hf_row + start - segment.megatron_row
-            region = Region(segment.hf, (hf_row, *offset[1:]), (stop - start, *shape[1:]))
-            pieces.append(Piece(region, slice(start - first, stop - first)))
+        axis = 0 if segment.expert is None else 1
+        if segment.expert is not None and not offset[0] <= segment.expert < offset[0] + shape[0]:
+            continue
+        start = max(offset[axis], segment.megatron_row)
+        stop = min(offset[axis] + shape[axis], segment.megatron_row + segment.num_rows)
+        if segment.hf_step == 1:
+            pieces += [_piece(segment, start, stop, offset, shape)] if start < stop else []
+        else:
+            pieces += [_piece(segment, row, row + 1, offset, shape) for row in range(start, stop)]
     return tuple(pieces)
+
+
+def _piece(segment: Segment, start: int, stop: int, offset: tuple[int, ...], shape: tuple[int, ...]) -> Piece:
+    """The piece for the Megatron rows `start` to `stop`, which HF has next to each other."""
+    axis = 0 if segment.expert is None else 1
+    hf_row = segment.hf_row + (start - segment.megatron_row) * segment.hf_step
+    hf_offset = _turn((hf_row, *offset[axis + 1 :]), segment.transposed)
+    hf_shape = _turn((stop - start, *shape[axis + 1 :]), segment.transposed)
+    index: tuple[int | slice, ...] = (slice(start - offset[axis], stop - offset[axis]),)
+    if segment.expert is not None:
+        local = segment.expert - offset[0]
+        index = (slice(local, local + 1) if segment.stacked else local, *index)
+        if segment.stacked:
+            hf_offset, hf_shape = (segment.expert, *hf_offset), (1, *hf_shape)
+    return Piece(Region(segment.hf, hf_offset, hf_shape), index, segment.transposed)

@@ -47,10 +47,22 @@ class ParameterView:
         assert data.is_contiguous(), "a parameter was re-pointed at memory that is not contiguous"
         return data.as_strided(self.shape, self.stride, data.storage_offset() + self.offset)
 
-    def rows(self, rows: slice) -> "ParameterView":
-        """The part of this view between two indices of its first dimension."""
-        shape = (rows.stop - rows.start, *self.shape[1:])
-        return replace(self, shape=shape, offset=self.offset + rows.start * self.stride[0])
+    def at(self, index: tuple[int | slice, ...]) -> "ParameterView":
+        """What `tensor[index]` is of a tensor: an integer drops its dimension, a slice (with both ends) keeps it."""
+        shape, stride, offset = list(self.shape[len(index) :]), list(self.stride[len(index) :]), self.offset
+        for axis, part in reversed(list(enumerate(index))):
+            offset += self.stride[axis] * (part.start if isinstance(part, slice) else part)
+            if isinstance(part, slice):
+                shape.insert(0, part.stop - part.start)
+                stride.insert(0, self.stride[axis])
+        return replace(self, shape=tuple(shape), stride=tuple(stride), offset=offset)
+
+    def transposed(self) -> "ParameterView":
+        """The view with its last two dimensions swapped."""
+        swap = (*range(len(self.shape) - 2), len(self.shape) - 1, len(self.shape) - 2)
+        return replace(
+            self, shape=tuple(self.shape[axis] for axis in swap), stride=tuple(self.stride[axis] for axis in swap)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +106,10 @@ def _read_chunk(chunk: MegatronModule) -> Iterator[Shard]:
 
 
 def _read_tensor(entry: ShardedTensor, finder: "_ParameterFinder") -> Shard:
-    if entry.prepend_axis_num:
-        raise UnmappedTensor(
-            f"{entry.key} has {entry.prepend_axis_num} dimensions in front of its parameter's own (an axis of experts "
-            "or layers); no rule maps such an axis yet"
-        )
     view = finder.find(entry.key, entry.data)
+    # The axes in front of the parameter's own: a parameter is one expert's, an entry of the global axis of experts.
+    in_front = (1,) * entry.prepend_axis_num
+    view = replace(view, shape=(*in_front, *view.shape), stride=(*in_front, *view.stride))
     return Shard(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), view)
 
 

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from tests.ranks import run_ranks
 
-from weightcast.bridges.plan import Stages, lay_rules
+from weightcast.bridges.plan import Stages, lay_rules, lay_table
+from weightcast.bridges.rule_table import RuleTable
 from weightcast.bridges.rules import FusedQkv, GatedMlp, ModelDimensions, Rename, Rule, Tied, Vocab
+from weightcast.bridges.rules_experts import PerExpert
 from weightcast.bridges.shards import ParameterView, Shard
 from weightcast.sync.assignment import assign_regions
 from weightcast.sync.errors import UnmappedTensor
@@ -124,6 +126,35 @@ def test_a_stored_copy_of_a_tied_tensor_is_held_under_both_names() -> None:
     assert plan.copies == {"head": "embed"}
     live = {item.region.name: item.live() for item in plan.regions}
     assert live["head"].data_ptr() == live["embed"].data_ptr()
+
+
+def test_first_layers_may_differ_from_the_rest_and_layers_elsewhere_have_numbers_of_their_own() -> None:
+    dense = Rename("decoder.layers.{layer}.mlp", "{layer}.mlp").at_layer(0)
+    sparse = PerExpert(Rename("decoder.layers.{layer}.experts", "{layer}.{expert}.mlp"), 2).at_layer(1)
+    ahead = Rename("mtp.layers.0.mlp", "2.mlp")
+    specs = [TensorSpec(name, torch.float32, (3, 2)) for name in ("0.mlp", "1.0.mlp", "1.1.mlp", "2.mlp")]
+    table = RuleTable.make((dense, sparse, ahead), DIMENSIONS, specs)
+    first = lay_table(table, [whole("decoder.layers.0.mlp", (3, 2))], Stages(first=True, last=False))
+    assert [held.region.name for held in first.regions] == ["0.mlp"]
+
+    experts = whole("decoder.layers.1.experts", (2, 3, 2))
+    last = lay_table(table, [experts, whole("mtp.layers.0.mlp", (3, 2))], Stages(first=False, last=True))
+    assert [held.region for held in last.regions] == [spec.whole() for spec in specs[1:]]
+    second = last.regions[1].live()
+    assert torch.equal(second, experts.view()[1]) and second.data_ptr() == experts.view()[1].data_ptr()
+    with pytest.raises(UnmappedTensor, match="maps 2 experts"):
+        lay_table(table, [whole("decoder.layers.1.experts", (4, 3, 2))], Stages(first=False, last=False))
+
+
+@pytest.mark.parametrize(
+    "index", [(1,), (slice(0, 2),), (1, slice(1, 3)), (slice(1, 2), slice(0, 2)), (0, 2, slice(1, 4))]
+)
+def test_a_part_of_a_view_is_what_indexing_gives(index: tuple[int | slice, ...]) -> None:
+    tensor = torch.arange(24).view(2, 3, 4)
+    view = ParameterView(tensor, (2, 3, 4), (12, 4, 1), 0)
+    assert torch.equal(view.at(index)(), tensor[index])
+    if tensor[index].ndim >= 2:
+        assert torch.equal(view.at(index).transposed()(), tensor[index].mT)
 
 
 def plan_every_rank() -> dict[str, int]:

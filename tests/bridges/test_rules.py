@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from weightcast.bridges.rules import (
     FusedQkv,
     GatedMlp,
     ModelDimensions,
+    Piece,
     Rename,
     Rule,
     Segment,
@@ -21,6 +24,7 @@ from weightcast.bridges.rules import (
     hf_shapes,
     map_shard,
 )
+from weightcast.bridges.rules_experts import EXPERT, InterleavedGatedMlp, PerExpert, StackedExperts, Transposed
 from weightcast.sync.errors import UnmappedTensor
 from weightcast.sync.regions import Region, TensorSpec, find_tiling_fault
 
@@ -42,11 +46,28 @@ def rules_with_shapes(draw: st.DrawFn) -> tuple[Rule, tuple[int, ...], ModelDime
                 (Tied("m", "a"), vocab + padding),
                 (FusedQkv("m", "q", "k", "v"), groups * (per_group + 2) * head_dim),
                 (GatedMlp("m", "gate", "up"), 2 * rows),
+                (InterleavedGatedMlp("m", "gate_up"), 2 * rows),
             ]
         )
     )
     columns = draw(st.sampled_from([(), (1,), (5,), (8,)]))
-    return rule, (num_rows, *columns), dimensions
+    transposed, stacked = draw(st.tuples(st.booleans(), st.booleans()))
+    if columns and transposed:
+        rule = Transposed(rule)
+    num_experts = draw(st.integers(0, 4))
+    if num_experts == 0:
+        return rule, (num_rows, *columns), dimensions
+    if stacked:
+        return StackedExperts(rule, num_experts), (num_experts, num_rows, *columns), dimensions
+    return PerExpert(with_expert_in_names(rule), num_experts), (num_experts, num_rows, *columns), dimensions
+
+
+def with_expert_in_names(rule: Rule) -> Rule:
+    """The rule with `{expert}` behind each HF name; `at_layer` fills in any placeholder of templates."""
+    if isinstance(rule, Transposed):
+        return Transposed(with_expert_in_names(rule.rule))
+    names = {field.name: f"{getattr(rule, field.name)}.{EXPERT}" for field in fields(rule)[1:]}  # type: ignore[arg-type]
+    return replace(rule, **{name: text for name, text in names.items() if name != "copy"})  # type: ignore[type-var]
 
 
 def cut(draw: st.DrawFn, size: int) -> list[tuple[int, int]]:
@@ -65,6 +86,11 @@ def grids(draw: st.DrawFn, shape: Sequence[int]) -> list[tuple[tuple[int, ...], 
     return boxes
 
 
+def part_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    part = tensor[piece.index]
+    return part.mT if piece.transposed else part
+
+
 @given(rules_with_shapes(), st.data())
 def test_any_cut_tiles_the_hf_tensors_and_gives_back_every_value(
     example: tuple[Rule, tuple[int, ...], ModelDimensions], data: st.DataObject
@@ -76,12 +102,13 @@ def test_any_cut_tiles_the_hf_tensors_and_gives_back_every_value(
         for index, (name, want) in enumerate(hf_shapes(segments, shape).items())
         for count in [torch.Size(want).numel()]
     }
+    assert set(hf) == set(rule.hf_names)
     megatron = torch.full(shape, -1, dtype=torch.int64)
     regions: list[Region] = []
     for offset, box in data.draw(grids(shape)):
         local = torch.full(box, -1, dtype=torch.int64)
         for piece in map_shard(segments, offset, box):
-            local[piece.rows] = hf[piece.region.name][piece.region.slices]  # import
+            part_of(local, piece).copy_(hf[piece.region.name][piece.region.slices])  # import
             regions.append(piece.region)
         megatron[Region("m", offset, box).slices] = local
 
@@ -91,7 +118,7 @@ def test_any_cut_tiles_the_hf_tensors_and_gives_back_every_value(
         back = torch.full_like(tensor, -2)
         for piece in map_shard(segments, (0,) * len(shape), shape):
             if piece.region.name == name:
-                back[piece.region.slices] = megatron[piece.rows]  # export
+                back[piece.region.slices] = part_of(megatron, piece)  # export
         assert torch.equal(back, tensor)
 
 
@@ -113,6 +140,29 @@ def test_gate_comes_before_up() -> None:
     )
 
 
+def test_experts_are_tensors_of_their_own_or_stacked_or_turned() -> None:
+    values = torch.arange(2 * 4 * 3).view(2, 4, 3)  # two experts of gate rows 0 and 1, up rows 2 and 3, three columns
+    fc1 = GatedMlp("l{layer}", gate="{layer}.{expert}.gate", up="{layer}.{expert}.up")
+    assert laid_out(PerExpert(fc1, 2).at_layer(7), values) == {
+        "7.0.gate": values[0, :2].tolist(),
+        "7.0.up": values[0, 2:].tolist(),
+        "7.1.gate": values[1, :2].tolist(),
+        "7.1.up": values[1, 2:].tolist(),
+    }
+    turned = StackedExperts(Transposed(InterleavedGatedMlp("l{layer}", "{layer}.gate_up")), 2).at_layer(7)
+    assert turned.megatron == "l7"
+    assert laid_out(turned, values) == {"7.gate_up": values[:, [0, 2, 1, 3]].mT.tolist()}
+
+
+def laid_out(rule: Rule, values: torch.Tensor) -> dict[str, list[Any]]:
+    """The HF tensors that `rule` makes of a whole Megatron tensor."""
+    segments = rule.segments(tuple(values.shape), DIMENSIONS)
+    hf = {name: torch.full(shape, -1) for name, shape in hf_shapes(segments, tuple(values.shape)).items()}
+    for piece in map_shard(segments, (0,) * values.ndim, tuple(values.shape)):
+        hf[piece.region.name][piece.region.slices] = part_of(values, piece)
+    return {name: tensor.tolist() for name, tensor in hf.items()}
+
+
 def test_padding_of_the_vocabulary_is_no_region() -> None:
     segments = Vocab("m", "a").segments((12, 2), DIMENSIONS)
     assert map_shard(segments, (8, 0), (4, 2)) == ()
@@ -125,6 +175,10 @@ def test_padding_of_the_vocabulary_is_no_region() -> None:
         (Vocab("emb", "a"), 6, "fewer than the 7 tokens of a"),
         (QKV, 25, "24"),
         (GatedMlp("mlp", "g", "u"), 5, "equally many"),
+        (InterleavedGatedMlp("mlp", "gu"), 5, "equally many"),
+        (PerExpert(Rename("fc2", "{expert}.down"), 4), 5, "maps 4 experts"),
+        (StackedExperts(Rename("fc2", "down"), 4), 5, "maps 4 experts"),
+        (StackedExperts(Transposed(Rename("bias", "bias")), 5), 5, "has 1 dimensions where Transposed looks"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_refused(rule: Rule, rows: int, message: str) -> None:
