@@ -84,10 +84,12 @@ class AutoBridge:
     def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
         """Whether the folder or repository has a configuration that a bridge covers; the log says why not."""
         try:
-            return cls.supports(HFSource.make(path).load_config(trust_remote_code=trust_remote_code))
+            reason = cls.explain(HFSource.make(path).load_config(trust_remote_code=trust_remote_code))
         except (WeightcastError, OSError) as error:
-            logger.warning("cannot handle %s: %s", path, error)
-            return False
+            reason = str(error)
+        if reason is not None:
+            logger.warning("cannot handle %s: %s", path, reason)
+        return reason is None
 
     @classmethod
     def supports(cls, config: Any) -> bool:
@@ -97,6 +99,17 @@ class AutoBridge:
         except UnsupportedModel:
             return False
         return True
+
+    @classmethod
+    def explain(cls, config: PretrainedConfig, *, bridges: Sequence[ModelBridge] = ()) -> str | None:
+        """Why the configuration cannot be handled, or `None` when it can: no bridge for its architecture, or a field
+        that Megatron would compute differently, with what to do about it.
+        """
+        try:
+            cls.from_hf_config(config, bridges=bridges).to_megatron_provider(load_weights=False)
+        except UnsupportedModel as error:
+            return str(error)
+        return None
 
     @classmethod
     def list_supported_models(cls) -> list[str]:
@@ -146,7 +159,7 @@ class AutoBridge:
 
     def plan(self, model: Model, hf_path: str | Path | None = None) -> Plan:
         """Where each byte of this rank's part of `model` lies in the HF model. No collective."""
-        return build_plan(model, self.family.rules(self.hf_config), self._read_specs(hf_path))
+        return build_plan(model, self.family.rules(self.hf_config), self.hf_specs(hf_path))
 
     def weight_source(self, model: Model, *, dtype: torch.dtype | None = None) -> PlanSource:
         """This rank's part of `model` as a source for a `WeightPublisher`, over the live parameters. No collective.
@@ -253,7 +266,7 @@ class AutoBridge:
             raise ConfigError("a bridge made by from_hf_config has no weights of its own; pass hf_path")
         return self._source
 
-    def _read_specs(self, hf_path: str | Path | None) -> tuple[TensorSpec, ...]:
+    def hf_specs(self, hf_path: str | Path | None = None) -> tuple[TensorSpec, ...]:
         """The tensors of the checkpoint, or of the configuration where there is no checkpoint."""
         if hf_path is not None or self._source is not None:
             folder = self._find_source(hf_path).folder()

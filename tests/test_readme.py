@@ -33,6 +33,9 @@ EXERCISED = {
     "python -m weightcast.adapters.vllm.driver --engine http://127.0.0.1:8000 --publisher tcp://127.0.0.1:5600": (
         "tests/demo/test_demo.py::test_make_demo_with_vllm"
     ),
+    "python -m weightcast plan path/to/hf --tp 2 --pp 2 --world-size 8 --json plan.json": (
+        "tests/test_cli.py::test_plan_of_a_folder_and_of_a_configuration_alone"
+    ),
     # `make test` is what runs this file, and `make setup` is what it ran before.
     "make test": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",
     "make setup": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",

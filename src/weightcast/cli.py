@@ -80,6 +80,40 @@ def demo(
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or a config.json alone.")],
+    tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
+    vpp: Annotated[int | None, typer.Option(help="Virtual pipeline stages a rank.")] = None,
+    cp: Annotated[int, typer.Option(help="Context parallel size.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
+    etp: Annotated[int | None, typer.Option(help="Tensor parallel size of experts; that of --tp if not given.")] = None,
+    world_size: Annotated[int | None, typer.Option(help="All ranks; as few as the sizes allow if not given.")] = None,
+    link_gbps: Annotated[float, typer.Option(help="Bandwidth of a link, in gigabits a second.", min=1e-9)] = 100.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+) -> None:
+    """Compute every rank's plan for a layout, on no memory and in one process: bytes, servers, faults, times."""
+    import json
+
+    from rich.console import Console
+
+    from weightcast.bridges.dry_run import plan_layout
+    from weightcast.bridges.dry_run_layout import Layout
+    from weightcast.bridges.dry_run_report import as_json, render
+    from weightcast.bridges.standalone_inputs import open_bridge
+
+    layout = Layout(
+        tensor=tp, pipeline=pp, virtual=vpp, context=cp, expert=ep, expert_tensor=etp, world_size=world_size
+    )
+    run = plan_layout(open_bridge(model), layout)
+    Console().print(render(run, link_gbps))
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(run, link_gbps), indent=1) + "\n")
+    if run.faults:
+        raise typer.Exit(FAILED)
+
+
 def main() -> None:
     """Run the command line. Exit code 2 for wrong input, 1 for a run that failed, each with one message."""
     try:
