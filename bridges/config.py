@@ -2,19 +2,19 @@
 
 Each function reads one part of an HF configuration and returns provider fields; a family's `translate` joins those it
 needs. A value that Megatron would compute differently is refused by `UnsupportedModel` with the field, its value and
-the remedy. transformers 5 keeps rope settings in `rope_parameters`; older configurations' `rope_theta` and
-`rope_scaling` are read as well.
+the remedy. Ropes are read in `config_rope`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
 
 import torch
 from transformers import PretrainedConfig
 
-from weightcast.sync.errors import UnsupportedModel
-
-Fields = dict[str, Any]
+from weightcast.bridges.config_refusals import Fields as Fields
+from weightcast.bridges.config_refusals import refuse as refuse
+from weightcast.bridges.config_refusals import require_absent as require_absent
+from weightcast.bridges.config_rope import rope_fields as rope_fields
+from weightcast.bridges.config_rope import rope_parameters as rope_parameters
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -27,24 +27,6 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_pytorch_tanh": gelu_tanh,
 }
-
-
-def architecture_of(hf: PretrainedConfig) -> str:
-    """The model class named in the configuration."""
-    names = getattr(hf, "architectures", None)
-    return names[0] if names else type(hf).__name__
-
-
-def refuse(hf: PretrainedConfig, name: str, value: object, why: str, remedy: str) -> NoReturn:
-    """Raise UnsupportedModel for a field's value."""
-    raise UnsupportedModel(f"{architecture_of(hf)}: {name}={value!r} is not supported: {why}; {remedy}")
-
-
-def require_absent(hf: PretrainedConfig, name: str, why: str, allowed: tuple[object, ...] = (None,)) -> None:
-    """Refuse the configuration unless `name` is missing or one of the `allowed` values."""
-    value = getattr(hf, name, None)
-    if value is not None and value not in allowed:
-        refuse(hf, name, value, why, f"use a model whose configuration has it as one of {list(allowed)}")
 
 
 def activation(hf: PretrainedConfig, name: str = "hidden_act") -> Callable[[torch.Tensor], torch.Tensor]:
@@ -135,50 +117,11 @@ def sliding_window_fields(hf: PretrainedConfig) -> Fields:
     return {"window_size": (window - 1, 0), "window_attn_skip_freq": sliding}
 
 
-_DEFAULT_THETA = 10000.0  # what transformers takes where a configuration says nothing, as Llama 2's does
-
-
-def rope_parameters(hf: PretrainedConfig) -> dict[str, Any]:
-    """The rope settings as transformers 5 writes them, also from the fields of older configurations."""
-    parameters = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
-    by_kind_of_layer = any(isinstance(value, Mapping) for value in parameters.values())
-    if not by_kind_of_layer:
-        parameters.setdefault("rope_theta", getattr(hf, "rope_theta", _DEFAULT_THETA))
-    return parameters
-
-
-_ROPE_FIELDS: Mapping[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-}
-# Present in some configurations of any type, and without effect for the types above.
-_ROPE_IGNORED = frozenset({"rope_type", "type", "rope_theta", "max_position_embeddings"})
-
-
-def rope_fields(hf: PretrainedConfig, parameters: Mapping[str, Any]) -> Fields:
-    """Provider fields for one set of rope parameters; refuses every type and number that is not computed here."""
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in _ROPE_FIELDS:
-        refuse(hf, "rope_parameters.rope_type", kind, "no such rope here", f"one of {sorted(_ROPE_FIELDS)} works")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        factor = parameters["partial_rotary_factor"]
-        refuse(hf, "rope_parameters.partial_rotary_factor", factor, "the whole head is rotated", "set it to 1.0")
-    for name in _ROPE_FIELDS[kind] - parameters.keys():
-        refuse(hf, f"rope_parameters.{name}", None, f"rope type {kind} needs it", "set it in the configuration")
-    known = _ROPE_FIELDS[kind] | _ROPE_IGNORED | {"partial_rotary_factor", "original_max_position_embeddings"}
-    for name in sorted(parameters.keys() - known):
-        if parameters[name] is not None:
-            refuse(hf, f"rope_parameters.{name}", parameters[name], f"rope type {kind} has no such number", "remove it")
-    fields: Fields = {"rotary_base": float(parameters["rope_theta"])}
-    if kind == "linear":
-        fields["seq_len_interpolation_factor"] = float(parameters["factor"])
-    if kind == "llama3":
-        fields |= {
-            "rope_scaling": True,
-            "rope_scaling_factor": float(parameters["factor"]),
-            "rope_low_freq_factor": float(parameters["low_freq_factor"]),
-            "rope_high_freq_factor": float(parameters["high_freq_factor"]),
-            "rope_original_max_position_embeddings": int(parameters["original_max_position_embeddings"]),
-        }
-    return fields
+def uniform_window_fields(hf: PretrainedConfig) -> Fields:
+    """The window of all layers, for models that have it wherever `sliding_window` is set."""
+    window = getattr(hf, "sliding_window", None)
+    if window is None:
+        return {}
+    if window < 1:
+        refuse(hf, "sliding_window", window, "all layers have sliding attention", "set its length in tokens, or null")
+    return {"window_size": (window - 1, 0)}

@@ -22,7 +22,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from weightcast.bridges.layers.gpt import build_gpt
-from weightcast.bridges.layers.rope import Rope
+from weightcast.bridges.layers.rope import LongRope, Rope, Yarn, tell_attention_factor
 from weightcast.bridges.process_groups import initialize_distributed, initialize_model_parallel
 from weightcast.bridges.provider_checks import check_layout, check_precision, padded_vocab_size, turn_off_fusions
 from weightcast.bridges.runtime import ensure_runtime, has_cuda
@@ -71,6 +71,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_position_embeddings: int = 8192
+    rope_extension: Yarn | LongRope | None = None
+    """YaRN's or LongRoPE's scaling, with all of its numbers."""
     rotary_base_local: float | None = None
     """Base for the layers with a sliding window, without scaling, where it differs from the others' (Gemma 3)."""
 
@@ -122,6 +124,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         self.pipeline_dtype = self.params_dtype if self.pipeline_model_parallel_size > 1 else None
         self.autocast_dtype = self.params_dtype
         self.padded_vocab_size = padded_vocab_size(self)
+        tell_attention_factor(self, self.rope().attention_factor)
         try:
             super().__post_init__()
         except (ValueError, AssertionError) as error:
@@ -129,6 +132,17 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
 
     def rope(self) -> Rope:
         """The rotation frequencies of layers with full attention."""
+        scalings = (self.rope_scaling, self.seq_len_interpolation_factor is not None, self.rope_extension is not None)
+        if sum(scalings) > 1:
+            raise ConfigError(
+                "rope_scaling, seq_len_interpolation_factor and rope_extension exclude each other; set only one"
+            )
+        if self.rope_extension is not None and self.rotary_base_local is not None:
+            raise ConfigError(
+                "rope_extension is of all layers, and rotary_base_local gives some a rope of their own; unset one"
+            )
+        if self.rope_extension is not None:
+            return Rope(self.rotary_base, self.rotary_percent, extension=self.rope_extension)
         if self.rope_scaling:
             return Rope(
                 base=self.rotary_base,

@@ -40,7 +40,11 @@ def _both_ropes(hf: PretrainedConfig) -> Fields:
     if scaled:
         kind = sliding.get("rope_type")
         refuse(hf, "rope_parameters.sliding_attention.rope_type", kind, "only full layers scale their rope", "unset it")
-    return rope_fields(hf, full) | {"rotary_base_local": local["rotary_base"]}
+    both = rope_fields(hf, full)
+    if "rope_extension" in both:
+        kind, why = full.get("rope_type"), "Megatron would scale the cosines of sliding layers with it"
+        refuse(hf, "rope_parameters.full_attention.rope_type", kind, why, "use one of default, linear, llama3")
+    return both | {"rotary_base_local": local["rotary_base"]}
 
 
 def translate(hf: PretrainedConfig) -> GPTModelProvider:

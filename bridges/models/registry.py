@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from weightcast.bridges.models.bridge import ModelBridge
+from weightcast.bridges.models.gemma2 import GEMMA2
 from weightcast.bridges.models.gemma3 import GEMMA3
+from weightcast.bridges.models.glm4 import GLM, GLM4
 from weightcast.bridges.models.llama import LLAMA
+from weightcast.bridges.models.mistral import MISTRAL
+from weightcast.bridges.models.phi3 import PHI3
 from weightcast.bridges.models.qwen2 import QWEN2
 from weightcast.bridges.models.qwen3 import QWEN3
 from weightcast.sync.errors import UnsupportedModel
 
-BUILT_IN: tuple[ModelBridge, ...] = (LLAMA, QWEN2, QWEN3, GEMMA3)
+BUILT_IN: tuple[ModelBridge, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA2, GEMMA3, PHI3, GLM, GLM4)
 
 
 def supported_architectures(bridges: Sequence[ModelBridge] = BUILT_IN) -> tuple[str, ...]:

@@ -165,7 +165,7 @@ def test_what_attention_does_not_compute_is_refused() -> None:
 def test_frequencies_are_those_of_transformers(
     base: float, factor: float, low: float, above_low: float, original: int, kind: Any
 ) -> None:
-    numbers = {"factor": factor, "low_freq_factor": low, "high_freq_factor": low + above_low}
+    numbers: dict[str, Any] = {"factor": factor, "low_freq_factor": low, "high_freq_factor": low + above_low}
     parameters = {"rope_type": kind, "rope_theta": base, **numbers, "original_max_position_embeddings": original}
     hf = LlamaConfig(head_dim=16, max_position_embeddings=65536)
     hf.rope_parameters = parameters
