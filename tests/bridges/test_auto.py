@@ -240,7 +240,7 @@ def test_misuse_is_refused_with_a_remedy(tiny_models: Path, tmp_path: Path) -> N
     assert said.pop("supports") == [True, False]
     assert said.pop("plan of a config") == 39
     expected = {
-        "gpt2": "UnsupportedModel: no bridge for the architecture GPT2LMHeadModel; supported are Gemma3F",
+        "gpt2": "UnsupportedModel: no bridge for the architecture GPT2LMHeadModel; supported are ",
         "empty folder": "has no config.json; give a folder",
         "no folder": "absent is no folder; give a Hugging Face folder",
         "option": "ConfigError: from_hf_pretrained has no option 'torch_type'; it takes torch_dtype",
