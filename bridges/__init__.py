@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from weightcast.bridges.plan import Plan, WeightConversionTask, build_plan
     from weightcast.bridges.provider import GPTModelProvider
     from weightcast.bridges.rules import FusedQkv, GatedMlp, Rename, Tied, Vocab
+    from weightcast.bridges.rules_concat import ConcatQkv
     from weightcast.bridges.rules_experts import InterleavedGatedMlp, PerExpert, StackedExperts, Transposed
     from weightcast.bridges.source import PlanSource
 
 _HOMES = {
     "AutoBridge": "auto",
+    "ConcatQkv": "rules_concat",
     "FusedQkv": "rules",
     "GPTModelProvider": "provider",
     "GatedMlp": "rules",
@@ -41,6 +43,7 @@ _HOMES = {
 }
 __all__ = [
     "AutoBridge",
+    "ConcatQkv",
     "FusedQkv",
     "GPTModelProvider",
     "GatedMlp",
