@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PretrainedConfig
 
+from weightcast.bridges.config_quantization import require_readable_weights
 from weightcast.bridges.config_refusals import Fields as Fields
 from weightcast.bridges.config_refusals import refuse as refuse
 from weightcast.bridges.config_refusals import require_absent as require_absent
@@ -59,7 +60,7 @@ def model_dtype(hf: PretrainedConfig) -> torch.dtype:
 
 def decoder_fields(hf: PretrainedConfig) -> Fields:
     """Sizes, norms and numbers that every Llama-like decoder has."""
-    require_absent(hf, "quantization_config", "quantised weights are not read")
+    require_readable_weights(hf)
     dtype = model_dtype(hf)
     groups = getattr(hf, "num_key_value_heads", None)
     return {
