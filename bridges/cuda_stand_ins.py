@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch.overrides import TorchFunctionMode
 
@@ -119,6 +120,50 @@ def with_split_lists(all_to_all_single: Callable[..., Any]) -> Callable[..., Any
         )
 
     return all_to_all_single_with_lists
+
+
+def with_uneven_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `torch.distributed.all_gather` so that ranks may give different numbers of rows, which gloo refuses.
+
+    The dispatcher gathers the tokens of experts that are split over ranks. Rows are padded to the longest rank's.
+    """
+
+    def all_gather_uneven(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        lengths = [part.shape[0] if part.ndim else 1 for part in tensor_list]
+        if len(set(lengths)) == 1:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        everyones = [torch.empty_like(padded) for _ in lengths]
+        all_gather(everyones, padded, group=group)
+        for part, rows in zip(tensor_list, everyones, strict=True):
+            part.copy_(rows[: part.shape[0]])
+        return None
+
+    return all_gather_uneven
+
+
+def with_uneven_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `torch.distributed.reduce_scatter` so that ranks may take different numbers of rows, as above."""
+
+    def reduce_scatter_uneven(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        **more: Any,
+    ) -> Any:
+        if len({part.shape for part in input_list}) == 1:
+            return reduce_scatter(output, input_list, op=op, group=group, **more)
+        whole = torch.cat(input_list)
+        dist.all_reduce(whole, op=op, group=group)
+        sizes = [part.shape[0] for part in input_list]
+        output.copy_(torch.split(whole, sizes)[dist.get_rank(group)])
+        return None
+
+    return reduce_scatter_uneven
 
 
 def _is_cuda(device: Any) -> bool:

@@ -8,6 +8,7 @@ first and the weights when they are wanted.
     checkpoint = open_checkpoint(source.folder())
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
+from weightcast.bridges.config_quantization import FIELD as QUANTIZATION_FIELD
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import TensorSpec
 
@@ -82,29 +85,38 @@ class HFSource:
 
 
 def write_companions(config: PretrainedConfig, source: HFSource | None, folder: Path) -> None:
-    """Put the configuration and, from `source`, the tokenizer and its like into `folder`, unchanged."""
+    """Put the configuration and, from `source`, the tokenizer and its like into `folder`, unchanged.
+
+    Only the settings of quantised weights are left out, because exported weights are not quantised.
+    """
     if source is None:
         config.save_pretrained(folder)
-        return
-    origin = source.folder()
-    for path in sorted(origin.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in (CONFIG_FILE, *COMPANION_FILES)):
-            shutil.copyfile(path, folder / path.name)
+    else:
+        origin = source.folder()
+        for path in sorted(origin.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in (CONFIG_FILE, *COMPANION_FILES)):
+                shutil.copyfile(path, folder / path.name)
+    written = folder / CONFIG_FILE
+    fields = json.loads(written.read_text()) if written.is_file() else {}
+    if fields.pop(QUANTIZATION_FIELD, None) is not None:
+        written.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def specs_of_config(config: PretrainedConfig, dtype: torch.dtype | None = None) -> tuple[TensorSpec, ...]:
-    """The tensors that a checkpoint of this configuration has, as transformers builds the model; no memory is used.
+    """The tensors that a checkpoint of this configuration has, as transformers writes them; no memory is used.
 
-    Tied tensors are listed once, as checkpoints store them. `dtype` defaults to the configuration's own, then float32.
+    Tied tensors are listed once, as checkpoints store them, and experts one by one, although transformers stacks them
+    in memory. `dtype` defaults to the configuration's own, then float32; buffers keep their own.
     """
     wanted = dtype if dtype is not None else config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    specs: list[TensorSpec] = []
+    state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            kind = wanted if tensor.dtype.is_floating_point else tensor.dtype
-            specs.append(TensorSpec(name, kind, tuple(tensor.shape)))
-    return tuple(specs)
+            is_weight = isinstance(tensor, torch.nn.Parameter) and tensor.dtype.is_floating_point
+            state[name] = tensor.detach().to(wanted) if is_weight else tensor
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    return tuple(TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items())

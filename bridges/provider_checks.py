@@ -9,6 +9,7 @@ import logging
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from weightcast.bridges.provider_moe import check_experts
 from weightcast.bridges.runtime import has_cuda, has_transformer_engine
 from weightcast.sync.errors import ConfigError
 
@@ -50,6 +51,7 @@ def check_layout(config: TransformerConfig) -> None:
         )
     _check_tensor_parallel(config)
     _check_pipeline(config)
+    check_experts(config)
 
 
 def _check_tensor_parallel(config: TransformerConfig) -> None:

@@ -11,6 +11,7 @@ calls it; importing this module changes nothing, and with CUDA and Transformer E
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -82,6 +83,9 @@ _DEVICE = "about 60 call sites (mappings, p2p, rotary, router) make tensors on i
 _STREAMS = "DDP overlap, the MoE dispatcher and the pipeline schedules order their work with it"
 _WAITS = "schedules, timers and checkpointing call it unconditionally"
 _RNG = "dropout, initialisation and recomputation switch CUDA random states; on a CPU they must switch the CPU's"
+_UNEVEN = (
+    "experts that are split over ranks gather as many tokens from each rank as chose them; gloo wants equally many"
+)
 _NVTX = "profiler ranges need a CUDA build"
 
 # Found by running megatron-core 0.16.1 with torch 2.13 for CPU; 0.19.2 wants the same.
@@ -108,6 +112,14 @@ MENDS: tuple[Mend, ...] = (
         "torch.distributed:all_to_all_single",
         "the MoE dispatcher passes split sizes as tensors, also in the backward; gloo wants lists",
         stand_ins.with_split_lists,
+        _no_cuda,
+    ),
+    Mend("torch.distributed:all_gather", _UNEVEN, stand_ins.with_uneven_gather, _no_cuda),
+    Mend("torch.distributed:reduce_scatter", _UNEVEN, stand_ins.with_uneven_scatter, _no_cuda),
+    Mend(
+        "megatron.core.transformer.moe.router:TopKRouter._apply_expert_bias",
+        "counts tokens in one addition, for which torch.compile would start a C++ compiler at the first call",
+        inspect.unwrap,
         _no_cuda,
     ),
     _without_transformer_engine(

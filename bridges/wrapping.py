@@ -6,6 +6,7 @@ from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.moe.router import TopKRouter
 
 from weightcast.bridges.runtime import current_device, has_cuda
 
@@ -28,7 +29,7 @@ def wrap_chunks(
             chunk.cuda(current_device())
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    wrapped: list[Any] = [Float16Module(config, chunk) for chunk in model] if config.fp16 or config.bf16 else model
+    wrapped: list[Any] = [_wrap_in_16_bit(config, chunk) for chunk in model] if config.fp16 or config.bf16 else model
     if not with_ddp:
         return wrapped
     ddp_config = ddp_config if ddp_config is not None else DistributedDataParallelConfig()
@@ -36,3 +37,17 @@ def wrap_chunks(
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(wrapped)
     ]
+
+
+def _wrap_in_16_bit(config: TransformerConfig, chunk: MegatronModule) -> Float16Module:
+    """`chunk` in a `Float16Module`; the bias and the counts of routers stay in fp32, and the same tensors.
+
+    Megatron turns the bias back to fp32 before it is used, but its bits are lost by then, and counts are exact in
+    bf16 up to 256 only.
+    """
+    routers = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
+    buffers = [dict(router._buffers) for router in routers]
+    wrapped = Float16Module(config, chunk)
+    for router, kept in zip(routers, buffers, strict=True):
+        router._buffers.update(kept)
+    return wrapped

@@ -30,6 +30,7 @@ from torch import nn
 from weightcast.bridges.layers.core_attention import SdpaAttention
 from weightcast.bridges.layers.linears import with_bias, with_post_norm
 from weightcast.bridges.layers.mla import latent_attention
+from weightcast.bridges.layers.moe import expert_layers, expert_mlp, with_quiet_shared_experts
 from weightcast.bridges.layers.norms import norm_class
 from weightcast.bridges.layers.rope import RopePerLayerAttention
 from weightcast.bridges.runtime import has_transformer_engine
@@ -55,8 +56,8 @@ def final_norm(config: TransformerConfig) -> type[nn.Module]:
     return norm_class(config.normalization)
 
 
-def local_layer(config: TransformerConfig) -> ModuleSpec:
-    """One dense layer from Megatron's parallel linears and this folder's modules."""
+def local_layer(config: TransformerConfig, has_experts: bool = False) -> ModuleSpec:
+    """One layer from Megatron's parallel linears and this folder's modules, dense or with experts."""
     backend = SdpaSpecProvider()
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
     qk_norm = norm if config.qk_layernorm else IdentityOp
@@ -71,6 +72,10 @@ def local_layer(config: TransformerConfig) -> ModuleSpec:
             k_layernorm=qk_norm,
         ),
     )
+    # Transformer Engine fuses these norms into the linears behind them; its spelling is the global one.
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not has_experts:  # a router stands between the norm and the experts
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -78,71 +83,85 @@ def local_layer(config: TransformerConfig) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend),
+            mlp=expert_mlp(config, backend) if has_experts else get_mlp_module_spec_for_backend(backend=backend),
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses these norms into the linears behind them; its spelling is the global one.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=keys,
         ),
     )
 
 
-def transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
-    """One dense layer as Megatron specifies it for Transformer Engine."""
+def transformer_engine_layer(config: TransformerConfig, has_experts: bool = False) -> ModuleSpec:
+    """One layer as Megatron specifies it for Transformer Engine, dense or with experts."""
+    experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     return get_gpt_layer_with_transformer_engine_spec(
-        qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
+        qk_layernorm=config.qk_layernorm,
+        use_te_activation_func=config.use_te_activation_func,
+        **(experts if has_experts else {}),
     )
 
 
-def variants(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
-    """`layer` with what this model has beyond a plain one: biases by place, norms behind linears, its own rope.
-
-    Reads `qkv_bias`, `attention_output_bias`, `mlp_bias`, `post_norms`, `rotary_base_local` and
-    `attn_logit_softcapping` of a `GPTModelProvider`.
-    """
-    attention: Any = layer.submodules.self_attention
-    mlp: Any = layer.submodules.mlp
+def attention_variant(config: TransformerConfig, attention: Any) -> ModuleSpec:
+    """The spec `attention` with what this model has beyond a plain one: biases, a norm behind it, its own rope."""
     qkv, proj = attention.submodules.linear_qkv, attention.submodules.linear_proj
-    fc1, fc2 = mlp.submodules.linear_fc1, mlp.submodules.linear_fc2
     if config.qkv_bias is not None:
         qkv = with_bias(qkv, config.qkv_bias)
     if config.attention_output_bias is not None:
         proj = with_bias(proj, config.attention_output_bias)
-    if config.mlp_bias is not None:
-        fc1, fc2 = with_bias(fc1, config.mlp_bias), with_bias(fc2, config.mlp_bias)
     if config.post_norms:
-        norm = final_norm(config)
-        proj, fc2 = with_post_norm(proj, norm), with_post_norm(fc2, norm)
+        proj = with_post_norm(proj, final_norm(config))
     core = attention.submodules.core_attention
     if config.attn_logit_softcapping is not None:
         core = SdpaAttention  # Transformer Engine's kernels cap no scores
-    attention = replace(
+    return replace(
         attention,
         module=RopePerLayerAttention if config.rotary_base_local is not None else attention.module,
         submodules=replace(attention.submodules, linear_qkv=qkv, core_attention=core, linear_proj=proj),
     )
-    mlp = replace(
+
+
+def dense_mlp_variant(config: TransformerConfig, mlp: Any) -> ModuleSpec:
+    """The spec `mlp` of a dense layer with this model's biases and a norm behind it."""
+    fc1, fc2 = mlp.submodules.linear_fc1, mlp.submodules.linear_fc2
+    if config.mlp_bias is not None:
+        fc1, fc2 = with_bias(fc1, config.mlp_bias), with_bias(fc2, config.mlp_bias)
+    if config.post_norms:
+        fc2 = with_post_norm(fc2, final_norm(config))
+    return replace(
         mlp,
         params=mlp.params | {"ffn_hidden_size": config.ffn_hidden_size},  # Megatron warns of an MLP that takes its own
         submodules=replace(mlp.submodules, linear_fc1=fc1, linear_fc2=fc2),
     )
+
+
+def variants(config: TransformerConfig, layer: ModuleSpec, has_experts: bool = False) -> ModuleSpec:
+    """`layer` with what this model has beyond a plain one.
+
+    Reads `qkv_bias`, `attention_output_bias`, `mlp_bias`, `post_norms`, `rotary_base_local` and
+    `attn_logit_softcapping` of a `GPTModelProvider`; `mlp_bias` and the norm behind an MLP are of dense layers only.
+    """
+    attention = attention_variant(config, layer.submodules.self_attention)
+    mlp = layer.submodules.mlp
+    mlp = with_quiet_shared_experts(mlp) if has_experts else dense_mlp_variant(config, mlp)
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention, mlp=mlp))
+
+
+def layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    """The spec of this model's dense layers, or of those with experts."""
+    plain = transformer_engine_layer if has_transformer_engine() else local_layer
+    layer = variants(config, plain(config, has_experts), has_experts)
+    return latent_attention(config, layer) if config.multi_latent_attention else layer
 
 
 def layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
     """The specs of all layers of the model, in order. Raises ConfigError for kinds of layers not known here."""
-    for setting in ("num_moe_experts", "mtp_num_layers"):
-        if getattr(config, setting):
-            raise ConfigError(
-                f"{setting}={getattr(config, setting)!r} is not supported: only dense layers are built here; unset it"
-            )
-    layer = transformer_engine_layer(config) if has_transformer_engine() else local_layer(config)
-    layer = variants(config, layer)
-    if config.multi_latent_attention:
-        layer = latent_attention(config, layer)
-    return [layer] * config.num_layers
+    if config.mtp_num_layers:
+        raise ConfigError(
+            f"mtp_num_layers={config.mtp_num_layers!r} is not supported: multi-token prediction layers are not built "
+            "here; unset it"
+        )
+    pattern = expert_layers(config)
+    specs = {has_experts: layer_spec(config, has_experts) for has_experts in set(pattern)}
+    return [specs[has_experts] for has_experts in pattern]
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -14,14 +14,32 @@ from weightcast.bridges.models.bridge import ModelBridge
 from weightcast.bridges.models.gemma2 import GEMMA2
 from weightcast.bridges.models.gemma3 import GEMMA3
 from weightcast.bridges.models.glm4 import GLM, GLM4
+from weightcast.bridges.models.glm4_moe import GLM4_MOE
 from weightcast.bridges.models.llama import LLAMA
 from weightcast.bridges.models.mistral import MISTRAL
+from weightcast.bridges.models.mixtral import MIXTRAL
 from weightcast.bridges.models.phi3 import PHI3
 from weightcast.bridges.models.qwen2 import QWEN2
+from weightcast.bridges.models.qwen2_moe import QWEN2_MOE
 from weightcast.bridges.models.qwen3 import QWEN3
+from weightcast.bridges.models.qwen3_moe import QWEN3_MOE
 from weightcast.sync.errors import UnsupportedModel
 
-BUILT_IN: tuple[ModelBridge, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA2, GEMMA3, PHI3, GLM, GLM4)
+BUILT_IN: tuple[ModelBridge, ...] = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    MISTRAL,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    GLM,
+    GLM4,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    GLM4_MOE,
+)
 
 
 def supported_architectures(bridges: Sequence[ModelBridge] = BUILT_IN) -> tuple[str, ...]:

@@ -4,14 +4,18 @@ A family's table is a sum of these tuples and its own. Whether a row is there ma
 a rule that matches nothing is an error.
 """
 
+from collections.abc import Iterable, Sequence
+
 from transformers import PretrainedConfig
 
 from weightcast.bridges.rules import FusedQkv, GatedMlp, Rename, Rule, Tied, Vocab
+from weightcast.bridges.rules_experts import PerExpert
 
 MEGATRON_LAYER = "decoder.layers.{layer}."
 HF_LAYER = "model.layers.{layer}."
 _ATTENTION, _HF_ATTENTION = f"{MEGATRON_LAYER}self_attention.", f"{HF_LAYER}self_attn."
 _MLP, _HF_MLP = f"{MEGATRON_LAYER}mlp.", f"{HF_LAYER}mlp."
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 EMBEDDING_AND_FINAL_NORM: tuple[Rule, ...] = (
     Vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
@@ -62,10 +66,13 @@ GATED_MLP_BIAS: tuple[Rule, ...] = (
 )
 
 # One norm before attention, one before the MLP. HF names the second after what comes before it.
-PRE_NORMS: tuple[Rule, ...] = (
+ATTENTION_NORM: tuple[Rule, ...] = (
     Rename(f"{_ATTENTION}linear_qkv.layer_norm_weight", f"{HF_LAYER}input_layernorm.weight"),
+)
+DENSE_MLP_NORM: tuple[Rule, ...] = (
     Rename(f"{_MLP}linear_fc1.layer_norm_weight", f"{HF_LAYER}post_attention_layernorm.weight"),
 )
+PRE_NORMS = ATTENTION_NORM + DENSE_MLP_NORM
 # Norms before and behind both (Gemma 2 and 3). The keys of those behind are of `layers.linears.with_post_norm`.
 SANDWICH_NORMS: tuple[Rule, ...] = (
     Rename(f"{_ATTENTION}linear_qkv.layer_norm_weight", f"{HF_LAYER}input_layernorm.weight"),
@@ -75,3 +82,44 @@ SANDWICH_NORMS: tuple[Rule, ...] = (
 )
 
 DENSE_DECODER = EMBEDDING_AND_FINAL_NORM + ATTENTION + GATED_MLP + PRE_NORMS
+
+# Layers with experts. The norm stands alone, because the router comes behind it.
+PRE_MLP_NORM: tuple[Rule, ...] = (
+    Rename(f"{MEGATRON_LAYER}pre_mlp_layernorm.weight", f"{HF_LAYER}post_attention_layernorm.weight"),
+)
+ROUTER: tuple[Rule, ...] = (Rename(f"{_MLP}router.weight", f"{_HF_MLP}gate.weight"),)
+# A buffer, kept in fp32.
+ROUTER_BIAS: tuple[Rule, ...] = (Rename(f"{_MLP}router.expert_bias", f"{_HF_MLP}gate.e_score_correction_bias"),)
+
+
+def experts(num_experts: int, *, hf: str = _HF_MLP, names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Rule, ...]:
+    """The experts' rows; `hf` is what the names of experts start with, `names` are those of gate, up and down."""
+    gate, up, down = (f"{hf}experts.{{expert}}.{name}.weight" for name in names)
+    expert = f"{_MLP}experts.experts."
+    return (
+        PerExpert(GatedMlp(f"{expert}linear_fc1.weight", gate=gate, up=up), num_experts),
+        PerExpert(Rename(f"{expert}linear_fc2.weight", down), num_experts),
+    )
+
+
+def shared_experts(hf_name: str = "shared_experts") -> tuple[Rule, ...]:
+    """The rows of the experts that see every token, which HF calls `hf_name`."""
+    shared, hf = f"{_MLP}shared_experts.", f"{_HF_MLP}{hf_name}."
+    return (
+        GatedMlp(f"{shared}linear_fc1.weight", gate=f"{hf}gate_proj.weight", up=f"{hf}up_proj.weight"),
+        Rename(f"{shared}linear_fc2.weight", f"{hf}down_proj.weight"),
+    )
+
+
+def at_layers(rules: Iterable[Rule], layers: Iterable[int]) -> tuple[Rule, ...]:
+    """`rules` at some layers only, for models whose layers differ."""
+    rules = tuple(rules)
+    return tuple(rule.at_layer(layer) for layer in layers for rule in rules)
+
+
+def dense_or_experts(has_experts: Sequence[bool], sparse: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The MLPs of all layers with the norms before them: `sparse` where a layer has experts, a dense one elsewhere."""
+    layers = range(len(has_experts))
+    return at_layers(DENSE_MLP_NORM + GATED_MLP, (layer for layer in layers if not has_experts[layer])) + at_layers(
+        (*PRE_MLP_NORM, *sparse), (layer for layer in layers if has_experts[layer])
+    )

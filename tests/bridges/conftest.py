@@ -7,9 +7,9 @@ import torch
 from tests.bridges.tiny_models import TINY_MODELS, write_tiny_model
 
 # Bits must survive in the dtype that models really have as well.
-IN_BF16 = ("llama3.2", "gemma3")
+IN_BF16 = ("llama3.2", "gemma3", "glm4-moe")
 # Many files with an index, as large models have.
-IN_SHARDS = ("llama-biases", "qwen3")
+IN_SHARDS = ("llama-biases", "qwen3", "qwen2-moe")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ than all of the arithmetic. Rank 0 writes the random checkpoints and transformer
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,18 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
+from tests.bridges.parity_models import (
+    COMMON,
+    GRADIENT_LAYOUTS,
+    LAYOUTS,
+    MODELS,
+    MOE_GRADIENT_LAYOUTS,
+    MOE_LAYOUTS,
+    MOE_MODELS,
+    SABOTAGE,
 )
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from weightcast.bridges.hf_import import import_weights
 from weightcast.bridges.models.registry import find_bridge
@@ -42,93 +44,8 @@ from weightcast.bridges.provider import GPTModelProvider
 from weightcast.sync.checkpoint_files import open_checkpoint
 
 NUM_MICROBATCHES, MICRO_BATCH, SEQUENCE = 2, 2, 24
-
-# The head dimension is not hidden size / heads, the vocabulary is odd, windows are shorter than the sequence, and the
-# weights are large enough that every feature moves the logits by far more than the tolerance.
-COMMON: dict[str, Any] = {
-    "vocab_size": 131,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.15,
-    "tie_word_embeddings": False,
-}
-DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 500.0}
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 800.0, "factor": 3.0}
-# None of Llama 3's four numbers is the one that Megatron hard-codes, and each band has frequencies of the small head.
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 300.0,
-    "factor": 5.0,
-    "low_freq_factor": 1.5,
-    "high_freq_factor": 6.0,
-    "original_max_position_embeddings": 64,
-}
-WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
-GEMMA3: dict[str, Any] = COMMON | {
-    "head_dim": 16,
-    "query_pre_attn_scalar": 24,
-    "sliding_window": 6,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
-    "rope_parameters": {
-        "full_attention": LINEAR_ROPE,
-        "sliding_attention": {"rope_type": "default", "rope_theta": 40.0},
-    },
-}
-
-MODELS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama2": lambda: LlamaConfig(**COMMON | {"num_key_value_heads": 4}, rope_parameters=DEFAULT_ROPE),
-    "llama3-tied-one-kv-head": lambda: LlamaConfig(
-        **COMMON | {"num_key_value_heads": 1, "tie_word_embeddings": True}, head_dim=16, rope_parameters=LLAMA3_ROPE
-    ),
-    "llama-linear-rope-all-biases": lambda: LlamaConfig(
-        **COMMON, head_dim=16, attention_bias=True, mlp_bias=True, rope_parameters=LINEAR_ROPE
-    ),
-    "llama-attention-biases": lambda: LlamaConfig(**COMMON, attention_bias=True, rope_parameters=DEFAULT_ROPE),
-    "llama-mlp-biases": lambda: LlamaConfig(**COMMON, mlp_bias=True, rope_parameters=DEFAULT_ROPE),
-    "qwen2-one-kv-head": lambda: Qwen2Config(**COMMON | {"num_key_value_heads": 1}, rope_parameters=DEFAULT_ROPE),
-    "qwen2-tied-windows": lambda: Qwen2Config(
-        **COMMON | WINDOWS | {"tie_word_embeddings": True}, rope_parameters=DEFAULT_ROPE
-    ),
-    "qwen3-biases-windows": lambda: Qwen3Config(
-        **COMMON | WINDOWS, head_dim=16, attention_bias=True, rope_parameters=LINEAR_ROPE
-    ),
-    "qwen3-tied-one-kv-head": lambda: Qwen3Config(
-        **COMMON | {"num_key_value_heads": 1, "tie_word_embeddings": True}, head_dim=16, rope_parameters=DEFAULT_ROPE
-    ),
-    "gemma3-tied-one-kv-head": lambda: Gemma3TextConfig(
-        **GEMMA3 | {"num_key_value_heads": 1, "tie_word_embeddings": True}
-    ),
-    "gemma3-biases": lambda: Gemma3TextConfig(**GEMMA3, attention_bias=True),
-}
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp1": {},
-    "tp2": {"tensor_model_parallel_size": 2},
-    "tp2-sequence-parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "tp4": {"tensor_model_parallel_size": 4},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "pp2-vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-    "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-}
-
-GRADIENT_LAYOUTS = ("tp2-sequence-parallel", "tp4", "pp2-vpp2", "tp2-pp2")
-
-# A change of the provider under which parity must fail, or the test sees nothing: model and setting.
-SABOTAGE: dict[str, tuple[str, dict[str, Any]]] = {
-    "rope-numbers-of-megatron": (
-        "llama3-tied-one-kv-head",
-        {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_max_position_embeddings": 8192},
-    ),
-    "no-linear-scaling": ("llama-linear-rope-all-biases", {"seq_len_interpolation_factor": None}),
-    "window-one-longer": ("qwen2-tied-windows", {"window_size": (6, 0)}),
-    "one-rope-for-all-layers": ("gemma3-biases", {"rotary_base_local": None}),
-    "plain-softmax-scale": ("gemma3-biases", {"softmax_scale": None}),
-    "unscaled-embeddings": ("gemma3-biases", {"embedding_scale": None}),
-}
+ROUTER_BIAS = "e_score_correction_bias"  # a buffer, which Megatron moves by itself after each step
+SMALLEST_GRADIENT = 1e-4  # of an expert that no token has reached there is none
 
 
 def tokens() -> torch.Tensor:
@@ -140,17 +57,24 @@ def tokens() -> torch.Tensor:
 def write_model(name: str, folder: Path) -> None:
     """Save a random checkpoint, and transformers' logits, loss and gradients for `tokens()`."""
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config((MODELS | MOE_MODELS)[name](), dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms start as constants and biases as zeros, under which mistakes are invisible
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 1:  # norms start as constants and biases as zeros, under which mistakes are invisible
+                tensor.add_(torch.randn_like(tensor) * 0.3)
+    write_expected(model, folder)
+
+
+def write_expected(model: Any, folder: Path) -> None:
+    """Save `model` to `folder`, and transformers' logits, loss and gradients for `tokens()`; its weights are lost."""
     logits = model(tokens()[:, :-1]).logits
     loss = cross_entropy(logits.flatten(0, 1), tokens()[:, 1:].flatten())
     torch.autograd.backward(loss)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    save_file({"logits": logits.detach(), "loss": loss.detach(), **gradients}, folder / "expected.safetensors")
+    save_file({"logits": logits.detach(), "loss": loss.detach()}, folder / "expected.safetensors")
     model.save_pretrained(folder / "model")
+    for parameter in model.parameters():  # saved as weights are, because in memory experts have other names
+        parameter.data = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    model.save_pretrained(folder / "gradients")
 
 
 def build(folder: Path, settings: dict[str, Any], with_ddp: bool = False) -> tuple[GPTModelProvider, list[Any], Plan]:
@@ -242,28 +166,41 @@ def largest_gradient_difference(folder: Path, settings: dict[str, Any]) -> float
     for chunk in model:
         for parameter in chunk.parameters():
             parameter.data.copy_(parameter.main_grad)
+    gradients = load_file(folder / "gradients" / "model.safetensors")
     for held in plan.regions:
-        gradient = expected[held.region.name]
-        box = tuple(slice(at, at + size) for at, size in zip(held.region.offset, held.region.shape, strict=True))
-        differences.append(((held.live() - gradient[box]).abs().max() / gradient.abs().max()).item())
+        if held.region.name.endswith(ROUTER_BIAS):
+            continue
+        gradient = gradients[held.region.name]
+        difference = (held.live() - gradient[held.region.slices]).abs().max()
+        differences.append((difference / gradient.abs().max().clamp_min(SMALLEST_GRADIENT)).item())
     return largest_on_any_rank(max(differences))
+
+
+def compare_all(
+    out: Path, models: Iterable[str], layouts: dict[str, dict[str, Any]], gradient_layouts: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """The largest difference by layout and model; of gradients under `gradients-` and the layout."""
+    differences: dict[str, dict[str, float]] = {}
+    for layout, sizes in layouts.items():
+        compare = partial(largest_difference, settings=sizes)
+        differences[layout] = {name: compare(out / name) for name in models}
+        if layout in gradient_layouts:
+            compare_gradients = partial(largest_gradient_difference, settings=sizes)
+            differences[f"gradients-{layout}"] = {name: compare_gradients(out / name) for name in models}
+        destroy_model_parallel()
+    return differences
 
 
 def main(out: Path) -> None:
     initialize_distributed()
     if dist.get_rank() == 0:
-        for name in MODELS:
+        for name in (*MODELS, *MOE_MODELS):
             (out / name).mkdir()
             write_model(name, out / name)
     dist.barrier()
-    differences: dict[str, dict[str, float]] = {}
-    for layout, sizes in LAYOUTS.items():
-        compare = partial(largest_difference, settings=sizes)
-        differences[layout] = {name: compare(out / name) for name in MODELS}
-        if layout in GRADIENT_LAYOUTS:
-            compare_gradients = partial(largest_gradient_difference, settings=sizes)
-            differences[f"gradients-{layout}"] = {name: compare_gradients(out / name) for name in MODELS}
-        destroy_model_parallel()
+    differences = compare_all(out, MODELS, LAYOUTS, GRADIENT_LAYOUTS)
+    moe_differences = compare_all(out, MOE_MODELS, MOE_LAYOUTS, MOE_GRADIENT_LAYOUTS)
+    differences |= {f"moe-{layout}": by_model for layout, by_model in moe_differences.items()}
     differences["sabotage"] = {
         name: largest_difference(out / model, settings) for name, (model, settings) in SABOTAGE.items()
     }

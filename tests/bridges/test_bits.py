@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.bridges.no_collectives import CollectiveIssued, no_collectives
-from tests.bridges.tiny_models import TINY_MODELS
+from tests.bridges.tiny_models import MOE_MODELS, TINY_MODELS
 from tests.ranks import run_ranks
 
 from weightcast.bridges import AutoBridge
@@ -27,13 +27,25 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
         "PP2": {"pipeline_model_parallel_size": 2},
         "VPP2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
         "DP2": {},
+        "EP2": {"expert_model_parallel_size": 2},
     },
     4: {
         "TP2×PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
         "TP4, 2 kv heads": {"tensor_model_parallel_size": 4},
         "TP2×DP2": {"tensor_model_parallel_size": 2},
+        "EP4": {"expert_model_parallel_size": 4},
+        "EP2×PP2": {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        "EP2×TP2": {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+        "EP2×TP2, ETP1": {
+            "expert_model_parallel_size": 2,
+            "tensor_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+        },
     },
 }
+
+
+MOVED = ("llama3.2", "qwen2", "gemma3", "glm4-moe")
 
 
 def build(bridge: AutoBridge, layout: dict[str, int]) -> "list[MegatronModule]":
@@ -44,21 +56,32 @@ def build(bridge: AutoBridge, layout: dict[str, int]) -> "list[MegatronModule]":
     provider.finalize()
     model = provider.provide_distributed_model(wrap_with_ddp=False)
     with torch.no_grad():
-        for chunk in model:
-            for parameter in chunk.parameters():
-                parameter.fill_(float("nan"))
+        for weight in weights_of(model):
+            weight.fill_(float("nan"))
     return model
+
+
+def weights_of(model: "list[MegatronModule]") -> list[torch.Tensor]:
+    """The parameters of this rank, once each, and the buffers that checkpoints hold."""
+    parameters = {id(parameter): parameter for chunk in model for parameter in chunk.parameters()}
+    buffers = [buffer for chunk in model for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")]
+    return [*parameters.values(), *buffers]
+
+
+def models_of(layout: dict[str, int]) -> list[str]:
+    """The models that can have the layout."""
+    return list(MOE_MODELS if "expert_model_parallel_size" in layout else TINY_MODELS)
 
 
 def import_one(bridge: AutoBridge, model: "list[MegatronModule]", checkpoint: CheckpointFiles) -> None:
     """Plan and import; the bytes read are those owned, once."""
     plan = bridge.plan(model)
     report = import_weights(plan, checkpoint)
-    parameters = {id(p): p for chunk in model for p in chunk.parameters()}.values()
+    weights = weights_of(model)
     padding_bytes = sum(view().numel() * view().element_size() for view in plan.padding)
-    owned_bytes = sum(p.numel() * p.element_size() for p in parameters) - padding_bytes
+    owned_bytes = sum(weight.numel() * weight.element_size() for weight in weights) - padding_bytes
     assert report.num_bytes == owned_bytes == plan.num_bytes
-    assert not any(parameter.isnan().any() for parameter in parameters)
+    assert not any(weight.isnan().any() for weight in weights)
 
 
 def check_regions(held: list[HeldRegion], checkpoint: CheckpointFiles) -> None:
@@ -87,7 +110,7 @@ def move_bits(models: str, out: str) -> list[str]:
     """Every layout of this world size, every family. Returns what was done, as proof that it ran."""
     done: list[str] = []
     for number, (layout_name, layout) in enumerate(LAYOUTS[dist.get_world_size()].items()):
-        for family in TINY_MODELS:
+        for family in models_of(layout):
             try:
                 bridge = AutoBridge.from_hf_pretrained(Path(models, family))
                 checkpoint = open_checkpoint(Path(models, family))
@@ -113,17 +136,18 @@ def move_bits(models: str, out: str) -> list[str]:
 def test_import_and_export_are_bit_exact_and_only_exports_communicate(
     world_size: int, tiny_models: Path, tmp_path: Path
 ) -> None:
-    done = run_ranks(move_bits, world_size, str(tiny_models), str(tmp_path), timeout_s=240)
-    assert done == [[f"{family} in {layout}" for layout in LAYOUTS[world_size] for family in TINY_MODELS]] * world_size
+    done = run_ranks(move_bits, world_size, str(tiny_models), str(tmp_path), timeout_s=400)
+    wanted = [f"{family} in {name}" for name, layout in LAYOUTS[world_size].items() for family in models_of(layout)]
+    assert done == [wanted] * world_size
 
 
 def save_here_load_there(models: str, out: str) -> list[str]:
-    """HF folder and Megatron checkpoint from TP=2, into PP=2 with virtual stages."""
+    """HF folder and Megatron checkpoint from TP=2 or EP=2, into PP=2 with virtual stages."""
     done: list[str] = []
-    for family in ("llama3.2", "qwen2", "gemma3"):
+    for family in MOVED:
         checkpoint = open_checkpoint(Path(models, family))
         bridge = AutoBridge.from_hf_pretrained(Path(models, family))
-        model = build(bridge, LAYOUTS[2]["TP2"])
+        model = build(bridge, LAYOUTS[2]["EP2" if family in MOE_MODELS else "TP2"])
         bridge.load_hf_weights(model)
         bridge.save_hf_pretrained(model, Path(out, family), show_progress=False)
         bridge.save_megatron_model(model, Path(out, f"{family}-megatron"))
@@ -145,7 +169,7 @@ def save_here_load_there(models: str, out: str) -> list[str]:
 @pytest.mark.slow
 def test_what_one_layout_saves_another_loads(tiny_models: Path, tmp_path: Path) -> None:
     done = run_ranks(save_here_load_there, 2, str(tiny_models), str(tmp_path))
-    assert done == [["llama3.2", "qwen2", "gemma3"]] * 2
+    assert done == [list(MOVED)] * 2
 
 
 def issue_collectives() -> list[str]:

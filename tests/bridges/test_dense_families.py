@@ -34,7 +34,8 @@ from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.errors import UnmappedTensor, UnsupportedModel
 
 # After weightcast, which holds back Megatron's import-time notices.
-from tests.bridges.parity_job import DEFAULT_ROPE, largest_difference, largest_gradient_difference  # isort: skip
+from tests.bridges.parity_job import largest_difference, largest_gradient_difference  # isort: skip
+from tests.bridges.parity_models import DEFAULT_ROPE  # isort: skip
 from tests.bridges.tiny_dense import DENSE_MODELS, LONGROPE, PHI, YARN, write_dense_model  # isort: skip
 
 TOLERANCE = 1e-5

@@ -16,6 +16,7 @@ import pytest
 JOB = Path(__file__).with_name("parity_job.py")
 WORLD_SIZE = 4
 TOLERANCE = 1e-5
+MOE_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4  # of a tensor's largest gradient
 
 MODELS = (
@@ -33,6 +34,25 @@ MODELS = (
 )
 LAYOUTS = ("tp1", "tp2", "tp2-sequence-parallel", "tp4", "pp2", "pp2-vpp2", "tp2-pp2")
 GRADIENT_LAYOUTS = ("tp2-sequence-parallel", "tp4", "pp2-vpp2", "tp2-pp2")
+MOE_MODELS = (
+    "qwen3-moe-biases-one-dense-layer",
+    "qwen3-moe-tied-unnormalised",
+    "mixtral-window",
+    "qwen2-moe-gated-shared-expert",
+    "glm4-moe-groups",
+)
+MOE_LAYOUTS = (
+    "tp1",
+    "tp2",
+    "tp2-sequence-parallel-etp1",
+    "pp2",
+    "ep2",
+    "ep4",
+    "ep2-pp2",
+    "ep2-tp2-etp1",
+    "ep2-tp2-etp2",
+)
+MOE_GRADIENT_LAYOUTS = ("ep2-pp2", "ep2-tp2-etp1", "ep2-tp2-etp2")
 SABOTAGE = (
     "rope-numbers-of-megatron",
     "no-linear-scaling",
@@ -40,6 +60,10 @@ SABOTAGE = (
     "one-rope-for-all-layers",
     "plain-softmax-scale",
     "unscaled-embeddings",
+    "weights-of-experts-as-they-are",
+    "weights-of-experts-normalised",
+    "unscaled-experts",
+    "no-groups-of-experts",
 )
 
 Differences = dict[str, dict[str, float]]
@@ -48,6 +72,7 @@ Differences = dict[str, dict[str, float]]
 def start_rank(rank: int, port: int, out: Path) -> subprocess.Popen[str]:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in variables.items()}}
+    environment["PYTHONPATH"] = os.pathsep.join([str(JOB.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment["CUDA_VISIBLE_DEVICES"] = ""  # fp32 on CPU is the reference; a GPU's matmuls are not that exact
     return subprocess.Popen(
         [sys.executable, str(JOB), str(out)],
@@ -91,10 +116,26 @@ def test_loss_and_gradients_are_those_of_transformers(differences: Differences, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", MOE_LAYOUTS)
+@pytest.mark.parametrize("model", MOE_MODELS)
+def test_logits_of_experts_are_those_of_transformers(differences: Differences, model: str, layout: str) -> None:
+    assert differences[f"moe-{layout}"][model] <= MOE_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MOE_GRADIENT_LAYOUTS)
+@pytest.mark.parametrize("model", MOE_MODELS)
+def test_gradients_of_experts_are_those_of_transformers(differences: Differences, model: str, layout: str) -> None:
+    assert differences[f"moe-gradients-{layout}"][model] <= GRADIENT_TOLERANCE
+
+
+@pytest.mark.slow
 def test_every_model_of_the_job_is_looked_at(differences: Differences) -> None:
-    gradient_layouts = {f"gradients-{layout}" for layout in GRADIENT_LAYOUTS}
-    assert set(differences) == {*LAYOUTS, *gradient_layouts, "sabotage"}
-    assert all(set(differences[layout]) == set(MODELS) for layout in {*LAYOUTS, *gradient_layouts})
+    dense = {*LAYOUTS, *(f"gradients-{layout}" for layout in GRADIENT_LAYOUTS)}
+    moe = {f"moe-{name}" for name in (*MOE_LAYOUTS, *(f"gradients-{layout}" for layout in MOE_GRADIENT_LAYOUTS))}
+    assert set(differences) == {*dense, *moe, "sabotage"}
+    assert all(set(differences[layout]) == set(MODELS) for layout in dense)
+    assert all(set(differences[layout]) == set(MOE_MODELS) for layout in moe)
     assert set(differences["sabotage"]) == set(SABOTAGE)
 
 

@@ -8,11 +8,8 @@ small as the scores, windows and original contexts shorter than the sequences of
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -29,7 +26,8 @@ from transformers import (
 import weightcast.bridges  # noqa: F401
 
 # After weightcast, which holds back Megatron's import-time notices.
-from tests.bridges.parity_job import COMMON, DEFAULT_ROPE, tokens  # isort: skip
+from tests.bridges.parity_job import write_expected  # isort: skip
+from tests.bridges.parity_models import COMMON, DEFAULT_ROPE  # isort: skip
 
 TIED = {"tie_word_embeddings": True}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -84,11 +82,5 @@ def write_dense_model(name: str, folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms start as constants and biases as zeros, under which mistakes are invisible
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    logits = model(tokens()[:, :-1]).logits
-    loss = cross_entropy(logits.flatten(0, 1), tokens()[:, 1:].flatten())
-    torch.autograd.backward(loss)
-    expected: dict[str, Any] = {"logits": logits.detach(), "loss": loss.detach()}
-    expected |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     folder.mkdir(parents=True)
-    save_file(expected, folder / "expected.safetensors")
-    model.save_pretrained(folder / "model")
+    write_expected(model, folder)

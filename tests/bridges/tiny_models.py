@@ -15,11 +15,15 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
+    Glm4MoeConfig,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB_SIZE = 131
@@ -36,6 +40,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+MOE: dict[str, Any] = COMMON | {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # The real models' factors; with this theta the frequencies of a small head reach all three bands.
 LLAMA3_COMMON = COMMON | {"max_position_embeddings": 16384}
 LLAMA3_ROPE = {
@@ -104,6 +109,40 @@ def _gemma3() -> PretrainedConfig:
     )
 
 
+def _qwen3_moe() -> PretrainedConfig:
+    return Qwen3MoeConfig(
+        **MOE,
+        num_experts=4,
+        head_dim=16,
+        mlp_only_layers=[2],
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+
+
+def _mixtral() -> PretrainedConfig:
+    return MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+
+
+def _qwen2_moe() -> PretrainedConfig:
+    return Qwen2MoeConfig(**MOE, num_experts=4, shared_expert_intermediate_size=40, tie_word_embeddings=True)
+
+
+def _glm4_moe() -> PretrainedConfig:
+    return Glm4MoeConfig(
+        **MOE,
+        n_routed_experts=8,
+        head_dim=16,
+        first_k_dense_replace=1,
+        attention_bias=True,
+        use_qk_norm=True,
+        routed_scaling_factor=2.5,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+    )
+
+
 TINY_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama2": _llama2,
     "llama3.1": _llama31,
@@ -114,7 +153,13 @@ TINY_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": _qwen3,
     "qwen3-tied": _qwen3_tied,
     "gemma3": _gemma3,
+    "qwen3-moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "qwen2-moe": _qwen2_moe,
+    "glm4-moe": _glm4_moe,
 }
+
+MOE_MODELS = ("qwen3-moe", "mixtral", "qwen2-moe", "glm4-moe")
 
 
 def tiny_config(name: str) -> PretrainedConfig:
@@ -131,9 +176,9 @@ def write_tiny_model(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(TINY_MODELS[name](), dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for tensor in model.state_dict().values():
             # Norm weights start as constants, and biases as zeros, under which many mistakes are invisible.
-            parameter.add_(torch.randn_like(parameter) * 0.1 if parameter.ndim == 1 else 0)
+            tensor.add_(torch.randn_like(tensor) * 0.1 if tensor.ndim == 1 else 0)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, max_new_tokens=7)
     model.save_pretrained(folder, **({"max_shard_size": shard_bytes} if shard_bytes is not None else {}))
     _tokenizer().save_pretrained(folder)
