@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from transformers import PretrainedConfig
 
+from weightcast.bridges.codecs import decode_checkpoint
+from weightcast.bridges.config import model_dtype
 from weightcast.bridges.hf_export import HFWeightTuple, export_weights
 from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, save_weights
 from weightcast.bridges.hf_import import import_weights
@@ -36,7 +38,7 @@ from weightcast.bridges.provider import GPTModelProvider
 from weightcast.bridges.rules import Tied
 from weightcast.bridges.shards import Model
 from weightcast.bridges.source import PlanSource
-from weightcast.sync.checkpoint_files import check_tensors, has_weights, open_checkpoint
+from weightcast.sync.checkpoint_files import CheckpointFiles, check_tensors, has_weights, open_checkpoint
 from weightcast.sync.errors import ConfigError, UnsupportedModel, WeightcastError
 from weightcast.sync.regions import TensorSpec
 
@@ -150,7 +152,7 @@ class AutoBridge:
         Each rank reads its own regions and no more; no collective. The whole checkpoint is checked before the first
         parameter is written. Raises `CheckpointMismatch`, `UnmappedTensor`.
         """
-        checkpoint = open_checkpoint(self._find_source(hf_path).folder())
+        checkpoint = self._open(self._find_source(hf_path).folder())
         rules = self.family.rules(self.hf_config)
         copies = [rule.copy for rule in rules if isinstance(rule, Tied) and rule.copy is not None]
         check_tensors(checkpoint, specs_of_config(self.hf_config), optional=copies)
@@ -251,6 +253,21 @@ class AutoBridge:
         provider.finalize()
         return provider
 
+    @property
+    def mla_transformer_config(self) -> MLATransformerConfig:
+        """`transformer_config` of a model with multi-head latent attention. Raises `ConfigError` for any other."""
+        config = self.transformer_config
+        if not isinstance(config, MLATransformerConfig):
+            raise ConfigError(
+                f"a {self.family.family} model has no multi-head latent attention; use transformer_config, which is "
+                "for every model"
+            )
+        return config
+
+    def _open(self, folder: Path) -> CheckpointFiles:
+        """The checkpoint's weights; those stored as FP8 codes are decoded to the configuration's dtype."""
+        return decode_checkpoint(open_checkpoint(folder), model_dtype(self.hf_config))
+
     def _save(
         self, model: Model, path: str | Path, show_progress: bool, shard_bytes: int, with_companions: bool
     ) -> None:
@@ -271,5 +288,5 @@ class AutoBridge:
         if hf_path is not None or self._source is not None:
             folder = self._find_source(hf_path).folder()
             if has_weights(folder):
-                return open_checkpoint(folder).specs
+                return self._open(folder).specs
         return specs_of_config(self.hf_config)

@@ -26,9 +26,14 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):  # type: ignore[
     latent_layernorm_epsilon: float = 1e-6
     """Epsilon of the norms of the latents, which HF's DeepSeek models do not take from the configuration."""
 
+    moe_router_group_score_experts: int | None = None
+    """How many of a group's best experts make its score; None is Megatron's own number, topk / groups chosen."""
+
     def finalize(self) -> None:
         """As `GPTModelProvider.finalize`, with the checks of latent attention. Raises ConfigError."""
         check_latent_attention(self)
+        if self.moe_router_group_score_experts is not None:
+            self.moe_router_fusion = False  # the fused kernel has Megatron's own number built in
         super().finalize()
 
 

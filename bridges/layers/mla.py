@@ -21,10 +21,13 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from torch import nn
 
 from weightcast.bridges.layers.core_attention import SdpaAttention
+from weightcast.bridges.layers.mla_router import GroupLimitedRouter
+from weightcast.bridges.layers.moe import with_router
 from weightcast.bridges.layers.norms import norm_class
 from weightcast.bridges.runtime import has_transformer_engine
 
@@ -152,7 +155,7 @@ def _input_norm(config: TransformerConfig) -> type[nn.Module]:
 def latent_attention(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec:
     """`layer` with latent attention in place of its own attention; its MLP, dense or of experts, stays.
 
-    `config` is an `MLAModelProvider`.
+    Where the model scores groups of experts in its own way, so does the router. `config` is an `MLAModelProvider`.
     """
     with_engine = has_transformer_engine()
     attention = ModuleSpec(
@@ -168,4 +171,7 @@ def latent_attention(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec
         self_attention=attention,
         sharded_state_dict_keys_map=keys if with_engine else keys | _LATENT_NORM_KEYS,
     )
-    return replace(layer, submodules=submodules)
+    layer = replace(layer, submodules=submodules)
+    if isinstance(layer.submodules.mlp.submodules, MoESubmodules) and config.moe_router_group_score_experts is not None:
+        layer = with_router(layer, GroupLimitedRouter)
+    return layer

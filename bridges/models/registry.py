@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from weightcast.bridges.models.bridge import ModelBridge
+from weightcast.bridges.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from weightcast.bridges.models.gemma2 import GEMMA2
 from weightcast.bridges.models.gemma3 import GEMMA3
 from weightcast.bridges.models.glm4 import GLM, GLM4
@@ -39,6 +40,8 @@ BUILT_IN: tuple[ModelBridge, ...] = (
     QWEN2_MOE,
     QWEN3_MOE,
     GLM4_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
 )
 
 
