@@ -71,7 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment() -> dict[str, str]:
     """This interpreter's `python` and `torchrun` first on the path, and one thread a process."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    # Under `make test` a make that is started here would speak and act as a sub-make of it.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return {**inherited, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +81,12 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     venv = Path(sys.prefix)
     ready = [f"--assume-old={venv}/{stamp}" for stamp in (".installed-base", ".installed-vllm")]
     return subprocess.run(
-        ["make", *ready, f"VENV={venv}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+        ["make", *ready, f"VENV={venv}", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
     )
 
 
