@@ -22,6 +22,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from transformers import PretrainedConfig
 
+from weightcast.bridges import one_call
 from weightcast.bridges.codecs import decode_checkpoint
 from weightcast.bridges.config import model_dtype
 from weightcast.bridges.hf_export import HFWeightTuple, export_weights
@@ -104,9 +105,7 @@ class AutoBridge:
 
     @classmethod
     def explain(cls, config: PretrainedConfig, *, bridges: Sequence[ModelBridge] = ()) -> str | None:
-        """Why the configuration cannot be handled, or `None` when it can: no bridge for its architecture, or a field
-        that Megatron would compute differently, with what to do about it.
-        """
+        """Why the configuration cannot be handled (architecture or field) and the remedy; `None` when it can."""
         try:
             cls.from_hf_config(config, bridges=bridges).to_megatron_provider(load_weights=False)
         except UnsupportedModel as error:
@@ -152,12 +151,17 @@ class AutoBridge:
         Each rank reads its own regions and no more; no collective. The whole checkpoint is checked before the first
         parameter is written. Raises `CheckpointMismatch`, `UnmappedTensor`.
         """
+        checkpoint = self.hf_checkpoint(hf_path)
+        report = import_weights(build_plan(model, self.family.rules(self.hf_config), checkpoint.specs), checkpoint)
+        logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, checkpoint.folder)
+
+    def hf_checkpoint(self, hf_path: str | Path | None = None) -> CheckpointFiles:
+        """The safetensors of `hf_path`, by default the bridge's own; `CheckpointMismatch` unless as configured."""
         checkpoint = self._open(self._find_source(hf_path).folder())
         rules = self.family.rules(self.hf_config)
         copies = [rule.copy for rule in rules if isinstance(rule, Tied) and rule.copy is not None]
         check_tensors(checkpoint, specs_of_config(self.hf_config), optional=copies)
-        report = import_weights(build_plan(model, rules, checkpoint.specs), checkpoint)
-        logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, checkpoint.folder)
+        return checkpoint
 
     def plan(self, model: Model, hf_path: str | Path | None = None) -> Plan:
         """Where each byte of this rank's part of `model` lies in the HF model. No collective."""
@@ -238,13 +242,16 @@ class AutoBridge:
 
     @classmethod
     def import_ckpt(cls, hf_model_id: str | Path, megatron_path: str | Path, **kwargs: Any) -> None:
-        """Hugging Face to Megatron checkpoint in one call; `kwargs` as of `from_hf_pretrained`."""
-        bridge = cls.from_hf_pretrained(hf_model_id, **kwargs)
-        bridge.save_megatron_model(bridge.to_megatron_model(wrap_with_ddp=False), megatron_path)
+        """Hugging Face to Megatron checkpoint in one call (see `one_call`); `kwargs` as of `from_hf_pretrained`."""
+        one_call.import_ckpt(cls.from_hf_pretrained(hf_model_id, **kwargs), Path(megatron_path))
 
     def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, show_progress: bool = True) -> None:
-        """Megatron checkpoint to Hugging Face folder in one call."""
-        self.save_hf_pretrained(self.load_megatron_model(megatron_path), hf_path, show_progress)
+        """Megatron checkpoint to Hugging Face folder in one call (see `one_call`)."""
+        one_call.export_ckpt(self, Path(megatron_path), Path(hf_path), show_progress)
+
+    def write_companions(self, folder: Path) -> None:
+        """Put the configuration and, from the bridge's own folder, the tokenizer and its like into `folder`."""
+        write_companions(self.hf_config, self._source, folder)
 
     @property
     def transformer_config(self) -> TransformerConfig:
@@ -272,7 +279,7 @@ class AutoBridge:
         self, model: Model, path: str | Path, show_progress: bool, shard_bytes: int, with_companions: bool
     ) -> None:
         plan = self.plan(model)
-        extras = partial(write_companions, self.hf_config, self._source) if with_companions else None
+        extras = self.write_companions if with_companions else None
         with progress_bar("saving", len(plan.specs), show_progress) as advance:
             save_weights(plan, Path(path).absolute(), write_extras=extras, progress=advance, shard_bytes=shard_bytes)
 

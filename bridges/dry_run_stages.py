@@ -35,6 +35,7 @@ class Box:
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class _Chair(dist.ProcessGroup):
@@ -75,8 +76,6 @@ def read_seats(provider: GPTModelProvider, layout: Layout) -> Iterator[tuple[Sea
 
     Raises `ConfigError` in a process that has a process group already.
     """
-    if dist.is_initialized():
-        raise ConfigError("a dry run needs a process without a process group; run it in a process of its own")
     ensure_runtime()
     seats = layout.seats()
     for stage in range(layout.pipeline):
@@ -94,17 +93,37 @@ def _build(provider: GPTModelProvider) -> list[MegatronModule]:
 
 
 def _read_boxes(chunks: list[MegatronModule]) -> tuple[Box, ...]:
-    return tuple(Box(shard.key, shard.global_shape, shard.offset, shard.view.shape) for shard in read_shards(chunks))
+    return tuple(
+        Box(shard.key, shard.global_shape, shard.offset, shard.view.shape, shard.view.parameter.dtype)
+        for shard in read_shards(chunks)
+    )
+
+
+@contextmanager
+def fake_world(rank: int, world_size: int) -> Iterator[None]:
+    """This process as a rank of a world of which nothing else exists; no collective does anything.
+
+    Raises `ConfigError` in a process that has a process group already.
+    """
+    # Importing the module registers the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ConfigError(
+            "this process has a process group already, and planning needs one of its own; run it in another process"
+        )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 @contextmanager
 def _stage(provider: GPTModelProvider, layout: Layout, stage: int) -> Iterator[dict[str, _Chair]]:
     """A fake world in which this process is the first rank of `stage`, its seat in the other groups to be set."""
-    # Importing the module registers the backend.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=stage * layout.stage_ranks, world_size=layout.num_ranks)
-    try:
+    with fake_world(stage * layout.stage_ranks, layout.num_ranks):
         initialize_model_parallel(provider)
         chairs: dict[str, _Chair] = {}
         state: Any = parallel_state
@@ -112,6 +131,3 @@ def _stage(provider: GPTModelProvider, layout: Layout, stage: int) -> Iterator[d
             chairs[name] = _Chair(getattr(state, place).size())
             setattr(state, place, chairs[name])
         yield chairs
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()

@@ -83,10 +83,10 @@ def save_weights(
         _write_mine(round_files, mine, partial)
 
     def finish() -> None:
-        _write_index(files, partial)
+        write_index(files, partial)
         if write_extras is not None:
             write_extras(partial)
-        _take_name(partial, folder)
+        take_name(partial, folder)
 
     _on_rank_zero(finish, f"finishing {folder}")
 
@@ -117,7 +117,8 @@ def _write_mine(files: Sequence[ShardFile], tensors: Mapping[str, torch.Tensor],
     agree(error, f"writing safetensors files to {folder}")
 
 
-def _write_index(files: Sequence[ShardFile], folder: Path) -> None:
+def write_index(files: Sequence[ShardFile], folder: Path) -> None:
+    """Write the index of `files` to `folder`, as transformers does: none for a single file."""
     if len(files) == 1:
         return
     specs = [spec for file in files for spec in file.specs]
@@ -132,6 +133,14 @@ def _write_index(files: Sequence[ShardFile], folder: Path) -> None:
 
 
 def _make_room(folder: Path, partial: Path) -> None:
+    check_room(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def check_room(folder: Path) -> None:
+    """Raise `ConfigError` unless `folder` may be replaced: it is not there, empty, or an older HF folder."""
     if folder.exists():
         strange = [
             entry.name
@@ -143,12 +152,9 @@ def _make_room(folder: Path, partial: Path) -> None:
                 f"{folder} exists and holds {strange[0]}, which no export wrote; give a folder that is new, empty, or "
                 "an older export"
             )
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
 
 
-def _take_name(partial: Path, folder: Path) -> None:
+def take_name(partial: Path, folder: Path) -> None:
     """Rename, since that is all or nothing; an older folder steps aside first and is deleted last."""
     previous = folder.with_name(f".{folder.name}.previous")
     if previous.exists():

@@ -35,7 +35,7 @@ def import_weights(plan: Plan, checkpoint: CheckpointFiles) -> ImportReport:
     with checkpoint.reader() as reader:
         for held in plan.regions:
             if held.region.name in plan.copies:
-                _check_copy(reader, checkpoint, held.region, plan.copies[held.region.name])
+                check_copy(reader, checkpoint, held.region, plan.copies[held.region.name])
         originals = [held for held in plan.regions if held.region.name not in plan.copies]
         for held in originals:
             held.live().copy_(reader.read(held.region))
@@ -44,7 +44,8 @@ def import_weights(plan: Plan, checkpoint: CheckpointFiles) -> ImportReport:
         return ImportReport(reader.num_bytes, len(originals))
 
 
-def _check_copy(reader: RegionReader, checkpoint: CheckpointFiles, copy: Region, original: str) -> None:
+def check_copy(reader: RegionReader, checkpoint: CheckpointFiles, copy: Region, original: str) -> None:
+    """Raise `CheckpointMismatch` unless a region of a tied copy has the bits of the same region of its original."""
     ours = reader.read(copy).contiguous().view(torch.uint8)
     theirs = reader.read(Region(original, copy.offset, copy.shape)).contiguous().view(torch.uint8)
     if not torch.equal(ours, theirs):

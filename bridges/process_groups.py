@@ -37,6 +37,11 @@ def _under_torchrun() -> bool:
     return True
 
 
+def runs_alone() -> bool:
+    """True in a process that has no process group and was not started by torchrun. Raises ConfigError as below."""
+    return not dist.is_initialized() and not _under_torchrun()
+
+
 def initialize_distributed(backend: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     """Create the default process group if there is none. Every rank calls it; it is a collective.
 

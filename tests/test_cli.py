@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,12 +44,47 @@ def test_plan_of_a_folder_and_of_a_configuration_alone(models: Path, tmp_path: P
     assert "Qwen3ForCausalLM: 47 tensors" in alone.stdout and "at 400 Gbit/s a link" in alone.stdout
 
 
+def test_import_export_verify_and_inspect(models: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> str:
+        done = weightcast(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    source = models / "qwen3"
+    assert "47 tensors" in run("import", source, "megatron")
+    assert "47 tensors" in run("export", "megatron", "hf", "--config", source, "--shard-bytes", 60_000)
+    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert run("verify", "hf", "megatron").startswith("equal: 47 tensors")
+    said = run("inspect", "megatron", "--names", "--json", "contents.json")
+    assert "Megatron checkpoint (torch_dist)" in said and "decoder.layers.3.mlp.linear_fc2.weight" in said
+    contents = json.loads((tmp_path / "contents.json").read_text())
+    assert len(contents["specs"]) == 35 and contents["order"].startswith("a key a layer")
+    assert "Qwen3ForCausalLM: covered by a bridge" in run("inspect", "hf")
+
+
+def test_verify_names_what_differs(models: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(models / "qwen3", tmp_path / "other") / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 0x40
+    path.write_bytes(raw)
+    done = weightcast("verify", "qwen3", tmp_path / "other", cwd=models)
+    assert done.returncode == 1 and not done.stderr
+    first, last = done.stdout.splitlines()
+    assert ": 1 of " in first and "first at (" in first
+    assert last.startswith("1 tensors differ: 47 tensors")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("plan", "absent/x/y"), "absent/x/y is no folder; give a Hugging Face folder"),
         (("plan", "qwen3/tokenizer.json"), "as a configuration"),
         (("plan", "qwen3", "--tp", "3", "--world-size", "8"), "does not divide the world size 8"),
+        (("import", "qwen3", "qwen3"), "qwen3 is not empty; give a new folder"),
+        (("export", "qwen3", "out", "--config", "qwen3"), "qwen3 is no torch_dist checkpoint"),
+        (("verify", "qwen3", "absent"), "absent holds neither safetensors"),
+        (("inspect", "absent"), "absent holds neither safetensors"),
         (("plan", "qwen3", "--tp", "8"), "choose a tensor_model_parallel_size that divides it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -36,6 +36,15 @@ EXERCISED = {
     "python -m weightcast plan path/to/hf --tp 2 --pp 2 --world-size 8 --json plan.json": (
         "tests/test_cli.py::test_plan_of_a_folder_and_of_a_configuration_alone"
     ),
+    **dict.fromkeys(
+        (
+            "python -m weightcast import path/to/hf checkpoints/megatron",
+            "python -m weightcast export checkpoints/megatron out/hf --config path/to/hf",
+            "python -m weightcast verify path/to/hf out/hf",
+            "python -m weightcast inspect checkpoints/megatron",
+        ),
+        "tests/test_cli.py::test_import_export_verify_and_inspect",
+    ),
     # `make test` is what runs this file, and `make setup` is what it ran before.
     "make test": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",
     "make setup": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",

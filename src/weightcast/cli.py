@@ -114,6 +114,83 @@ def plan(
         raise typer.Exit(FAILED)
 
 
+@app.command("import")
+def import_(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the Megatron checkpoint (torch_dist).")],
+) -> None:
+    """Convert a Hugging Face model to a Megatron checkpoint: one process, no model built, goes on after a kill."""
+    from weightcast.bridges.auto import AutoBridge
+    from weightcast.bridges.standalone_import import import_checkpoint
+
+    report = import_checkpoint(AutoBridge.from_hf_pretrained(model), out)
+    typer.echo(
+        f"{out}: {report.num_tensors} tensors, {report.num_bytes} bytes in {report.num_files} files, read back and "
+        f"equal ({report.num_resumed} files were there already)"
+    )
+
+
+@app.command("export")
+def export_(
+    checkpoint: Annotated[Path, typer.Argument(help="Megatron checkpoint (torch_dist), of any layout.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face model.")],
+    config: Annotated[str, typer.Option(help="Hugging Face folder, hub id, or config.json of the same model.")],
+    shard_bytes: Annotated[int, typer.Option(help="Most bytes of tensors in a file.", min=1)] = 5 * 10**9,
+) -> None:
+    """Convert a Megatron checkpoint to a Hugging Face folder: one process, no model built, goes on after a kill."""
+    from weightcast.bridges.standalone_export import export_checkpoint
+    from weightcast.bridges.standalone_inputs import open_bridge
+
+    report = export_checkpoint(open_bridge(config), checkpoint, out, shard_bytes=shard_bytes)
+    typer.echo(
+        f"{out}: {report.num_tensors} tensors, {report.num_bytes} bytes in {report.num_files} files, read back and "
+        f"equal ({report.num_resumed} files were there already)"
+    )
+
+
+@app.command()
+def verify(
+    a: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face folder or config.json: compare two Megatron checkpoints through it."),
+    ] = None,
+    show: Annotated[int, typer.Option(help="How many differing tensors to name.")] = 10,
+) -> None:
+    """Compare two checkpoints of any kind, tensor by tensor and bit by bit; exit code 1 when they differ."""
+    from weightcast.bridges.standalone_inputs import open_bridge
+    from weightcast.bridges.standalone_verify import compare_checkpoints
+
+    found = compare_checkpoints(a, b, config=None if config is None else open_bridge(config))
+    for difference in found.differences[:show]:
+        typer.echo(f"{difference.name}: {difference.how}")
+    cast = f", {found.num_cast} of two dtypes compared by value" if found.num_cast else ""
+    verdict = f"{len(found.differences)} tensors differ" if found.differences else "equal"
+    typer.echo(f"{verdict}: {found.num_tensors} tensors, {found.num_bytes} bytes compared{cast}")
+    if found.differences:
+        raise typer.Exit(FAILED)
+
+
+@app.command("inspect")
+def inspect_(
+    path: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
+    names: Annotated[bool, typer.Option("--names", help="List every tensor.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+) -> None:
+    """Print what a folder holds: tensors, dtypes, bytes, order, and whether a bridge covers it."""
+    import json
+
+    from rich.console import Console
+
+    from weightcast.bridges.inspect_path import as_json, inspect_path, render
+
+    contents = inspect_path(path)
+    Console().print(render(contents, names))
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(contents), indent=1) + "\n")
+
+
 def main() -> None:
     """Run the command line. Exit code 2 for wrong input, 1 for a run that failed, each with one message."""
     try:
