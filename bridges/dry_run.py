@@ -67,6 +67,8 @@ class DryRun:
     """What an export or a receiver must have in memory as a whole."""
     largest_region_bytes: int
     num_distinct_plans: int
+    uneven_stages: tuple[int | None, int | None]
+    """Layers of the first and the last pipeline stage, where they had to differ from the others'."""
     ranks: tuple[RankPlan, ...]
     faults: Faults
     seconds: float = field(compare=False)
@@ -149,7 +151,18 @@ def plan_layout(bridge: AutoBridge, layout: Layout) -> DryRun:
     copies = {rule.copy: rule.hf for rule in tied if rule.copy is not None and rule.copy in by_name}
     table = _Table(expanded, _dimensions_of(provider), by_name, copies)
     seats = {seat: table.lay(boxes) for seat, boxes in read_seats(provider, layout)}
-    return _sum_up(bridge, layout, specs, seats, table.find_faults(), start)
+    return _sum_up(
+        bridge,
+        layout,
+        specs,
+        seats,
+        table.find_faults(),
+        (
+            provider.num_layers_in_first_pipeline_stage,
+            provider.num_layers_in_last_pipeline_stage,
+        ),
+        start,
+    )
 
 
 def _dimensions_of(provider: GPTModelProvider) -> ModelDimensions:
@@ -168,6 +181,7 @@ def _sum_up(
     specs: Sequence[TensorSpec],
     seats: Mapping[Seat, tuple[Region, ...]],
     faults: Faults,
+    uneven_stages: tuple[int | None, int | None],
     start: float,
 ) -> DryRun:
     itemsize = {spec.name: spec.dtype.itemsize for spec in specs}
@@ -191,6 +205,7 @@ def _sum_up(
         largest_tensor=max(specs, key=lambda spec: spec.num_bytes),
         largest_region_bytes=max((num_bytes([region]) for region in everything), default=0),
         num_distinct_plans=len(seats),
+        uneven_stages=uneven_stages,
         ranks=ranks,
         faults=Faults(**names | {"incomplete": incomplete}),
         seconds=time.perf_counter() - start,

@@ -85,6 +85,12 @@ def render(run: DryRun, link_gbps: float) -> RenderableType:
         f"at {link_gbps:g} Gbit/s a link: {times.publish_s:.2f} s a version "
         f"(busiest rank {times.trainer_s:.2f} s, one engine {times.engine_s:.2f} s)",
     ]
+    if any(run.uneven_stages):
+        first, last = run.uneven_stages
+        lines.append(
+            "the layers do not divide by the stages; a real run needs "
+            f"num_layers_in_first_pipeline_stage={first}, num_layers_in_last_pipeline_stage={last}"
+        )
     return Group(Text(lines[0]), ranks, stages, *(Text(line) for line in [*lines[1:], *fault_lines(run)]))
 
 
@@ -116,6 +122,7 @@ def as_json(run: DryRun, link_gbps: float) -> dict[str, Any]:
         "num_tensors": run.num_tensors,
         "num_bytes": run.num_bytes,
         "num_distinct_plans": run.num_distinct_plans,
+        "uneven_stages": list(run.uneven_stages),
         "largest_tensor": {
             "name": run.largest_tensor.name,
             "shape": list(run.largest_tensor.shape),

@@ -7,17 +7,19 @@ configuration is given, are compared as HF tensors: layouts, paddings and spelli
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from weightcast.bridges.auto import AutoBridge
+from weightcast.bridges.codecs import decode_checkpoint
+from weightcast.bridges.config import model_dtype
 from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.standalone_blocks import split_region
 from weightcast.bridges.standalone_mapped import MappedCheckpoint
-from weightcast.bridges.standalone_stores import DistStore, HFStore, Store, open_store
+from weightcast.bridges.standalone_stores import DistStore, HFStore, Store, hf_store, open_store
 from weightcast.sync.regions import TensorSpec, dtype_name
 
 
@@ -52,7 +54,7 @@ def compare_checkpoints(
         stores = [stack.enter_context(open_store(path)) for path in (a, b)]
         if config is None and {type(store) for store in stores} == {HFStore, DistStore}:
             config = AutoBridge.from_hf_pretrained(a if isinstance(stores[0], HFStore) else b)
-        left, right = (_as_hf(store, config) for store in stores)
+        left, right = (stack.enter_context(_as_hf(store, config)) for store in stores)
         theirs = {spec.name: spec for spec in right.specs}
         ours = {spec.name: spec for spec in left.specs}
         differences = [Difference(name, f"only in {a}") for name in ours if name not in theirs]
@@ -70,10 +72,16 @@ def compare_checkpoints(
         )
 
 
-def _as_hf(store: HFStore | DistStore, config: AutoBridge | None) -> Store:
-    if config is None or isinstance(store, HFStore):
-        return store
-    return MappedCheckpoint.make(config, store.checkpoint)
+@contextmanager
+def _as_hf(store: HFStore | DistStore, config: AutoBridge | None) -> Iterator[Store]:
+    """With a configuration, HF's names on either side, and weights instead of codes (see `codecs`)."""
+    if config is None:
+        yield store
+    elif isinstance(store, DistStore):
+        yield MappedCheckpoint.make(config, store.checkpoint)
+    else:
+        with hf_store(decode_checkpoint(store.checkpoint, model_dtype(config.hf_config))) as decoded:
+            yield decoded
 
 
 def _stored_dtype(store: Store, spec: TensorSpec) -> torch.dtype:
@@ -89,7 +97,7 @@ def _compare(left: Store, right: Store, ours: TensorSpec, theirs: TensorSpec) ->
     for region in split_region(ours):
         one, other = left.read(region), right.read(region)
         if one.dtype != other.dtype:
-            wide = torch.promote_types(one.dtype, other.dtype)
+            wide = _wider(one.dtype, other.dtype)
             one, other = one.to(wide), other.to(wide)
         differ = _differ(one.contiguous(), other.contiguous())
         if differ.any():
@@ -101,6 +109,13 @@ def _compare(left: Store, right: Store, ours: TensorSpec, theirs: TensorSpec) ->
             count += int(differ.sum())
     if count:
         yield Difference(ours.name, f"{count} of {ours.numel} elements, {first}")
+
+
+def _wider(*dtypes: torch.dtype) -> torch.dtype:
+    """A dtype that holds the values of both; torch promotes no FP8."""
+    return torch.promote_types(
+        *(torch.float32 if dtype.itemsize == 1 and dtype.is_floating_point else dtype for dtype in dtypes)
+    )
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ def read_everything(models: str) -> dict[str, Any]:
     return {
         "tied": [_both(Path(models, "llama3.2"), layout) for layout in LAYOUTS],
         "untied": [_both(Path(models, "qwen2"), LAYOUTS[0])],
+        "experts": [_both(Path(models, "glm4-moe"), layout) for layout in EXPERT_LAYOUTS],
         "seats": [_seats(layout) for layout in EXPERT_LAYOUTS],
     }
 
@@ -107,7 +108,7 @@ class fake_rank:
 
 def test_seats_and_shards_are_those_of_ranks_set_up_in_full(tiny_models: Path) -> None:
     (said,) = run_ranks(read_everything, 1, str(tiny_models), process_group=False)
-    for ours, theirs, some in (*said["tied"], *said["untied"]):
+    for ours, theirs, some in (*said["tied"], *said["untied"], *said["experts"]):
         assert some and ours == theirs
     for ours, theirs in said["seats"]:
         assert ours == theirs
@@ -166,6 +167,25 @@ def test_seats_are_shared_by_copies() -> None:
     assert layout.seats()[Seat(1, 1, 0, 1)] == (9, 11, 13, 15)
     assert sum(len(ranks) for ranks in layout.seats().values()) == 16
     assert Layout(tensor=8, pipeline=16, expert=64, expert_tensor=1).num_ranks == 1024
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "edges"),
+    [
+        (61, 16, (3, 2)),
+        (126, 16, (7, 7)),
+        (64, 16, (None, None)),
+        (61, 2, (31, 30)),
+        (5, 1, (None, None)),
+        (3, 4, (None, None)),
+    ],
+)
+def test_layers_that_do_not_divide_are_cut_as_evenly_as_can_be(
+    num_layers: int, num_stages: int, edges: tuple[int | None, int | None]
+) -> None:
+    from weightcast.bridges.dry_run_stages import uneven_stages
+
+    assert uneven_stages(num_layers, num_stages) == edges
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Conversion without a model: the same bits as through one, in both directions, after kills, and out of damage."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.bridges.test_mla import write_in_fp8
+from tests.bridges.tiny_mla import write_mla_model
 from tests.ranks import ROOT, run_ranks
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +28,7 @@ from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.errors import BridgeError, CheckpointMismatch, ConfigError, UnmappedTensor
 
 SMALL_BYTES = 40_000
-NAMES = ("llama-biases", "qwen2-tied", "qwen3", "gemma3")
+NAMES = ("llama-biases", "qwen2-tied", "qwen3", "gemma3", "glm4-moe", "mixtral")
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 
 
@@ -73,6 +76,7 @@ def load_and_save(source: str, standalone: str, saved: str, tp: int, pp: int) ->
         return all(torch.equal(weight, reader.read(specs[name].whole())) for name, weight in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tp", "pp"), [("llama3.2", 2, 2), ("qwen3", 4, 1)])
 def test_megatron_reads_what_was_written_and_what_it_writes_is_read(
     name: str, tp: int, pp: int, tiny_models: Path, tmp_path: Path
@@ -252,3 +256,16 @@ def test_blocks_tile_their_box() -> None:
         for offset, size in split_box(shape, 2, 12):
             seen[tuple(slice(a, a + b) for a, b in zip(offset, size, strict=True))] += 1
         assert bool((seen == 1).all()), shape
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["bf16", "fp8"])
+def test_latent_attention_experts_and_codes(coded: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    write_mla_model("deepseek-v3", tmp_path, torch.randint(3, 131, (1, 9)), torch.bfloat16)
+    source = write_in_fp8(tmp_path / "model", tmp_path / "coded") if coded else tmp_path / "model"
+    checkpoint = to_megatron(source, tmp_path / "checkpoint")
+    assert equal(source, checkpoint)
+    back = to_hf(source, checkpoint, tmp_path / "back")
+    assert equal(source, back, config=AutoBridge.from_hf_pretrained(source))
+    assert "quantization_config" not in json.loads((back / "config.json").read_text())
+    assert equal(source, tmp_path / "model") is not coded
