@@ -16,8 +16,8 @@ from typing import Any
 from weightcast.bridges.auto import AutoBridge
 from weightcast.bridges.dry_run_layout import Layout, Seat
 from weightcast.bridges.dry_run_stages import Box, apply_layout, read_seats
-from weightcast.bridges.provider import GPTModelProvider
 from weightcast.bridges.rules import ModelDimensions, Rule, Segment, Tied, expand_rules, hf_shapes, map_shard
+from weightcast.bridges.standalone_mapped import dimensions_of
 from weightcast.sync.assignment import assign_regions
 from weightcast.sync.errors import SourceError, UnmappedTensor
 from weightcast.sync.regions import Region, TensorSpec
@@ -149,7 +149,7 @@ def plan_layout(bridge: AutoBridge, layout: Layout) -> DryRun:
     expanded = expand_rules(rules, provider.num_layers)
     tied = [rule for rule in expanded.values() if isinstance(rule, Tied)]
     copies = {rule.copy: rule.hf for rule in tied if rule.copy is not None and rule.copy in by_name}
-    table = _Table(expanded, _dimensions_of(provider), by_name, copies)
+    table = _Table(expanded, dimensions_of(provider), by_name, copies)
     seats = {seat: table.lay(boxes) for seat, boxes in read_seats(provider, layout)}
     return _sum_up(
         bridge,
@@ -162,16 +162,6 @@ def plan_layout(bridge: AutoBridge, layout: Layout) -> DryRun:
             provider.num_layers_in_last_pipeline_stage,
         ),
         start,
-    )
-
-
-def _dimensions_of(provider: GPTModelProvider) -> ModelDimensions:
-    return ModelDimensions(
-        num_layers=provider.num_layers,
-        num_attention_heads=provider.num_attention_heads,
-        num_query_groups=provider.num_query_groups,
-        head_dim=provider.kv_channels,
-        vocab_size=provider.vocab_size,
     )
 
 
