@@ -61,17 +61,18 @@ demo: setup
 	$(PY) -m weightcast demo --engine '$(ENGINE)' --steps '$(STEPS)' --out '$(OUT)'$(GIVEN)
 
 test: $(VLLM)
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -m 'not long' $(TESTS)
 
 test-quick: $(BASE)
-	$(PY) -m pytest -m 'not slow and not vllm' $(TESTS)
+	$(PY) -m pytest -m 'not slow and not vllm and not long' $(TESTS)
 
 lint: $(BASE)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-all: lint test
+test-all: lint $(VLLM)
+	$(PY) -m pytest $(TESTS)
 
 bench: $(BASE)
 	$(PY) tests/benchmarks/bench.py $(BENCH_ARGS)

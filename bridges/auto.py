@@ -12,57 +12,34 @@ where each byte lies, and import, export and streaming walk through the plan.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from transformers import PretrainedConfig
 
 from weightcast.bridges import one_call
-from weightcast.bridges.codecs import decode_checkpoint
-from weightcast.bridges.config import model_dtype
-from weightcast.bridges.hf_export import HFWeightTuple, export_weights
-from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, save_weights
-from weightcast.bridges.hf_import import import_weights
+from weightcast.bridges.auto_weights import BridgeWeights
 from weightcast.bridges.hf_options import read_options
-from weightcast.bridges.hf_source import HFSource, specs_of_config, write_companions
+from weightcast.bridges.hf_source import HFSource
 from weightcast.bridges.megatron_checkpoint import load_checkpoint, save_checkpoint
 from weightcast.bridges.models.bridge import ModelBridge
 from weightcast.bridges.models.registry import BUILT_IN, find_bridge, supported_architectures
-from weightcast.bridges.plan import Plan, WeightConversionTask, build_plan
-from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.provider import GPTModelProvider
-from weightcast.bridges.rules import Tied
 from weightcast.bridges.shards import Model
-from weightcast.bridges.source import PlanSource
-from weightcast.sync.checkpoint_files import CheckpointFiles, check_tensors, has_weights, open_checkpoint
 from weightcast.sync.errors import ConfigError, UnsupportedModel, WeightcastError
-from weightcast.sync.regions import TensorSpec
 
 logger = logging.getLogger(__name__)
 
 
-class AutoBridge:
+class AutoBridge(BridgeWeights):
     """The bridge of one Hugging Face model; make one with `from_hf_pretrained` or `from_hf_config`.
 
     Attributes: `hf_config`, the configuration; `family`, the `ModelBridge` that maps it.
     """
-
-    def __init__(
-        self,
-        hf_config: PretrainedConfig,
-        family: ModelBridge,
-        source: HFSource | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.hf_config = hf_config
-        self.family = family
-        self._source = source
-        self._dtype = dtype
 
     @classmethod
     def from_hf_pretrained(cls, path: str | Path, **kwargs: Any) -> "AutoBridge":
@@ -145,81 +122,6 @@ class AutoBridge:
         provider.finalize()
         return provider.provide_distributed_model(**kwargs)
 
-    def load_hf_weights(self, model: Model, hf_path: str | Path | None = None) -> None:
-        """Fill this rank's part of `model` from the safetensors of `hf_path`, by default the bridge's own folder.
-
-        Each rank reads its own regions and no more; no collective. The whole checkpoint is checked before the first
-        parameter is written. Raises `CheckpointMismatch`, `UnmappedTensor`.
-        """
-        checkpoint = self.hf_checkpoint(hf_path)
-        report = import_weights(build_plan(model, self.family.rules(self.hf_config), checkpoint.specs), checkpoint)
-        logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, checkpoint.folder)
-
-    def hf_checkpoint(self, hf_path: str | Path | None = None) -> CheckpointFiles:
-        """The safetensors of `hf_path`, by default the bridge's own; `CheckpointMismatch` unless as configured."""
-        checkpoint = self._open(self._find_source(hf_path).folder())
-        rules = self.family.rules(self.hf_config)
-        copies = [rule.copy for rule in rules if isinstance(rule, Tied) and rule.copy is not None]
-        check_tensors(checkpoint, specs_of_config(self.hf_config), optional=copies)
-        return checkpoint
-
-    def plan(self, model: Model, hf_path: str | Path | None = None) -> Plan:
-        """Where each byte of this rank's part of `model` lies in the HF model. No collective."""
-        return build_plan(model, self.family.rules(self.hf_config), self.hf_specs(hf_path))
-
-    def weight_source(self, model: Model, *, dtype: torch.dtype | None = None) -> PlanSource:
-        """This rank's part of `model` as a source for a `WeightPublisher`, over the live parameters. No collective.
-
-        Weights are published in the dtypes of the HF checkpoint unless `dtype` is given.
-        """
-        return PlanSource(self.plan(model), dtype=dtype)
-
-    def get_conversion_tasks(
-        self, megatron_model: Model, hf_path: str | Path | None = None
-    ) -> list[WeightConversionTask]:
-        """One task a Megatron tensor of the whole model, with the regions that this rank holds. No collective."""
-        return list(self.plan(megatron_model, hf_path).tasks)
-
-    def export_hf_weights(
-        self,
-        model: Model,
-        cpu: bool = False,
-        show_progress: bool = True,
-        conversion_tasks: Sequence[WeightConversionTask] | None = None,
-    ) -> Iterator[HFWeightTuple]:
-        """Yield (name, full tensor) in HF order on every rank; every rank must iterate to the end.
-
-        Tensors are new, on the parameters' device or, with `cpu`, the host, in the dtypes of the HF checkpoint.
-        `conversion_tasks` limits the export to the tensors of those tasks, the same on every rank. Memory: see
-        `weightcast.bridges.hf_export`.
-        """
-        plan = self.plan(model)
-        specs = plan.specs
-        if conversion_tasks is not None:
-            wanted = {name for task in conversion_tasks for name in task.hf_names}
-            specs = tuple(spec for spec in specs if spec.name in wanted)
-        device = torch.device("cpu") if cpu else None
-        with progress_bar("exporting", len(specs), show_progress) as advance:
-            for item in export_weights(plan, specs, device=device):
-                yield item
-                advance(1)
-
-    def save_hf_pretrained(
-        self, model: Model, path: str | Path, show_progress: bool = True, *, shard_bytes: int = DEFAULT_SHARD_BYTES
-    ) -> None:
-        """Write a whole HF folder: weights, configuration, tokenizer and generation settings. Every rank must call it.
-
-        The folder appears only when it is complete; an older export of the name is replaced. Files hold at most
-        `shard_bytes`. Raises `ConfigError` when the folder holds anything that no export wrote.
-        """
-        self._save(model, path, show_progress, shard_bytes, with_companions=True)
-
-    def save_hf_weights(
-        self, model: Model, path: str | Path, show_progress: bool = True, *, shard_bytes: int = DEFAULT_SHARD_BYTES
-    ) -> None:
-        """Write the weights alone (safetensors and their index). Otherwise as `save_hf_pretrained`."""
-        self._save(model, path, show_progress, shard_bytes, with_companions=False)
-
     def save_megatron_model(self, model: Model, path: str | Path) -> None:
         """Write a Megatron checkpoint (`torch_dist`) of the weights to a new folder. Every rank must call it."""
         save_checkpoint(model, Path(path).absolute())
@@ -249,10 +151,6 @@ class AutoBridge:
         """Megatron checkpoint to Hugging Face folder in one call (see `one_call`)."""
         one_call.export_ckpt(self, Path(megatron_path), Path(hf_path), show_progress)
 
-    def write_companions(self, folder: Path) -> None:
-        """Put the configuration and, from the bridge's own folder, the tokenizer and its like into `folder`."""
-        write_companions(self.hf_config, self._source, folder)
-
     @property
     def transformer_config(self) -> TransformerConfig:
         """The model's Megatron configuration with default settings, finalized; it is the provider itself."""
@@ -270,30 +168,3 @@ class AutoBridge:
                 "for every model"
             )
         return config
-
-    def _open(self, folder: Path) -> CheckpointFiles:
-        """The checkpoint's weights; those stored as FP8 codes are decoded to the configuration's dtype."""
-        return decode_checkpoint(open_checkpoint(folder), model_dtype(self.hf_config))
-
-    def _save(
-        self, model: Model, path: str | Path, show_progress: bool, shard_bytes: int, with_companions: bool
-    ) -> None:
-        plan = self.plan(model)
-        extras = self.write_companions if with_companions else None
-        with progress_bar("saving", len(plan.specs), show_progress) as advance:
-            save_weights(plan, Path(path).absolute(), write_extras=extras, progress=advance, shard_bytes=shard_bytes)
-
-    def _find_source(self, hf_path: str | Path | None) -> HFSource:
-        if hf_path is not None:
-            return HFSource.make(hf_path, **(self._source.hub_options if self._source is not None else {}))
-        if self._source is None:
-            raise ConfigError("a bridge made by from_hf_config has no weights of its own; pass hf_path")
-        return self._source
-
-    def hf_specs(self, hf_path: str | Path | None = None) -> tuple[TensorSpec, ...]:
-        """The tensors of the checkpoint, or of the configuration where there is no checkpoint."""
-        if hf_path is not None or self._source is not None:
-            folder = self._find_source(hf_path).folder()
-            if has_weights(folder):
-                return self._open(folder).specs
-        return specs_of_config(self.hf_config)
