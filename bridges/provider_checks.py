@@ -70,11 +70,11 @@ def _check_tensor_parallel(config: TransformerConfig) -> None:
         if size == 1:
             raise ConfigError(f"sequence_parallel=True needs {name} > 1; set it, or sequence_parallel=False")
         _divides("seq_length", config.seq_length, name, size, "choose another seq_length or sequence_parallel=False")
-    if config.context_parallel_size > 1 and not has_transformer_engine():
-        raise ConfigError(
-            f"context_parallel_size={config.context_parallel_size} needs Transformer Engine, which is not installed; "
-            "install transformer-engine on GPUs, or set context_parallel_size=1"
-        )
+    if config.context_parallel_size > 1:
+        # Each rank takes two chunks of the sequence, one from either end.
+        chunks = 2 * config.context_parallel_size
+        remedy = "choose another seq_length or context_parallel_size=1"
+        _divides("seq_length", config.seq_length, "2 x context_parallel_size", chunks, remedy)
 
 
 def _check_pipeline(config: TransformerConfig) -> None:

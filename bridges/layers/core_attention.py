@@ -9,6 +9,7 @@ that are capped before the softmax (Gemma 2) are computed one by one, because no
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
@@ -17,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import nn
 
+from weightcast.bridges.layers.context_parallel import gather_sequence, positions_of_all, positions_of_rank
 from weightcast.sync.errors import ConfigError
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -30,9 +32,16 @@ def allowed_positions(
     Queries are the last `num_queries` of the `num_keys` positions. `window` is Megatron's (left, right): a query at i
     sees keys from i - left to i + right; -1 is no limit.
     """
-    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    key = torch.arange(num_keys, device=device)[None, :]
-    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    keys = torch.arange(num_keys, device=device)
+    return allowed_pairs(keys[num_keys - num_queries :], keys, window, causal)
+
+
+def allowed_pairs(
+    query_at: torch.Tensor, key_at: torch.Tensor, window: tuple[int, int] | None, causal: bool
+) -> torch.Tensor:
+    """`allowed_positions` for queries and keys at any positions of a sequence, in any order."""
+    query, key = query_at[:, None], key_at[None, :]
+    allowed = torch.ones(len(query_at), len(key_at), dtype=torch.bool, device=query_at.device)
     if causal:
         allowed &= key <= query
     if window is not None:
@@ -68,11 +77,11 @@ def softcapped_attention(
 
 
 class SdpaAttention(MegatronModule):  # type: ignore[misc]
-    """Attention of this rank's query heads over its query groups; no parameters, no communication.
+    """Attention of this rank's query heads over its query groups; no parameters.
 
     The layer's window is `config.window_size` where `config.window_attn_skip_freq` says so; scores are capped by a
-    provider's `attn_logit_softcapping`. Raises `ConfigError` for what it does not compute: context parallelism, a
-    softmax other than the plain one.
+    provider's `attn_logit_softcapping`. Under context parallelism keys and values are gathered over its ranks, and
+    nothing else is ever communicated. Raises `ConfigError` for a softmax other than the plain one.
     """
 
     def __init__(
@@ -94,6 +103,10 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         self.window: tuple[int, int] | None = tuple(config.window_size) if windowed else None
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
         self.attn_mask_type = attn_mask_type
+        self.context_group: Any = None
+        if config.context_parallel_size > 1:
+            shared = getattr(pg_collection, "cp", None)
+            self.context_group = shared if shared is not None else parallel_state.get_context_parallel_group()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         key_channels = k_channels if k_channels is not None else config.kv_channels
         # Megatron's query-key layer scaling divides here and multiplies again before the softmax, for the range of
@@ -105,11 +118,21 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
     ) -> torch.Tensor | None:
         """The mask to pass on (True to see), or None where the kernel's plain causal or full attention says it all."""
         causal = mask_type in _CAUSAL
+        if self.context_group is not None:
+            return self._context_mask(query, given, causal)
         square = query.shape[0] == key.shape[0]
         if given is None and self.window is None and (not causal or (square and self.softcap is None)):
             return None
         mask = allowed_positions(query.shape[0], key.shape[0], self.window, causal, query.device)
         return mask if given is None else mask & ~given  # Megatron's masks are True where nothing is seen
+
+    def _context_mask(self, query: torch.Tensor, given: torch.Tensor | None, causal: bool) -> torch.Tensor:
+        """The mask of this rank's queries over the gathered keys; `given` has whole rows, in the sequence's order."""
+        num_here, size = query.shape[0], self.context_group.size()
+        key_at = positions_of_all(num_here, size, query.device)
+        query_at = positions_of_rank(num_here, self.context_group.rank(), size, query.device)
+        mask = allowed_pairs(query_at, key_at, self.window, causal)
+        return mask if given is None else mask & ~given[..., key_at]
 
     def forward(
         self,
@@ -124,7 +147,8 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         """Query [s, batch, heads, k], key [t, batch, groups, k], value [t, batch, groups, v] to [s, batch, heads * v].
 
         `attention_mask` is bool, broadcastable to [batch, 1, s, t], True where a query must not see a key; it is
-        applied on top of the causal mask and the window.
+        applied on top of the causal mask and the window. Under context parallelism all tensors are of this rank's
+        tokens, the mask's t is that of the whole sequence, and the call is a collective.
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise ConfigError(
@@ -132,6 +156,9 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
                 "mask instead, or install transformer-engine"
             )
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
+        if self.context_group is not None:
+            _refuse_cached_keys(len(query), len(key))
+            key, value = gather_sequence(key, self.context_group), gather_sequence(value, self.context_group)
         mask = self._mask(query, key, attention_mask, mask_type)
         dropout = self.dropout if self.training else 0.0
         if mask is not None and query.is_cuda and self.softcap is None:
@@ -164,11 +191,14 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def _refuse_what_it_cannot(config: TransformerConfig) -> None:
-    if config.context_parallel_size != 1:
+def _refuse_cached_keys(num_queries: int, num_keys: int) -> None:
+    if num_queries != num_keys:
         raise ConfigError(
-            f"context_parallel_size is {config.context_parallel_size}; without Transformer Engine only 1 is supported. "
-            "Install transformer-engine on GPUs, or set context_parallel_size=1"
+            f"{num_queries} queries over {num_keys} cached keys: without Transformer Engine there is no generation "
+            "under context parallelism; set context_parallel_size=1"
         )
+
+
+def _refuse_what_it_cannot(config: TransformerConfig) -> None:
     if config.softmax_type != "vanilla":
         raise ConfigError(f"softmax_type={config.softmax_type!r} needs Transformer Engine; use 'vanilla'")

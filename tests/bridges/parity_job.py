@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import get_batch_on_this_cp_rank
 from safetensors.torch import load_file, save_file
 from tests.bridges.parity_models import (
     COMMON,
@@ -37,6 +38,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from weightcast.bridges.hf_import import import_weights
+from weightcast.bridges.layers.context_parallel import positions_of_all
 from weightcast.bridges.models.registry import find_bridge
 from weightcast.bridges.plan import Plan, build_plan
 from weightcast.bridges.process_groups import destroy_distributed, destroy_model_parallel, initialize_distributed
@@ -92,14 +94,29 @@ def build(folder: Path, settings: dict[str, Any], with_ddp: bool = False) -> tup
     return provider, [chunk.eval() for chunk in model], plan
 
 
+def on_this_context_rank(*parts: torch.Tensor) -> list[torch.Tensor]:
+    """Of each [batch, sequence] the tokens that this context parallel rank computes."""
+    cut = get_batch_on_this_cp_rank({str(number): part for number, part in enumerate(parts)})
+    return [part.contiguous() for part in cut.values()]
+
+
+def over_context_ranks(logits: torch.Tensor) -> torch.Tensor:
+    """[batch, sequence, vocabulary] from this rank's tokens and those of the other context parallel ranks."""
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return logits
+    parts = [torch.empty_like(logits) for _ in range(group.size())]
+    dist.all_gather(parts, logits.contiguous(), group=group)
+    return torch.cat(parts, dim=1)[:, positions_of_all(logits.shape[1], group.size()).argsort()]
+
+
 def logits_step(batches: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
     """One microbatch through one chunk, as Megatron's schedules call it; gives the logits."""
-    inputs = next(batches)[:, :-1].contiguous()
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    inputs = next(batches)[:, :-1]
+    inputs, positions = on_this_context_rank(inputs, torch.arange(inputs.shape[1]).expand_as(inputs))
 
     def whole_vocabulary(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-        whole: torch.Tensor = gather_from_tensor_model_parallel_region(output)
-        return whole
+        return over_context_ranks(gather_from_tensor_model_parallel_region(output))
 
     return chunk(inputs, positions, None), whole_vocabulary
 
@@ -107,11 +124,16 @@ def logits_step(batches: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tens
 def loss_step(batches: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
     """The same for the loss of the next token."""
     batch = next(batches)
-    inputs, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    positions = torch.arange(batch.shape[1] - 1).expand_as(batch[:, 1:])
+    inputs, labels, positions = on_this_context_rank(batch[:, :-1], batch[:, 1:], positions)
+    context = parallel_state.get_context_parallel_group()
 
     def mean(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return losses.mean(), {"loss": losses.detach().mean()}
+        """Of all context parallel ranks' tokens; Megatron adds up the ranks' losses."""
+        share = losses.mean() / context.size()
+        whole = share.detach().clone()
+        dist.all_reduce(whole, group=context)
+        return share, {"loss": whole}
 
     return chunk(inputs, positions, None, labels=labels), mean
 

@@ -123,9 +123,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "pp2-vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "cp4": {"context_parallel_size": 4},
+    "cp2-tp2-sequence-parallel": {
+        "context_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+    },
 }
 
-GRADIENT_LAYOUTS = ("tp2-sequence-parallel", "tp4", "pp2-vpp2", "tp2-pp2")
+GRADIENT_LAYOUTS = ("tp2-sequence-parallel", "tp4", "pp2-vpp2", "tp2-pp2", "cp2-tp2-sequence-parallel")
 
 # Without an expert tensor parallel size the experts are split like the rest of the model.
 MOE_LAYOUTS: dict[str, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 """Norms, core attention and ropes of the layers without Transformer Engine, against plain formulas and transformers."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from weightcast.bridges.layers.context_parallel import positions_of_all, positions_of_rank
 from weightcast.bridges.layers.core_attention import SdpaAttention, allowed_positions
 from weightcast.bridges.layers.gpt import mask_padding, scale_output
 from weightcast.bridges.layers.linears import with_bias, with_post_norm
@@ -102,7 +104,9 @@ def plain_attention(
     return torch.einsum("bnst,tbnd->sbnd", weights, v).flatten(2)
 
 
-def attention(layer_number: int = 1, channels: dict[str, Any] | None = None, **settings: Any) -> SdpaAttention:
+def attention(
+    layer_number: int = 1, channels: dict[str, Any] | None = None, pg_collection: Any = None, **settings: Any
+) -> SdpaAttention:
     scale = settings.get("softmax_scale")
     return SdpaAttention(
         config(attention_dropout=0.0, **settings),
@@ -110,6 +114,7 @@ def attention(layer_number: int = 1, channels: dict[str, Any] | None = None, **s
         AttnMaskType.causal,
         "self",
         softmax_scale=scale,
+        pg_collection=pg_collection,
         **(channels or {}),
     )
 
@@ -144,13 +149,38 @@ def test_keys_and_values_may_have_different_channels() -> None:
 
 
 def test_what_attention_does_not_compute_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"context_parallel_size is 2.*transformer-engine"):
-        attention(context_parallel_size=2)
     with pytest.raises(ConfigError, match=r"softmax_type='learnable'.*'vanilla'"):
         attention(softmax_type="learnable")
     q = random(6, 2, 4, 8)
     with pytest.raises(ConfigError, match=r"packed sequences.*mask"):
         attention()(q, q[:, :, :2], q[:, :, :2], None, packed_seq_params=object())
+
+
+class _Group:
+    """A context parallel group's size and this rank's place in it."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self._size, self._rank = size, rank
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def test_a_context_parallel_rank_has_a_chunk_from_either_end_of_the_sequence() -> None:
+    ranks = [positions_of_rank(4, rank, 3).tolist() for rank in range(3)]
+    assert ranks == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    assert positions_of_all(4, 3).tolist() == [*ranks[0], *ranks[1], *ranks[2]]
+    with pytest.raises(ConfigError, match=r"with 5 tokens on each of 3 .* multiple of 6 tokens"):
+        positions_of_rank(5, 0, 3)
+
+
+def test_there_is_no_generation_under_context_parallelism() -> None:
+    module = attention(context_parallel_size=2, pg_collection=SimpleNamespace(cp=_Group(2, 0)))
+    with pytest.raises(ConfigError, match=r"1 queries over 6 cached keys: .* context_parallel_size=1"):
+        module(random(1, 2, 4, 8), random(6, 2, 2, 8), random(6, 2, 2, 8), None)
 
 
 @settings(deadline=None)

@@ -33,8 +33,18 @@ MODELS = (
     "gemma3-tied-one-kv-head",
     "gemma3-biases",
 )
-LAYOUTS = ("tp1", "tp2", "tp2-sequence-parallel", "tp4", "pp2", "pp2-vpp2", "tp2-pp2")
-GRADIENT_LAYOUTS = ("tp2-sequence-parallel", "tp4", "pp2-vpp2", "tp2-pp2")
+LAYOUTS = (
+    "tp1",
+    "tp2",
+    "tp2-sequence-parallel",
+    "tp4",
+    "pp2",
+    "pp2-vpp2",
+    "tp2-pp2",
+    "cp4",
+    "cp2-tp2-sequence-parallel",
+)
+GRADIENT_LAYOUTS = ("tp2-sequence-parallel", "tp4", "pp2-vpp2", "tp2-pp2", "cp2-tp2-sequence-parallel")
 MOE_MODELS = (
     "qwen3-moe-biases-one-dense-layer",
     "qwen3-moe-tied-unnormalised",
