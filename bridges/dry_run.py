@@ -16,7 +16,8 @@ from typing import Any
 from weightcast.bridges.auto import AutoBridge
 from weightcast.bridges.dry_run_layout import Layout, Seat
 from weightcast.bridges.dry_run_stages import Box, apply_layout, read_seats
-from weightcast.bridges.rules import ModelDimensions, Rule, Segment, Tied, expand_rules, hf_shapes, map_shard
+from weightcast.bridges.pieces import Piece, join_lanes, map_shard
+from weightcast.bridges.rules import ModelDimensions, Rule, Segment, Tied, expand_rules, hf_shapes
 from weightcast.bridges.standalone_mapped import dimensions_of
 from weightcast.sync.assignment import assign_regions
 from weightcast.sync.errors import SourceError, UnmappedTensor
@@ -85,21 +86,22 @@ class _Table:
     keys: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
     _segments: dict[str, Sequence[Segment]] = field(default_factory=dict)
-    _regions: dict[Box, tuple[Region, ...]] = field(default_factory=dict)
+    _pieces: dict[Box, tuple[tuple[Piece, None], ...]] = field(default_factory=dict)
 
     def lay(self, boxes: Iterable[Box]) -> tuple[Region, ...]:
         """The HF regions of `boxes`, each once, those of tied copies included."""
-        return tuple(dict.fromkeys(region for box in boxes for region in self._lay_one(box)))
+        pieces = (piece for box in boxes for piece in self._pieces_of(box))
+        regions = dict.fromkeys(region for region, _ in join_lanes(pieces))
+        for copy, original in self.copies.items():
+            regions |= {Region(copy, r.offset, r.shape): None for r in regions if r.name == original}
+        return tuple(regions)
 
-    def _lay_one(self, box: Box) -> tuple[Region, ...]:
-        if box not in self._regions:
+    def _pieces_of(self, box: Box) -> tuple[tuple[Piece, None], ...]:
+        if box not in self._pieces:
             self.keys.add(box.key)
             pieces = map_shard(self._segments_of(box), box.offset, box.shape)
-            regions = [piece.region for piece in pieces]
-            for copy, original in self.copies.items():
-                regions += [Region(copy, r.offset, r.shape) for r in regions if r.name == original]
-            self._regions[box] = tuple(regions)
-        return self._regions[box]
+            self._pieces[box] = tuple((piece, None) for piece in pieces)
+        return self._pieces[box]
 
     def _segments_of(self, box: Box) -> Sequence[Segment]:
         """None for a key without a rule or of another shape than the HF model's; it is noted."""

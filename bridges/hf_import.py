@@ -38,7 +38,7 @@ def import_weights(plan: Plan, checkpoint: CheckpointFiles) -> ImportReport:
                 check_copy(reader, checkpoint, held.region, plan.copies[held.region.name])
         originals = [held for held in plan.regions if held.region.name not in plan.copies]
         for held in originals:
-            held.live().copy_(reader.read(held.region))
+            held.live.write(reader.read(held.region))
         for padding in plan.padding:
             padding().zero_()
         return ImportReport(reader.num_bytes, len(originals))

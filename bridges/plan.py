@@ -16,9 +16,18 @@ from dataclasses import dataclass, replace
 
 from megatron.core.transformer.module import MegatronModule
 
+from weightcast.bridges.pieces import Piece, join_lanes, map_shard
 from weightcast.bridges.rule_table import RuleTable, name_some
-from weightcast.bridges.rules import ModelDimensions, Piece, Rule, Segment, Tied, Vocab, map_shard
-from weightcast.bridges.shards import Model, ParameterView, Shard, read_shards, unwrap_chunks
+from weightcast.bridges.rules import ModelDimensions, Rule, Segment, Tied, Vocab
+from weightcast.bridges.shards import (
+    InterleavedView,
+    LiveView,
+    Model,
+    ParameterView,
+    Shard,
+    read_shards,
+    unwrap_chunks,
+)
 from weightcast.sync.errors import UnmappedTensor
 from weightcast.sync.regions import HeldRegion, TensorSpec
 
@@ -26,6 +35,13 @@ from weightcast.sync.regions import HeldRegion, TensorSpec
 _LAYER = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.)")
 # Keys that live on the first pipeline stage; keys without a layer number are otherwise on the last one.
 _FIRST_STAGE_PREFIX = "embedding."
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRegion(HeldRegion):
+    """A region that this rank holds; `held.live()` has its values, `held.live.write(data)` sets them."""
+
+    live: LiveView
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +54,7 @@ class WeightConversionTask:
     global_param_name: str
     rule: Rule
     hf_names: tuple[str, ...]
-    held: tuple[HeldRegion, ...]
+    held: tuple[PlannedRegion, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +64,7 @@ class Plan:
     specs: tuple[TensorSpec, ...]
     """Every HF tensor of the whole model, in HF order; the same on every rank."""
     tasks: tuple[WeightConversionTask, ...]
-    regions: tuple[HeldRegion, ...]
+    regions: tuple[PlannedRegion, ...]
     """What this rank holds, replicas included, in HF order."""
     copies: Mapping[str, str]
     """HF tensors that the checkpoint stores a second time because two names are tied: copy → original."""
@@ -100,15 +116,16 @@ def lay_rules(
 def lay_table(table: RuleTable, shards: Sequence[Shard], stages: Stages) -> Plan:
     """The plan of one rank; for many ranks of one model the table is made once. Raises `UnmappedTensor`."""
     _check_matches(table.rules, stages, {shard.key for shard in shards})
-    held: dict[str, list[HeldRegion]] = {key: [] for key in table.rules}
+    pieces: dict[str, list[tuple[Piece, ParameterView]]] = {key: [] for key in table.rules}
     padding: list[ParameterView] = []
     for shard in shards:
         segments = table.segments(shard.key, shard.global_shape, shard.offset, shard.view.shape)
-        held[shard.key] += _hold(shard, segments, table.copies)
+        pieces[shard.key] += [(piece, shard.view) for piece in map_shard(segments, shard.offset, shard.view.shape)]
         padding += _find_padding(shard, segments)
 
     tasks = tuple(
-        WeightConversionTask(key, rule, table.hf_names[key], tuple(held[key])) for key, rule in table.rules.items()
+        WeightConversionTask(key, rule, table.hf_names[key], _hold(pieces[key], table.copies))
+        for key, rule in table.rules.items()
     )
     regions = sorted(
         (region for task in tasks for region in task.held),
@@ -163,21 +180,21 @@ def _layer_of(key: str) -> str | None:
     return match[0] if match else None
 
 
-def _hold(shard: Shard, segments: Sequence[Segment], copies: Mapping[str, str]) -> list[HeldRegion]:
-    held = [
-        HeldRegion(piece.region, _view(shard.view, piece))
-        for piece in map_shard(segments, shard.offset, shard.view.shape)
-    ]
+def _hold(pieces: Sequence[tuple[Piece, ParameterView]], copies: Mapping[str, str]) -> tuple[PlannedRegion, ...]:
+    held = [PlannedRegion(region, _view(parts)) for region, parts in join_lanes(pieces)]
     for copy, original in copies.items():
         held += [
-            HeldRegion(replace(item.region, name=copy), item.live) for item in held if item.region.name == original
+            PlannedRegion(replace(item.region, name=copy), item.live) for item in held if item.region.name == original
         ]
-    return held
+    return tuple(held)
 
 
-def _view(view: ParameterView, piece: Piece) -> ParameterView:
-    part = view.at(piece.index)
-    return part.transposed() if piece.transposed else part
+def _view(parts: Sequence[tuple[Piece, ParameterView]]) -> LiveView:
+    views = [view.at(piece.index) for piece, view in parts]
+    lane = parts[0][0].lane
+    if parts[0][0].transposed:
+        views = [view.transposed() for view in views]
+    return views[0] if lane is None else InterleavedView(tuple(views), lane.axis)
 
 
 def _find_padding(shard: Shard, segments: Sequence[Segment]) -> list[ParameterView]:

@@ -3,7 +3,7 @@
 A family of models is one table of rules. A rule is an index map and nothing else: it gives, for the global
 shape of its Megatron tensor and the model's dimensions, a short list of `Segment`s ("these rows are those rows
 of that HF tensor"). Import and export read the same list in opposite directions, and a shard of any layout is a
-box that `map_shard` cuts out of it, so no rule ever hears of tensor or pipeline parallelism.
+box that `pieces.map_shard` cuts out of it, so no rule ever hears of tensor or pipeline parallelism.
 
     LLAMA = (
         Vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
@@ -25,7 +25,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
 from weightcast.sync.errors import UnmappedTensor
-from weightcast.sync.regions import Region
 
 LAYER = "{layer}"
 
@@ -59,18 +58,9 @@ class Segment:
     stacked: bool = False
     """The HF tensor has the axis of experts as well."""
     hf_step: int = 1
-    """HF rows lie this far apart; each is then a region of its own."""
+    """HF rows lie this far apart; those between belong to other segments of the same step."""
     transposed: bool = False
     """HF holds the matrix transposed: rows are its last dimension, columns the one before."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One HF region of a shard, and what it is of the shard's own tensor: `tensor[index]`, transposed or not."""
-
-    region: Region
-    index: tuple[int | slice, ...]
-    transposed: bool = False
 
 
 class Rule(Protocol):
@@ -254,37 +244,3 @@ def _hf_shape(kind: Segment, num_rows: int, shape: tuple[int, ...]) -> tuple[int
 
 def _turn(box: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
     return box[::-1] if transposed else box
-
-
-def map_shard(segments: Sequence[Segment], offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Piece, ...]:
-    """The HF regions of the box `offset`, `shape` of a global Megatron tensor, in the order of the segments.
-
-    Rows that no segment covers (vocabulary padding) give no piece. Pure; any cut along any dimension will do.
-    """
-    pieces: list[Piece] = []
-    for segment in segments:
-        axis = 0 if segment.expert is None else 1
-        if segment.expert is not None and not offset[0] <= segment.expert < offset[0] + shape[0]:
-            continue
-        start = max(offset[axis], segment.megatron_row)
-        stop = min(offset[axis] + shape[axis], segment.megatron_row + segment.num_rows)
-        if segment.hf_step == 1:
-            pieces += [_piece(segment, start, stop, offset, shape)] if start < stop else []
-        else:
-            pieces += [_piece(segment, row, row + 1, offset, shape) for row in range(start, stop)]
-    return tuple(pieces)
-
-
-def _piece(segment: Segment, start: int, stop: int, offset: tuple[int, ...], shape: tuple[int, ...]) -> Piece:
-    """The piece for the Megatron rows `start` to `stop`, which HF has next to each other."""
-    axis = 0 if segment.expert is None else 1
-    hf_row = segment.hf_row + (start - segment.megatron_row) * segment.hf_step
-    hf_offset = _turn((hf_row, *offset[axis + 1 :]), segment.transposed)
-    hf_shape = _turn((stop - start, *shape[axis + 1 :]), segment.transposed)
-    index: tuple[int | slice, ...] = (slice(start - offset[axis], stop - offset[axis]),)
-    if segment.expert is not None:
-        local = segment.expert - offset[0]
-        index = (slice(local, local + 1) if segment.stacked else local, *index)
-        if segment.stacked:
-            hf_offset, hf_shape = (segment.expert, *hf_offset), (1, *hf_shape)
-    return Piece(Region(segment.hf, hf_offset, hf_shape), index, segment.transposed)

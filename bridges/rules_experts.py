@@ -91,8 +91,7 @@ class Transposed(_WrappedRule):
 class InterleavedGatedMlp(TemplateRule):
     """The gate and up projections of a gated MLP in one HF tensor with alternating rows: gate 0, up 0, gate 1, ...
 
-    Each row is a region of its own, because a region is a box without gaps: right for any cut, but slow where there
-    are many.
+    Gate and up are lanes of the tensor (`pieces`): ranks hold equal rows of both, which HF has next to each other.
     """
 
     gate_up: str

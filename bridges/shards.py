@@ -2,7 +2,8 @@
 
 `sharded_state_dict` knows the global key, shape and offset of every local shard under every kind of parallelism and
 for Transformer Engine and local layers alike. Here its entries become `Shard` records whose memory is a
-`ParameterView`: a place inside a parameter object, turned into a tensor only at the moment of use.
+`ParameterView`: a place inside a parameter object, turned into a tensor only at the moment of use. HF rows that lie in
+two places of a parameter in turns are an `InterleavedView`.
 
     for shard in read_shards(unwrap_chunks(model)):
         print(shard.key, shard.global_shape, shard.offset, shard.view().shape)
@@ -10,7 +11,7 @@ for Transformer Engine and local layers alike. Here its entries become `Shard` r
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -27,6 +28,18 @@ Model: TypeAlias = Sequence[MegatronModule] | MegatronModule
 SHARDING_METADATA = {"non_homogeneous_layers": True}
 # Transformer Engine's FP8 bookkeeping (scales and amax histories). Weights never live there, and HF has no such thing.
 EXTRA_STATE_SUFFIX = "_extra_state"
+
+
+class LiveView(Protocol):
+    """The memory behind a region of an HF tensor."""
+
+    def __call__(self) -> torch.Tensor:
+        """The present values: a view of the parameter, or a new tensor where its memory is laid out in another way."""
+        ...
+
+    def write(self, data: torch.Tensor) -> None:
+        """Copy `data`, of the region's shape, into the parameter; cast to its dtype."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,10 @@ class ParameterView:
         assert data.is_contiguous(), "a parameter was re-pointed at memory that is not contiguous"
         return data.as_strided(self.shape, self.stride, data.storage_offset() + self.offset)
 
+    def write(self, data: torch.Tensor) -> None:
+        """Copy `data` into the parameter."""
+        self().copy_(data)
+
     def at(self, index: tuple[int | slice, ...]) -> "ParameterView":
         """What `tensor[index]` is of a tensor: an integer drops its dimension, a slice (with both ends) keeps it."""
         shape, stride, offset = list(self.shape[len(index) :]), list(self.stride[len(index) :]), self.offset
@@ -63,6 +80,24 @@ class ParameterView:
         return replace(
             self, shape=tuple(self.shape[axis] for axis in swap), stride=tuple(self.stride[axis] for axis in swap)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class InterleavedView:
+    """Views of one shape in turns along dimension `axis`: index 0 of each of them, then index 1 of each."""
+
+    lanes: tuple[ParameterView, ...]
+    axis: int
+
+    def __call__(self) -> torch.Tensor:
+        """A new tensor; no strides say what this order is."""
+        return torch.stack([lane() for lane in self.lanes], dim=self.axis + 1).flatten(self.axis, self.axis + 1)
+
+    def write(self, data: torch.Tensor) -> None:
+        """Copy every lane of `data` into its own place."""
+        parts = torch.unflatten(data, self.axis, (-1, len(self.lanes))).unbind(self.axis + 1)
+        for lane, part in zip(self.lanes, parts, strict=True):
+            lane.write(part)
 
 
 @dataclass(frozen=True, slots=True)

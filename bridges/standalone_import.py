@@ -32,9 +32,9 @@ from weightcast.bridges.auto import AutoBridge
 from weightcast.bridges.dry_run_layout import Layout
 from weightcast.bridges.dry_run_stages import Box, apply_layout, fake_world, read_seats
 from weightcast.bridges.hf_import import check_copy
+from weightcast.bridges.pieces import map_shard
 from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.rule_table import RuleTable
-from weightcast.bridges.rules import map_shard
 from weightcast.bridges.shards import SHARDING_METADATA
 from weightcast.bridges.standalone_blocks import CHUNK_BYTES, add_digest, split_box, split_region
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
@@ -185,9 +185,10 @@ class _ChunkPlanner(DefaultSavePlanner):
         data = torch.zeros(box.shape, dtype=box.dtype)  # rows of padding stay zero
         segments = self._table.segments(box.key, box.global_shape, box.offset, box.shape)
         for piece in map_shard(segments, box.offset, box.shape):
-            view = data[piece.index].mT if piece.transposed else data[piece.index]
-            view.copy_(self._reader.read(piece.region))
-            add_digest(self._digests, piece.region.name, region_digest(view.contiguous(), piece.region))
+            found = self._reader.read(piece.region).to(box.dtype).contiguous()
+            piece.of_box(data).copy_(piece.of_region(found))
+            if piece.lane is None or piece.lane.number == 0:  # one lane vouches for all of the region
+                add_digest(self._digests, piece.region.name, region_digest(found, piece.region))
         return data
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from weightcast.bridges.auto import AutoBridge
+from weightcast.bridges.pieces import Piece, map_shard
 from weightcast.bridges.provider import GPTModelProvider
 from weightcast.bridges.rule_table import RuleTable
-from weightcast.bridges.rules import ModelDimensions, Piece, Tied, map_shard
+from weightcast.bridges.rules import ModelDimensions, Tied
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
 from weightcast.sync.errors import UnmappedTensor
 from weightcast.sync.regions import Region, TensorSpec
@@ -74,24 +75,18 @@ class MappedCheckpoint:
         """The values of an HF region, new, on the CPU, in the dtype in which they are stored."""
         result: torch.Tensor | None = None
         for place, piece in self.pieces[region.name]:
-            low = [max(a, b) for a, b in zip(region.offset, piece.region.offset, strict=True)]
-            high = [
-                min(a + size, b + extent)
-                for a, size, b, extent in zip(
-                    region.offset, region.shape, piece.region.offset, piece.region.shape, strict=True
-                )
-            ]
-            if all(a < b for a, b in zip(low, high, strict=True)):
-                part = self._read_piece(place, piece, low, high)
+            if (overlap := piece.overlap(region)) is not None:
+                wanted, local = overlap
+                part = self._read_piece(place, piece, local)
                 if result is None:
                     result = torch.empty(region.shape, dtype=part.dtype)
-                result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset, strict=True))] = part
+                result[wanted] = part
         assert result is not None, f"no rule gives {region}"
         return result
 
-    def _read_piece(self, place: StoredTensor, piece: Piece, low: Sequence[int], high: Sequence[int]) -> torch.Tensor:
-        """The box `low`..`high` (HF coordinates) of one piece, from the Megatron tensor."""
-        local = [slice(a - o, b - o) for a, b, o in zip(low, high, piece.region.offset, strict=True)]
+    def _read_piece(self, place: StoredTensor, piece: Piece, part_of_piece: Sequence[slice]) -> torch.Tensor:
+        """A box of one piece, oriented as in HF, from the Megatron tensor."""
+        local = list(part_of_piece)
         if piece.transposed:
             local[-2:] = reversed(local[-2:])
         offset: list[int] = list(place.lead)

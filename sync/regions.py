@@ -94,9 +94,10 @@ class Region:
 class HeldRegion:
     """A region together with the live memory behind it.
 
-    `live` returns a view of the parameter, of the region's shape, at the moment of the call: distributed
-    optimizers re-point `param.data` into buffers of their own, so a view must never be kept. The view may be
-    strided, on any device, and of another floating dtype than the tensor's spec; whoever packs it casts.
+    `live` returns the parameter's values, of the region's shape, at the moment of the call: distributed optimizers
+    re-point `param.data` into buffers of their own, so a tensor must never be kept. It is a view of the parameter, or
+    a new tensor where no view has the region's layout. It may be strided, on any device, and of another floating dtype
+    than the tensor's spec; whoever packs it casts.
     """
 
     region: Region

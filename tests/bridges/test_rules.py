@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightcast.bridges.pieces import Lane, join_lanes, map_shard
 from weightcast.bridges.rules import (
     FusedQkv,
     GatedMlp,
     ModelDimensions,
-    Piece,
     Rename,
     Rule,
     Segment,
@@ -22,7 +22,6 @@ from weightcast.bridges.rules import (
     Vocab,
     expand_rules,
     hf_shapes,
-    map_shard,
 )
 from weightcast.bridges.rules_experts import EXPERT, InterleavedGatedMlp, PerExpert, StackedExperts, Transposed
 from weightcast.sync.errors import UnmappedTensor
@@ -86,11 +85,6 @@ def grids(draw: st.DrawFn, shape: Sequence[int]) -> list[tuple[tuple[int, ...], 
     return boxes
 
 
-def part_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
-    part = tensor[piece.index]
-    return part.mT if piece.transposed else part
-
-
 @given(rules_with_shapes(), st.data())
 def test_any_cut_tiles_the_hf_tensors_and_gives_back_every_value(
     example: tuple[Rule, tuple[int, ...], ModelDimensions], data: st.DataObject
@@ -107,9 +101,10 @@ def test_any_cut_tiles_the_hf_tensors_and_gives_back_every_value(
     regions: list[Region] = []
     for offset, box in data.draw(grids(shape)):
         local = torch.full(box, -1, dtype=torch.int64)
-        for piece in map_shard(segments, offset, box):
-            part_of(local, piece).copy_(hf[piece.region.name][piece.region.slices])  # import
-            regions.append(piece.region)
+        for region, parts in join_lanes((piece, local) for piece in map_shard(segments, offset, box)):
+            for piece, tensor in parts:
+                piece.of_box(tensor).copy_(piece.of_region(hf[region.name][region.slices]))  # import
+            regions.append(region)
         megatron[Region("m", offset, box).slices] = local
 
     for name, tensor in hf.items():
@@ -118,8 +113,38 @@ def test_any_cut_tiles_the_hf_tensors_and_gives_back_every_value(
         back = torch.full_like(tensor, -2)
         for piece in map_shard(segments, (0,) * len(shape), shape):
             if piece.region.name == name:
-                back[piece.region.slices] = part_of(megatron, piece)  # export
+                piece.of_region(back[piece.region.slices]).copy_(piece.of_box(megatron))  # export
         assert torch.equal(back, tensor)
+
+
+@given(rules_with_shapes(), st.data())
+def test_any_box_of_an_hf_tensor_is_put_together_from_the_pieces_that_it_meets(
+    example: tuple[Rule, tuple[int, ...], ModelDimensions], data: st.DataObject
+) -> None:
+    rule, shape, dimensions = example
+    segments = rule.segments(shape, dimensions)
+    megatron = torch.arange(torch.Size(shape).numel()).view(shape)
+    pieces = map_shard(segments, (0,) * len(shape), shape)
+    for name, want in hf_shapes(segments, shape).items():
+        whole = torch.full(want, -1)
+        for piece in (piece for piece in pieces if piece.region.name == name):
+            piece.of_region(whole[piece.region.slices]).copy_(piece.of_box(megatron))
+        offset, box = data.draw(st.sampled_from(data.draw(grids(want))))
+        region, part = Region(name, offset, box), torch.full(box, -1)
+        for piece in (piece for piece in pieces if piece.region.name == name):
+            if (overlap := piece.overlap(region)) is not None:
+                part[overlap[0]] = piece.of_box(megatron)[overlap[1]]
+        assert torch.equal(part, whole[region.slices])
+
+
+def test_gate_and_up_of_a_rank_are_one_region_wherever_they_lie() -> None:
+    segments = StackedExperts(Transposed(InterleavedGatedMlp("m", "gate_up")), 4).segments((4, 12, 5), DIMENSIONS)
+    gate, up = (map_shard(segments, (3, first, 0), (1, 2, 5)) for first in (4, 10))  # of the last of three ranks
+    ((region, parts),) = join_lanes([(gate[0], "gate"), (up[0], "up")])
+    assert region == Region("gate_up", (3, 0, 8), (1, 5, 4))
+    assert [(piece.lane, owner) for piece, owner in parts] == [(Lane(2, 0, 2), "gate"), (Lane(2, 1, 2), "up")]
+    alone = [region for region, _ in join_lanes([(gate[0], "gate")])]
+    assert alone == [Region("gate_up", (3, 0, 8), (1, 5, 1)), Region("gate_up", (3, 0, 10), (1, 5, 1))]
 
 
 def test_qkv_rows_are_interleaved_by_query_group() -> None:
@@ -159,7 +184,7 @@ def laid_out(rule: Rule, values: torch.Tensor) -> dict[str, list[Any]]:
     segments = rule.segments(tuple(values.shape), DIMENSIONS)
     hf = {name: torch.full(shape, -1) for name, shape in hf_shapes(segments, tuple(values.shape)).items()}
     for piece in map_shard(segments, (0,) * values.ndim, tuple(values.shape)):
-        hf[piece.region.name][piece.region.slices] = part_of(values, piece)
+        piece.of_region(hf[piece.region.name][piece.region.slices]).copy_(piece.of_box(values))
     return {name: tensor.tolist() for name, tensor in hf.items()}
 
 
