@@ -72,7 +72,7 @@ lint: $(BASE)
 	$(PY) -m mypy
 
 test-all: lint $(VLLM)
-	$(PY) -m pytest $(TESTS)
+	FRESH_RANKS=1 $(PY) -m pytest $(TESTS)
 
 bench: $(BASE)
 	$(PY) tests/benchmarks/bench.py $(BENCH_ARGS)
