@@ -22,7 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from transformers import PretrainedConfig
 
 from weightcast.bridges import one_call
-from weightcast.bridges.auto_weights import BridgeWeights
+from weightcast.bridges.auto_adapters import BridgeAdapters
 from weightcast.bridges.hf_options import read_options
 from weightcast.bridges.hf_source import HFSource
 from weightcast.bridges.megatron_checkpoint import load_checkpoint, save_checkpoint
@@ -35,7 +35,7 @@ from weightcast.sync.errors import ConfigError, UnsupportedModel, WeightcastErro
 logger = logging.getLogger(__name__)
 
 
-class AutoBridge(BridgeWeights):
+class AutoBridge(BridgeAdapters):
     """The bridge of one Hugging Face model; make one with `from_hf_pretrained` or `from_hf_config`.
 
     Attributes: `hf_config`, the configuration; `family`, the `ModelBridge` that maps it.

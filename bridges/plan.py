@@ -25,6 +25,7 @@ from weightcast.bridges.shards import (
     Model,
     ParameterView,
     Shard,
+    is_adapter_key,
     read_shards,
     unwrap_chunks,
 )
@@ -89,17 +90,22 @@ class Stages:
 def build_plan(model: Model, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]) -> Plan:
     """The plan of this rank for `model`, its list of Megatron chunks (wrapped by DDP or not).
 
-    `hf_specs` are all tensors of the HF model. Issues no collective; every rank may call it alone. Raises
-    `UnmappedTensor`.
+    `hf_specs` are all tensors of the HF model; adapters are no part of it (`weightcast.bridges.peft` plans them).
+    Issues no collective; every rank may call it alone. Raises `UnmappedTensor`.
     """
     chunks = unwrap_chunks(model)
-    stages = Stages(
+    rules = tuple(rules)
+    dimensions = read_dimensions(chunks[0], rules, hf_specs)
+    shards = [shard for shard in read_shards(chunks) if not is_adapter_key(shard.key)]
+    return lay_rules(shards, read_stages(chunks), dimensions, rules, hf_specs)
+
+
+def read_stages(chunks: Sequence[MegatronModule]) -> Stages:
+    """Which ends of the pipeline the bare `chunks` of this rank reach."""
+    return Stages(
         first=any(getattr(chunk, "pre_process", False) for chunk in chunks),
         last=any(getattr(chunk, "post_process", False) for chunk in chunks),
     )
-    rules = tuple(rules)
-    dimensions = _read_dimensions(chunks[0], rules, hf_specs)
-    return lay_rules(read_shards(chunks), stages, dimensions, rules, hf_specs)
 
 
 def lay_rules(
@@ -134,7 +140,8 @@ def lay_table(table: RuleTable, shards: Sequence[Shard], stages: Stages) -> Plan
     return Plan(tuple(table.specs.values()), tasks, tuple(regions), table.copies, tuple(padding))
 
 
-def _read_dimensions(chunk: MegatronModule, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]) -> ModelDimensions:
+def read_dimensions(chunk: MegatronModule, rules: Iterable[Rule], hf_specs: Sequence[TensorSpec]) -> ModelDimensions:
+    """The numbers that index maps need, from a bare chunk's configuration and the base model's HF tensors."""
     config = chunk.config
     vocab_names = {name for rule in rules if isinstance(rule, Vocab) for name in rule.hf_names}
     vocab_sizes = {spec.shape[0] for spec in hf_specs if spec.name in vocab_names}

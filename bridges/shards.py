@@ -28,6 +28,8 @@ Model: TypeAlias = Sequence[MegatronModule] | MegatronModule
 SHARDING_METADATA = {"non_homogeneous_layers": True}
 # Transformer Engine's FP8 bookkeeping (scales and amax histories). Weights never live there, and HF has no such thing.
 EXTRA_STATE_SUFFIX = "_extra_state"
+# In the keys of tensors that an adapter adds beside a linear (`weightcast.bridges.peft`).
+_ADAPTER = ".adapter."
 
 
 class LiveView(Protocol):
@@ -108,6 +110,11 @@ class Shard:
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     view: ParameterView
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a Megatron tensor, by its global key or its name in a state dict, belongs to an adapter."""
+    return _ADAPTER in key
 
 
 def unwrap_chunks(model: Model) -> list[MegatronModule]:

@@ -80,10 +80,19 @@ class RegionReader:
 
     def read(self, region: Region) -> torch.Tensor:
         """A CPU tensor of the region's shape in the file's dtype."""
-        path = self._files[region.name]
+        return self._count(self._file(region.name).get_slice(region.name)[region.slices])
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """All of one tensor."""
+        return self._count(self._file(name).get_tensor(name))
+
+    def _file(self, name: str) -> Any:
+        path = self._files[name]
         if path not in self._open:
             self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        data: torch.Tensor = self._open[path].get_slice(region.name)[region.slices]
+        return self._open[path]
+
+    def _count(self, data: torch.Tensor) -> torch.Tensor:
         self.num_bytes += data.numel() * data.element_size()
         return data
 
@@ -123,6 +132,12 @@ def open_checkpoint(folder: Path) -> CheckpointFiles:
         logger.info("%s: %d derived buffers are passed over, the first is %s", folder, len(derived), derived[0])
     kept = tuple(spec for spec in specs if spec.name not in derived)
     return CheckpointFiles(folder, kept, {spec.name: files[spec.name] for spec in kept}, derived)
+
+
+def open_file(path: Path) -> CheckpointFiles:
+    """Read the header of one safetensors file under any name. Raises `CheckpointMismatch`."""
+    specs = tuple(_read_header(path, None))
+    return CheckpointFiles(path.parent, specs, {spec.name: path for spec in specs})
 
 
 def check_tensors(checkpoint: CheckpointFiles, expected: Sequence[TensorSpec], optional: Collection[str] = ()) -> None:

@@ -37,12 +37,17 @@ def with_post_norm(linear: type[nn.Module], norm: type[nn.Module]) -> type[nn.Mo
         def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
             super().__init__(input_size, output_size, config=config, **kwargs)
             self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
-
-        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
-            output, bias = super().forward(hidden_states)
-            if bias is not None:  # left to the caller to add after the norm, which would be too late
-                output = output + bias
-            return self.post_layernorm(output), None
+            # A hook, so that an adapter of the linear adds to what the norm sees.
+            self.register_forward_hook(_norm_output)
 
     RowParallelLinearWithPostNorm.__name__ = f"{linear.__name__}WithPostNorm"
     return RowParallelLinearWithPostNorm
+
+
+def _norm_output(
+    linear: Any, inputs: object, output: tuple[torch.Tensor, torch.Tensor | None]
+) -> tuple[torch.Tensor, None]:
+    projected, bias = output
+    if bias is not None:  # left to the caller to add after the norm, which would be too late
+        projected = projected + bias
+    return linear.post_layernorm(projected), None

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
@@ -29,6 +28,7 @@ from weightcast.bridges.layers.core_attention import SdpaAttention
 from weightcast.bridges.layers.mla_router import GroupLimitedRouter
 from weightcast.bridges.layers.moe import with_router
 from weightcast.bridges.layers.norms import norm_class
+from weightcast.bridges.layers.sum_gradient import sum_gradient
 from weightcast.bridges.runtime import has_transformer_engine
 
 # Transformer Engine fuses the norm of a latent into the linear behind it; its spelling is the global one.
@@ -38,24 +38,6 @@ _LATENT_NORM_KEYS = {
 }
 # Latent attention reads its input twice, so the norm before it is fused into neither linear and keeps its own key.
 _FUSED_INPUT_NORM = "input_layernorm."
-
-
-class _SumGradient(torch.autograd.Function):
-    """Identity whose gradient is summed over the ranks of a group.
-
-    Megatron's own (`copy_to_tensor_model_parallel_region`) leaves out the sum for gradients that are not contiguous.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 class LatentSelfAttention(MLASelfAttention):  # type: ignore[misc]
@@ -87,7 +69,6 @@ class LatentSelfAttention(MLASelfAttention):  # type: ignore[misc]
             return scatter_to_sequence_parallel_region(whole), output[1]
         sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
         latent, rotated_key = torch.split(whole, sizes, dim=-1)
-        sum_gradient: Any = _SumGradient.apply
         return torch.cat([latent, sum_gradient(rotated_key, self.pg_collection.tp)], dim=-1), output[1]
 
 

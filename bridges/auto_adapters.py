@@ -1,0 +1,53 @@
+"""The half of AutoBridge that knows adapters: to and from PEFT folders.
+
+Which tensors there are and where they lie follows from the rules of the base weights (`weightcast.bridges.peft`).
+"""
+
+import logging
+from pathlib import Path
+
+from weightcast.bridges.auto_weights import BridgeWeights
+from weightcast.bridges.peft.attach import find_recipe
+from weightcast.bridges.peft.folder import AdapterConfig, read_adapter
+from weightcast.bridges.peft.load import load_adapter, recipe_of_folder
+from weightcast.bridges.peft.plan import build_adapter_plan, require_recipe
+from weightcast.bridges.peft.save import save_adapter
+from weightcast.bridges.plan import Plan
+from weightcast.bridges.shards import Model, unwrap_chunks
+
+logger = logging.getLogger(__name__)
+
+
+class BridgeAdapters(BridgeWeights):
+    """What `AutoBridge` does with adapters."""
+
+    def adapter_plan(self, model: Model) -> Plan:
+        """Where each byte of this rank's adapters lies in a PEFT folder. No collective."""
+        return build_adapter_plan(model, self.family.rules(self.hf_config), self.hf_specs())
+
+    def save_hf_adapter(self, model: Model, path: str | Path, base_model: str | None = None) -> None:
+        """Write the adapters of `model` as a PEFT folder, which `peft` and vLLM load. Every rank must call it.
+
+        `base_model` is what the folder names as its base; by default the bridge's own folder or hub name. The folder
+        appears only when it is complete. Raises `ConfigError` when the model has no adapters or the folder holds
+        anything else, `UnmappedTensor` for adapters that PEFT has no names for.
+        """
+        name = base_model if base_model is not None else self._source.name if self._source is not None else None
+        config = AdapterConfig.of_recipe(require_recipe(model), name)
+        base_names = [spec.name for spec in self.hf_specs()]
+        save_adapter(self.adapter_plan(model), Path(path).absolute(), config, base_names)
+
+    def load_hf_adapter(self, model: Model, path: str | Path) -> None:
+        """Fill the adapters of `model` from a PEFT folder; a model without any gets those that hold it exactly.
+
+        Each rank reads its own regions. Without adapters every rank must call it, before the model is wrapped for data
+        parallelism: `provider.register_pre_wrap_hook(partial(bridge.load_hf_adapter, path=path))`. With adapters there
+        is no collective. All is checked before a parameter is written. Raises `CheckpointMismatch`, `ConfigError`,
+        `UnsupportedModel`.
+        """
+        folder = read_adapter(Path(path))
+        rules = self.family.rules(self.hf_config)
+        if find_recipe(model) is None:
+            recipe_of_folder(folder, rules, unwrap_chunks(model)[0].config.num_layers).apply(model)
+        report = load_adapter(self.adapter_plan(model), folder, require_recipe(model))
+        logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, path)

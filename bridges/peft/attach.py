@@ -1,0 +1,179 @@
+"""Attaching: find the linears that a recipe wants, freeze the model, and give each of them its factors."""
+
+import math
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+
+from weightcast.bridges.exchange import communication_device
+from weightcast.bridges.peft.factors import LowRank, PartRows, SplitLowRank
+from weightcast.bridges.peft.layers import Adaptation, adapted_class, adapted_linears
+from weightcast.bridges.peft.names import GATE_UP_PARTS, QKV_PARTS, fused_target, matches
+from weightcast.bridges.peft.placement import Placement, read_placement
+from weightcast.bridges.rules import FusedQkv, GatedMlp, ModelDimensions
+from weightcast.bridges.shards import Model, unwrap_chunks
+from weightcast.sync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from weightcast.bridges.peft.recipes import LoRA
+
+
+def attach_adapters(recipe: "LoRA", model: Model) -> list[MegatronModule]:
+    """See `LoRA.apply`."""
+    given = [model] if isinstance(model, nn.Module) else list(model)
+    chunks = unwrap_chunks(model)
+    if any(isinstance(chunk, DistributedDataParallel) for chunk in given):
+        raise ConfigError(
+            "the model is already wrapped for data parallelism, whose buffers would not know the adapters; register "
+            "the recipe with provider.register_pre_wrap_hook, or provide the model with wrap_with_ddp=False"
+        )
+    if next(adapted_linears(chunks), None) is not None:
+        raise ConfigError("the model has adapters already; apply one recipe to a model")
+    found = [(name, linear) for chunk in chunks for name, linear in _named_linears(chunk)]
+    _check_targets(recipe, [name for name, _ in found])
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.peft = recipe
+    for name, linear in found:
+        parts = recipe.parts_of(_without_expert(name))
+        if parts is not None:
+            _adapt(recipe, name, linear, parts)
+    return given
+
+
+def find_recipe(model: Model) -> "LoRA | None":
+    """The recipe that was applied to the model; the same on every rank, also where nothing was adapted."""
+    recipe: LoRA | None = getattr(unwrap_chunks(model)[0], "peft", None)
+    return recipe
+
+
+def _named_linears(chunk: MegatronModule) -> Iterator[tuple[str, Any]]:
+    """The chunk's linears by their names in the whole model, with its numbers of layers and experts."""
+    for path, module in chunk.named_modules():
+        if path.rpartition(".")[2].startswith("linear_"):
+            yield _whole_name(chunk, path), module
+
+
+def _whole_name(chunk: nn.Module, path: str) -> str:
+    words: list[str] = []
+    module: Any = chunk
+    before: Any = chunk
+    for word in path.split("."):
+        before, module = module, getattr(module, word)
+        if word.isdigit() and hasattr(module, "layer_number"):
+            word = str(module.layer_number - 1)
+        elif word.isdigit() and words[-1] == "local_experts":
+            word = str(parallel_state.get_expert_model_parallel_rank() * len(before) + int(word))
+        words.append(word)
+    return ".".join(words)
+
+
+def _without_expert(name: str) -> str:
+    """All experts of a layer are adapted alike, and targets name them once."""
+    front, is_expert, back = name.partition(".local_experts.")
+    return f"{front}.{back.partition('.')[2]}" if is_expert else name
+
+
+def _check_targets(recipe: "LoRA", names: list[str]) -> None:
+    """Every target is a linear of the whole model, which only all ranks together know."""
+    linears = sorted({_without_expert(name) for name in names})
+    targets = [fused_target(target)[0] for target in recipe.target_modules]
+    hits = torch.tensor(
+        [any(matches(target, linear) for linear in linears) for target in targets],
+        dtype=torch.int32,
+        device=communication_device(),
+    )
+    if dist.is_initialized():
+        dist.all_reduce(hits, dist.ReduceOp.MAX)
+    for target, hit in zip(recipe.target_modules, hits.tolist(), strict=True):
+        if not hit:
+            last = sorted({linear.rpartition(".")[2] for linear in linears})
+            raise ConfigError(
+                f"target_modules names {target!r}, which is no linear of the model; it has {', '.join(last)} "
+                f"({linears[0] if linears else 'none here'}, ...)"
+            )
+
+
+def _adapt(recipe: "LoRA", name: str, linear: Any, parts: tuple[str, ...]) -> None:
+    placement = read_placement(linear, name)
+    gated = name.endswith("linear_fc1") and linear.config.gated_linear_unit
+    if parts:
+        rows = _part_rows(name, linear, placement, parts)
+        adapter: LowRank | SplitLowRank = SplitLowRank(
+            {part: _make_pair(recipe, f"{name}.{part}", linear, placement, rows.num_rows[part]) for part in parts}, rows
+        )
+    else:
+        adapter = _make_pair(recipe, name, linear, placement, placement.num_out)
+    if hasattr(linear, "return_layernorm_output"):
+        linear.return_layernorm_output = True  # Transformer Engine's fused norm: the adapter reads what is behind it
+    linear.__class__ = adapted_class(type(linear))
+    linear.adapter = adapter
+    linear.adaptation = Adaptation(
+        placement, recipe.scaling, recipe.dropout, recipe.dropout_position, recipe.use_dora, gated
+    )
+    if recipe.use_dora:
+        adapter.set_magnitude(placement.row_norms(linear.weight.detach()).to(linear.weight.dtype))
+    for _, pair in adapter.pairs():
+        _mark_parameters(pair, placement, linear.weight)
+
+
+def _part_rows(name: str, linear: Any, placement: Placement, parts: tuple[str, ...]) -> PartRows:
+    """Which rows of the linear on this rank are whose. Raises `ConfigError` when ranks do not hold whole parts."""
+    config = linear.config
+    if parts[0] in QKV_PARTS:
+        groups, rest = divmod(config.num_query_groups, placement.size)
+        if rest or not name.endswith("linear_qkv"):
+            raise ConfigError(
+                f"{name}: {config.num_query_groups} query groups over {placement.size} tensor parallel ranks are cut "
+                "inside a group, where query, key and value have no adapters of their own; use LoRA, or fewer ranks"
+            )
+        heads = config.num_attention_heads // placement.size
+        dimensions = ModelDimensions(1, heads, groups, config.kv_channels, 0)
+        rule = FusedQkv(name, *QKV_PARTS)
+        return PartRows.make(QKV_PARTS, rule.segments((placement.num_out,), dimensions))
+    if not config.gated_linear_unit:
+        raise ConfigError(f"{name} has no gate, so it has no parts to adapt; target linear_fc1")
+    dimensions = ModelDimensions(1, 1, 1, 1, 0)
+    return PartRows.make(GATE_UP_PARTS, GatedMlp(name, *GATE_UP_PARTS).segments((placement.num_out,), dimensions))
+
+
+def _make_pair(recipe: "LoRA", name: str, linear: Any, placement: Placement, num_rows: int) -> LowRank:
+    weight = linear.weight
+    whole = torch.zeros(recipe.dim, placement.all_inputs, device="cpu" if not weight.is_meta else "meta")
+    if not weight.is_meta:
+        _initialise(whole, recipe.lora_A_init_method, f"{getattr(linear.config, 'seed', 0)}:{name}")
+    first = placement.rank * placement.num_in if placement.cut == "columns" else 0
+    factor_in = whole[:, first : first + placement.num_in].to(device=weight.device, dtype=weight.dtype).contiguous()
+    return LowRank(placement, factor_in, weight.new_zeros(num_rows, recipe.dim))
+
+
+def _initialise(factor: torch.Tensor, method: str, seed: str) -> None:
+    """Fill the whole A of one linear from its name, so that every layout of the model starts with the same values."""
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    if method == "xavier":
+        nn.init.xavier_normal_(factor, generator=generator)
+    elif method == "kaiming":
+        nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+
+
+def _mark_parameters(pair: LowRank, placement: Placement, weight: Any) -> None:
+    """Tell Megatron what it must know of each parameter to sum gradients and count norms."""
+    magnitude = [] if pair.weight_magnitude is None else [pair.weight_magnitude]
+    output_side = [pair.linear_out.weight, *magnitude]
+    cut = {"rows": output_side, "columns": [pair.linear_in.weight], "nothing": []}[placement.cut]
+    parameters: list[Any] = list(pair.parameters())
+    for parameter in parameters:
+        parameter.allreduce = getattr(weight, "allreduce", True)
+        is_cut = any(parameter is other for other in cut)
+        dim = (0 if placement.cut == "rows" else 1) if is_cut else -1
+        set_tensor_model_parallel_attributes(parameter, is_cut, dim, 1)
+        if not is_cut:
+            parameter.sequence_parallel = placement.sequence_parallel
