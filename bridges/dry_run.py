@@ -68,9 +68,11 @@ class DryRun:
     """What an export or a receiver must have in memory as a whole."""
     largest_region_bytes: int
     num_distinct_plans: int
-    uneven_stages: tuple[int | None, int | None]
-    """Layers of the first and the last pipeline stage, where they had to differ from the others'."""
+    chosen: Mapping[str, int | str]
+    """Megatron's settings that a real run needs besides the sizes, because its layers do not divide by its stages."""
     ranks: tuple[RankPlan, ...]
+    serves: Mapping[int, tuple[Region, ...]]
+    """What each rank serves; ranks that serve nothing may be missing."""
     faults: Faults
     seconds: float = field(compare=False)
 
@@ -145,7 +147,7 @@ def plan_layout(bridge: AutoBridge, layout: Layout) -> DryRun:
     """
     start = time.perf_counter()
     provider = bridge.to_megatron_provider(load_weights=False)
-    apply_layout(provider, layout)
+    chosen = apply_layout(provider, layout)
     specs, rules = bridge.hf_specs(), bridge.family.rules(bridge.hf_config)
     by_name = {spec.name: spec for spec in specs}
     expanded = expand_rules(rules, provider.num_layers)
@@ -153,18 +155,7 @@ def plan_layout(bridge: AutoBridge, layout: Layout) -> DryRun:
     copies = {rule.copy: rule.hf for rule in tied if rule.copy is not None and rule.copy in by_name}
     table = _Table(expanded, dimensions_of(provider), by_name, copies)
     seats = {seat: table.lay(boxes) for seat, boxes in read_seats(provider, layout)}
-    return _sum_up(
-        bridge,
-        layout,
-        specs,
-        seats,
-        table.find_faults(),
-        (
-            provider.num_layers_in_first_pipeline_stage,
-            provider.num_layers_in_last_pipeline_stage,
-        ),
-        start,
-    )
+    return _sum_up(bridge, layout, specs, seats, table.find_faults(), chosen, start)
 
 
 def _sum_up(
@@ -173,7 +164,7 @@ def _sum_up(
     specs: Sequence[TensorSpec],
     seats: Mapping[Seat, tuple[Region, ...]],
     faults: Faults,
-    uneven_stages: tuple[int | None, int | None],
+    chosen: Mapping[str, int | str],
     start: float,
 ) -> DryRun:
     itemsize = {spec.name: spec.dtype.itemsize for spec in specs}
@@ -197,8 +188,9 @@ def _sum_up(
         largest_tensor=max(specs, key=lambda spec: spec.num_bytes),
         largest_region_bytes=max((num_bytes([region]) for region in everything), default=0),
         num_distinct_plans=len(seats),
-        uneven_stages=uneven_stages,
+        chosen=chosen,
         ranks=ranks,
+        serves=served,
         faults=Faults(**names | {"incomplete": incomplete}),
         seconds=time.perf_counter() - start,
     )

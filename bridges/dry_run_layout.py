@@ -31,6 +31,8 @@ class Layout:
     pipeline: int = 1
     virtual: int | None = None
     """Virtual pipeline stages a rank."""
+    stages: str | None = None
+    """Megatron's string of what stands in each (virtual) stage, such as `E|t*2|t*2|L`; `None` cuts evenly."""
     context: int = 1
     expert: int = 1
     expert_tensor: int | None = None

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weightcast.bridges.dry_run import DryRun, RankPlan
+from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import dtype_name
 
 NAMES_SHOWN = 5
@@ -85,13 +86,28 @@ def render(run: DryRun, link_gbps: float) -> RenderableType:
         f"at {link_gbps:g} Gbit/s a link: {times.publish_s:.2f} s a version "
         f"(busiest rank {times.trainer_s:.2f} s, one engine {times.engine_s:.2f} s)",
     ]
-    if any(run.uneven_stages):
-        first, last = run.uneven_stages
-        lines.append(
-            "the layers do not divide by the stages; a real run needs "
-            f"num_layers_in_first_pipeline_stage={first}, num_layers_in_last_pipeline_stage={last}"
-        )
+    if run.chosen:
+        settings = ", ".join(f"{name}={value}" for name, value in run.chosen.items())
+        lines.append(f"the layers do not divide by the stages; a real run needs {settings}")
     return Group(Text(lines[0]), ranks, stages, *(Text(line) for line in [*lines[1:], *fault_lines(run)]))
+
+
+def render_rank(run: DryRun, rank: int) -> RenderableType:
+    """What one rank holds in all and serves, region by region. Raises `ConfigError` for a rank that is none."""
+    if not 0 <= rank < len(run.ranks):
+        raise ConfigError(
+            f"rank {rank} is none of the layout's {len(run.ranks)}; name one from 0 to {len(run.ranks) - 1}"
+        )
+    plan = run.ranks[rank]
+    seat = ", ".join(f"{name} {place}" for name, place in plan.seat._asdict().items())
+    served = Table("served tensor", "offset", "shape")
+    for region in run.serves.get(rank, ()):
+        served.add_row(region.name, str(region.offset), str(region.shape))
+    line = (
+        f"rank {rank} ({seat}): holds {plan.num_regions} regions, {_size(plan.held_bytes)}; "
+        f"serves {len(run.serves.get(rank, ()))}, {_size(plan.served_bytes)}"
+    )
+    return Group(Text(line), served)
 
 
 def fault_lines(run: DryRun) -> list[str]:
@@ -122,7 +138,7 @@ def as_json(run: DryRun, link_gbps: float) -> dict[str, Any]:
         "num_tensors": run.num_tensors,
         "num_bytes": run.num_bytes,
         "num_distinct_plans": run.num_distinct_plans,
-        "uneven_stages": list(run.uneven_stages),
+        "chosen": dict(run.chosen),
         "largest_tensor": {
             "name": run.largest_tensor.name,
             "shape": list(run.largest_tensor.shape),

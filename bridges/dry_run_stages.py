@@ -10,7 +10,7 @@ up in full.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
+from weightcast.bridges.dry_run_cuts import set_cut
 from weightcast.bridges.dry_run_layout import Layout, Seat
 from weightcast.bridges.process_groups import initialize_model_parallel
 from weightcast.bridges.provider import GPTModelProvider
@@ -58,43 +59,20 @@ _GROUPS = {
 }
 
 
-def apply_layout(provider: GPTModelProvider, layout: Layout) -> None:
+def apply_layout(provider: GPTModelProvider, layout: Layout) -> Mapping[str, int | str]:
     """Set the sizes of `layout` on `provider` and finalize it. Raises `ConfigError`.
 
-    Context parallelism copies weights, so it counts as data parallelism here and needs no Transformer Engine. Layers
-    that do not divide by the stages are cut unevenly as `uneven_stages` says, unless the provider says how already.
+    Context parallelism copies weights, so it counts as data parallelism here and needs no Transformer Engine. Gives
+    the settings that had to be chosen, because the layers do not divide by the stages (see `dry_run_cuts`).
     """
     provider.tensor_model_parallel_size = layout.tensor
     provider.pipeline_model_parallel_size = layout.pipeline
-    provider.virtual_pipeline_model_parallel_size = layout.virtual
     provider.expert_model_parallel_size = layout.expert
     provider.expert_tensor_parallel_size = layout.experts_tensor
     provider.sequence_parallel = layout.tensor > 1 and provider.num_moe_experts is not None
-    said = (
-        provider.num_layers_in_first_pipeline_stage,
-        provider.num_layers_in_last_pipeline_stage,
-        provider.pipeline_model_parallel_layout,
-    )
-    if layout.virtual is None and all(setting is None for setting in said):
-        edges = uneven_stages(provider.num_layers, layout.pipeline)
-        provider.num_layers_in_first_pipeline_stage, provider.num_layers_in_last_pipeline_stage = edges
+    chosen = set_cut(provider, layout)
     provider.finalize()
-
-
-def uneven_stages(num_layers: int, num_stages: int) -> tuple[int | None, int | None]:
-    """Layers of the first and of the last stage where `num_layers` do not divide by `num_stages`: as even as can be.
-
-    The stages between have equally many; the ends, which also hold embedding and output layer, have fewer where there
-    is a choice. `None` for both where nothing has to be said, or where no such cut exists (Megatron then refuses).
-    """
-    between = num_stages - 2
-    cuts: list[tuple[int, int, int]] = []
-    for middle in range(1, num_layers + 1) if num_layers % num_stages and between >= 0 else ():
-        ends = num_layers - middle * between
-        if ends >= 2:
-            first, last = ends - ends // 2, ends // 2
-            cuts.append((max(first, middle if between else 0), first, last))
-    return min(cuts)[1:] if cuts else (None, None)
+    return chosen
 
 
 def read_seats(provider: GPTModelProvider, layout: Layout) -> Iterator[tuple[Seat, tuple[Box, ...]]]:

@@ -24,7 +24,13 @@ from megatron.core.transformer.module import MegatronModule
 from weightcast.bridges.layers.gpt import build_gpt
 from weightcast.bridges.layers.rope import LongRope, Rope, Yarn, tell_attention_factor
 from weightcast.bridges.process_groups import initialize_distributed, initialize_model_parallel
-from weightcast.bridges.provider_checks import check_layout, check_precision, padded_vocab_size, turn_off_fusions
+from weightcast.bridges.provider_checks import (
+    check_layout,
+    check_precision,
+    padded_vocab_size,
+    spell_whole_graphs,
+    turn_off_fusions,
+)
 from weightcast.bridges.runtime import ensure_runtime, has_cuda
 from weightcast.bridges.wrapping import wrap_chunks
 from weightcast.sync.errors import ConfigError
@@ -91,9 +97,6 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     final_logit_softcapping: float | None = None
     """Logits are squeezed into (-cap, cap) (Gemma 2)."""
 
-    cuda_graph_scope: list[str] = field(default_factory=list)
-    """Megatron's own default, "full", is one that Megatron itself warns of."""
-
     seed: int = 1234
     """Seed of the initial weights and of dropout."""
     pre_wrap_hooks: _Hooks = field(default_factory=_Hooks, repr=False)
@@ -115,6 +118,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         check_layout(self)
         check_precision(self)
         turn_off_fusions(self)
+        spell_whole_graphs(self)
         if not has_cuda():
             self.use_cpu_initialization = True
         if self.virtual_pipeline_model_parallel_size is not None:

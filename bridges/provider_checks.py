@@ -127,6 +127,13 @@ def turn_off_fusions(config: TransformerConfig) -> None:
         logger.info("fused kernels this machine does not have are off: %s", ", ".join(turned_off))
 
 
+def spell_whole_graphs(config: TransformerConfig) -> None:
+    """What a CUDA graph captures is by default "full" in Megatron, which then warns of that spelling of everything."""
+    name = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"  # its older name
+    if getattr(config, name) == "full":
+        setattr(config, name, [])
+
+
 def padded_vocab_size(config: TransformerConfig) -> int:
     """Rows of Megatron's embedding: the vocabulary, up to a multiple that every tensor parallel rank shares evenly."""
     multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size

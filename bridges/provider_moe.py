@@ -58,7 +58,7 @@ def _check_layer_pattern(config: TransformerConfig) -> None:
 
 def _check_kernels(config: TransformerConfig) -> None:
     """Refuse or turn off what this machine does not have."""
-    if config.moe_use_legacy_grouped_gemm:
+    if getattr(config, "moe_use_legacy_grouped_gemm", False):  # megatron-core 0.17 and later no longer have it
         raise ConfigError(
             "moe_use_legacy_grouped_gemm=True keeps all experts in one transposed tensor, of which no region is a "
             "view; use moe_grouped_gemm=True (Transformer Engine) or neither"

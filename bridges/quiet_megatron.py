@@ -9,10 +9,11 @@ for exactly the messages listed, and the package's `__init__` imports it before 
 
 import warnings
 
-# Seen on megatron-core 0.16.1 with torch 2.13; (start of the message as a regular expression, category).
+# Seen on megatron-core 0.16.1 and 0.19.2 with torch 2.13; (start of the message as a regular expression, category).
 EXPECTED_NOTICES: tuple[tuple[str, type[Warning]], ...] = (
     (r"Transformer Engine and Apex are not installed", UserWarning),
     (r"Apex is not installed", UserWarning),
+    (r"absl.logging is not installed", UserWarning),
     (r"`torch.jit.script(_method)?` is deprecated", DeprecationWarning),
     (r"The following imports from `dynamic_context.py`", DeprecationWarning),
     (r"\s*The 'megatron.core.transformer.custom_layers.transformer_engine'", DeprecationWarning),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies import common as common_strategy
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -148,8 +148,7 @@ class _Import:
             for key, boxes in tensors.items()
         }
         with fake_world(0, 1):
-            common = {"content_metadata": dict(SHARDING_METADATA)}
-            TorchCommonSaveStrategy("torch", 1).save_common(common, self.folder)
+            _save_common({"content_metadata": dict(SHARDING_METADATA)}, self.folder)
         save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
         (self.folder / ".metadata").unlink(missing_ok=True)
         FileSystemWriter(self.folder).finish(Metadata(state_dict_metadata=entries, planner_data={}), [results])
@@ -190,6 +189,14 @@ class _ChunkPlanner(DefaultSavePlanner):
             if piece.lane is None or piece.lane.number == 0:  # one lane vouches for all of the region
                 add_digest(self._digests, piece.region.name, region_digest(found, piece.region))
         return data
+
+
+def _save_common(common: Mapping[str, Any], folder: Path) -> None:
+    """Megatron's file of what is no tensor, through a class up to megatron-core 0.16 and a function after it."""
+    strategy: Any = common_strategy
+    older = getattr(strategy, "TorchCommonSaveStrategy", None)
+    save = strategy.save_common if older is None else older("torch", 1).save_common
+    save(dict(common), str(folder))
 
 
 def _read_boxes(bridge: AutoBridge) -> tuple[Box, ...]:

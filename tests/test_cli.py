@@ -29,6 +29,7 @@ def weightcast(*arguments: object, cwd: Path, **environment: str) -> subprocess.
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cli")
     write_tiny_model("qwen3", root / "qwen3")
+    (root / "empty.yaml").write_text("train:\n  train_iters: 1\n")
     return root
 
 
@@ -42,6 +43,22 @@ def test_plan_of_a_folder_and_of_a_configuration_alone(models: Path, tmp_path: P
     alone = weightcast("plan", "qwen3/config.json", *sizes, "--link-gbps", 400, cwd=models)
     assert alone.returncode == 0, alone.stderr
     assert "Qwen3ForCausalLM: 47 tensors" in alone.stdout and "at 400 Gbit/s a link" in alone.stdout
+
+
+def test_plan_of_a_run_of_the_trainer(models: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(
+        f"model:\n  hf_path: {models / 'qwen3'}\n  tensor_model_parallel_size: 2\n  pipeline_model_parallel_size: 2\n"
+    )
+    options = ("--rank", 3, "--json", "plan.json")
+    done = weightcast("plan", recipe, "--pp", 3, "--vpp", 1, "--stages", "E|t*4|L", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert (report["layout"]["tensor"], report["layout"]["pipeline"], len(report["ranks"])) == (2, 3, 6)
+    assert "rank 3 (pipeline 1, tensor 1, expert 0, expert_tensor 1)" in done.stdout
+    assert "model.layers.3.mlp.down_proj.weight" in done.stdout
+    uneven = weightcast("plan", recipe, "--vpp", 1, "--pp", 3, cwd=tmp_path)
+    assert "a real run needs" in uneven.stdout, uneven.stderr
 
 
 def test_import_export_verify_and_inspect(models: Path, tmp_path: Path) -> None:
@@ -81,6 +98,9 @@ def test_verify_names_what_differs(models: Path, tmp_path: Path) -> None:
         (("plan", "absent/x/y"), "absent/x/y is no folder; give a Hugging Face folder"),
         (("plan", "qwen3/tokenizer.json"), "as a configuration"),
         (("plan", "qwen3", "--tp", "3", "--world-size", "8"), "does not divide the world size 8"),
+        (("plan", "qwen3", "--pp", "2", "--stages", "Et*3|L"), "has 3 layers (t), the model 4"),
+        (("plan", "qwen3", "--rank", "1"), "rank 1 is none of the layout's 1"),
+        (("plan", "empty.yaml"), "empty.yaml names no model; set model.hf_path"),
         (("import", "qwen3", "qwen3"), "qwen3 is not empty; give a new folder"),
         (("export", "qwen3", "out", "--config", "qwen3"), "qwen3 is no torch_dist checkpoint"),
         (("verify", "qwen3", "absent"), "absent holds neither safetensors"),

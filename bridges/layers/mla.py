@@ -28,6 +28,7 @@ from weightcast.bridges.layers.core_attention import SdpaAttention
 from weightcast.bridges.layers.mla_router import GroupLimitedRouter
 from weightcast.bridges.layers.moe import with_router
 from weightcast.bridges.layers.norms import norm_class
+from weightcast.bridges.layers.spec_parts import submodules_of
 from weightcast.bridges.layers.sum_gradient import sum_gradient
 from weightcast.bridges.runtime import has_transformer_engine
 
@@ -99,7 +100,8 @@ def _local_submodules(config: TransformerConfig) -> MLASelfAttentionSubmodules:
         linear_kv_up_proj=linear,
         core_attention=SdpaAttention,
         linear_proj=backend.row_parallel_linear(),
-        q_layernorm=norm if config.qk_layernorm else IdentityOp,
+        # Without a latent of queries there is nothing for this norm to stand on; megatron-core 0.19 refuses one.
+        q_layernorm=norm if config.qk_layernorm and config.q_lora_rank is not None else IdentityOp,
         kv_layernorm=norm if config.qk_layernorm else IdentityOp,
     )
 
@@ -153,6 +155,9 @@ def latent_attention(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec
         sharded_state_dict_keys_map=keys if with_engine else keys | _LATENT_NORM_KEYS,
     )
     layer = replace(layer, submodules=submodules)
-    if isinstance(layer.submodules.mlp.submodules, MoESubmodules) and config.moe_router_group_score_experts is not None:
+    if (
+        isinstance(submodules_of(layer.submodules.mlp), MoESubmodules)
+        and config.moe_router_group_score_experts is not None
+    ):
         layer = with_router(layer, GroupLimitedRouter)
     return layer

@@ -15,6 +15,8 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import nn
 
+from weightcast.bridges.layers.spec_parts import submodules_of, with_parts
+
 
 class SharedExperts(SharedExpertMLP):  # type: ignore[misc]
     """Megatron's experts that see every token, without its warning that their size comes from the configuration."""
@@ -44,14 +46,15 @@ def expert_mlp(config: TransformerConfig, backend: BackendSpecProvider) -> Modul
     )
 
 
-def with_quiet_shared_experts(mlp: ModuleSpec) -> ModuleSpec:
+def with_quiet_shared_experts(mlp: Any) -> Any:
     """`mlp`, the spec of an MoE layer, with `SharedExperts`."""
-    shared = replace(mlp.submodules.shared_experts, module=SharedExperts)
-    return replace(mlp, submodules=replace(mlp.submodules, shared_experts=shared))
+    submodules = submodules_of(mlp)
+    shared = with_parts(submodules.shared_experts, module=SharedExperts)
+    return with_parts(mlp, submodules=replace(submodules, shared_experts=shared))
 
 
 def with_router(layer: ModuleSpec, router: type[nn.Module]) -> ModuleSpec:
     """`layer`, the spec of a transformer layer with experts, with another class of router."""
     mlp: Any = layer.submodules.mlp
-    mlp = replace(mlp, submodules=replace(mlp.submodules, router=router))
+    mlp = with_parts(mlp, submodules=replace(submodules_of(mlp), router=router))
     return replace(layer, submodules=replace(layer.submodules, mlp=mlp))

@@ -33,6 +33,7 @@ from weightcast.bridges.layers.mla import latent_attention
 from weightcast.bridges.layers.moe import expert_layers, expert_mlp, with_quiet_shared_experts
 from weightcast.bridges.layers.norms import norm_class
 from weightcast.bridges.layers.rope import RopePerLayerAttention
+from weightcast.bridges.layers.spec_parts import submodules_of, with_parts
 from weightcast.bridges.runtime import has_transformer_engine
 from weightcast.sync.errors import ConfigError
 
@@ -119,17 +120,18 @@ def attention_variant(config: TransformerConfig, attention: Any) -> ModuleSpec:
     )
 
 
-def dense_mlp_variant(config: TransformerConfig, mlp: Any) -> ModuleSpec:
+def dense_mlp_variant(config: TransformerConfig, mlp: Any) -> Any:
     """The spec `mlp` of a dense layer with this model's biases and a norm behind it."""
-    fc1, fc2 = mlp.submodules.linear_fc1, mlp.submodules.linear_fc2
+    submodules = submodules_of(mlp)
+    fc1, fc2 = submodules.linear_fc1, submodules.linear_fc2
     if config.mlp_bias is not None:
         fc1, fc2 = with_bias(fc1, config.mlp_bias), with_bias(fc2, config.mlp_bias)
     if config.post_norms:
         fc2 = with_post_norm(fc2, final_norm(config))
-    return replace(
+    return with_parts(
         mlp,
-        params=mlp.params | {"ffn_hidden_size": config.ffn_hidden_size},  # Megatron warns of an MLP that takes its own
-        submodules=replace(mlp.submodules, linear_fc1=fc1, linear_fc2=fc2),
+        params={"ffn_hidden_size": config.ffn_hidden_size},  # Megatron warns of an MLP that takes its own
+        submodules=replace(submodules, linear_fc1=fc1, linear_fc2=fc2),
     )
 
 

@@ -82,32 +82,47 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or a config.json alone.")],
-    tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face folder, hub id, a config.json alone, or the trainer's YAML file.")
+    ],
+    tp: Annotated[int | None, typer.Option(help="Tensor parallel size.")] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline parallel size.")] = None,
     vpp: Annotated[int | None, typer.Option(help="Virtual pipeline stages a rank.")] = None,
-    cp: Annotated[int, typer.Option(help="Context parallel size.")] = 1,
-    ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
+    stages: Annotated[
+        str | None,
+        typer.Option(help="What stands in each (virtual) stage, as Megatron spells it: 'E|t*2|(t*3|)*2t*2|L'."),
+    ] = None,
+    cp: Annotated[int | None, typer.Option(help="Context parallel size.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Expert parallel size.")] = None,
     etp: Annotated[int | None, typer.Option(help="Tensor parallel size of experts; that of --tp if not given.")] = None,
     world_size: Annotated[int | None, typer.Option(help="All ranks; as few as the sizes allow if not given.")] = None,
     link_gbps: Annotated[float, typer.Option(help="Bandwidth of a link, in gigabits a second.", min=1e-9)] = 100.0,
+    rank: Annotated[int | None, typer.Option(help="Also list what this rank serves.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
-    """Compute every rank's plan for a layout, on no memory and in one process: bytes, servers, faults, times."""
+    """Compute every rank's plan for a layout, on no memory and in one process: bytes, servers, faults, times.
+
+    Sizes that are not given are those of the YAML file, and 1 otherwise.
+    """
     import json
 
     from rich.console import Console
 
     from weightcast.bridges.dry_run import plan_layout
     from weightcast.bridges.dry_run_layout import Layout
-    from weightcast.bridges.dry_run_report import as_json, render
+    from weightcast.bridges.dry_run_report import as_json, render, render_rank
     from weightcast.bridges.standalone_inputs import open_bridge
+    from weightcast.trainer.recipe import Recipe, is_recipe, read_recipe
 
-    layout = Layout(
-        tensor=tp, pipeline=pp, virtual=vpp, context=cp, expert=ep, expert_tensor=etp, world_size=world_size
-    )
-    run = plan_layout(open_bridge(model), layout)
-    Console().print(render(run, link_gbps))
+    sizes = {"tensor": tp, "pipeline": pp, "virtual": vpp, "stages": stages, "context": cp, "expert": ep}
+    given = {name: size for name, size in (sizes | {"expert_tensor": etp}).items() if size is not None}
+    recipe = read_recipe(model) if is_recipe(model) else Recipe(model, {})
+    layout = Layout(**{**recipe.sizes, **given}, world_size=world_size)
+    run = plan_layout(open_bridge(recipe.model), layout)
+    console = Console()
+    console.print(render(run, link_gbps))
+    if rank is not None:
+        console.print(render_rank(run, rank))
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(run, link_gbps), indent=1) + "\n")
     if run.faults:

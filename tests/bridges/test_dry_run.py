@@ -11,13 +11,15 @@ from tests.ranks import run_ranks
 from weightcast.bridges.dry_run_layout import Layout, Seat
 from weightcast.sync.errors import ConfigError
 
-LAYOUTS: tuple[dict[str, int], ...] = (
+LAYOUTS: tuple[dict[str, Any], ...] = (
     {"tensor": 2, "pipeline": 2, "context": 2, "world_size": 16},
     {"tensor": 4, "pipeline": 2, "virtual": 2, "world_size": 16},
     {"tensor": 1, "pipeline": 4, "world_size": 8},
+    {"tensor": 2, "pipeline": 3, "stages": "E|t*4|L", "world_size": 6},
+    {"tensor": 2, "pipeline": 2, "virtual": 3, "stages": "E|t|t*2||t|L", "world_size": 8},
 )
 # Layouts in which experts are cut otherwise than the dense layers; a dense model cannot have them.
-EXPERT_LAYOUTS: tuple[dict[str, int], ...] = (
+EXPERT_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"tensor": 2, "pipeline": 2, "expert": 4, "expert_tensor": 1, "world_size": 16},
     {"tensor": 4, "pipeline": 2, "expert": 2, "expert_tensor": 2, "world_size": 16},
     {"tensor": 1, "pipeline": 2, "expert": 4, "expert_tensor": 2, "context": 2, "world_size": 32},
@@ -34,7 +36,7 @@ def read_everything(models: str) -> dict[str, Any]:
     }
 
 
-def _both(folder: Path, sizes: dict[str, int]) -> list[Any]:
+def _both(folder: Path, sizes: dict[str, Any]) -> list[Any]:
     from weightcast.bridges import AutoBridge
     from weightcast.bridges.dry_run_stages import apply_layout, read_seats
 
@@ -50,7 +52,7 @@ def _both(folder: Path, sizes: dict[str, int]) -> list[Any]:
     ]
 
 
-def _one_rank(provider: Any, sizes: dict[str, int], rank: int) -> list[Any]:
+def _one_rank(provider: Any, sizes: dict[str, Any], rank: int) -> list[Any]:
     from weightcast.bridges.shards import read_shards
 
     with fake_rank(sizes, rank), torch.device("meta"):
@@ -59,7 +61,7 @@ def _one_rank(provider: Any, sizes: dict[str, int], rank: int) -> list[Any]:
         return sorted((shard.key, shard.offset, shard.view.shape) for shard in read_shards(chunks))
 
 
-def _seats(sizes: dict[str, int]) -> list[Any]:
+def _seats(sizes: dict[str, Any]) -> list[Any]:
     from megatron.core import parallel_state
 
     layout, theirs = Layout(**sizes), []
@@ -79,7 +81,7 @@ def _seats(sizes: dict[str, int]) -> list[Any]:
 class fake_rank:
     """This process as one rank of a world that does not exist, with Megatron's own groups for it."""
 
-    def __init__(self, sizes: dict[str, int], rank: int) -> None:
+    def __init__(self, sizes: dict[str, Any], rank: int) -> None:
         self.sizes, self.rank = sizes, rank
 
     def __enter__(self) -> None:
@@ -183,9 +185,46 @@ def test_seats_are_shared_by_copies() -> None:
 def test_layers_that_do_not_divide_are_cut_as_evenly_as_can_be(
     num_layers: int, num_stages: int, edges: tuple[int | None, int | None]
 ) -> None:
-    from weightcast.bridges.dry_run_stages import uneven_stages
+    from weightcast.bridges.dry_run_cuts import FIRST_SETTING, LAST_SETTING, choose_cut
 
-    assert uneven_stages(num_layers, num_stages) == edges
+    chosen = choose_cut(num_layers, 0, num_stages, None)
+    assert (chosen.get(FIRST_SETTING), chosen.get(LAST_SETTING)) == edges
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "mtp", "pipeline", "virtual", "spelled"),
+    [
+        (61, 1, 16, 2, "Et*1|(t*2|)*29t*1|t*1mL"),
+        (6, 0, 2, 2, "Et*1|(t*2|)*2t*1L"),
+        (5, 2, 2, 2, "Et*1|t*2|t*1|t*1mmL"),
+    ],
+)
+def test_layers_that_do_not_divide_by_virtual_stages_are_spelled_for_megatron(
+    num_layers: int, mtp: int, pipeline: int, virtual: int, spelled: str
+) -> None:
+    from weightcast.bridges.dry_run_cuts import LAYOUT_SETTING, choose_cut
+
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # isort: skip
+
+    assert choose_cut(num_layers, mtp, pipeline, virtual) == {LAYOUT_SETTING: spelled}
+    PipelineParallelLayerLayout(spelled, pipeline).validate_layer_layout(num_layers, mtp or None)
+    assert choose_cut(virtual * pipeline, mtp, pipeline, virtual) == {}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"stages": "Ettxx|L"}, r"not in Megatron's letters \(Invalid layer character: x"),
+        ({"stages": "Et*3|tL|", "pipeline": 3}, "has 4 layers .t., the model 6; write as many, such as 'E"),
+        ({"stages": "Et*3|t*3L", "pipeline": 3}, "has 2 stages, for pipeline=3 and virtual=None; write 3"),
+        ({"stages": "Et*3|t*3|L|", "pipeline": 2, "virtual": 3}, "has 4 stages, for pipeline=2 and virtual=3; write 6"),
+    ],
+)
+def test_a_string_of_stages_that_does_not_fit_is_refused(sizes: dict[str, Any], message: str) -> None:
+    from weightcast.bridges.dry_run_cuts import virtual_size
+
+    with pytest.raises(ConfigError, match=message):
+        virtual_size(Layout(**sizes), num_layers=6)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +235,6 @@ def test_layers_that_do_not_divide_are_cut_as_evenly_as_can_be(
         ({"tensor": 0}, "must all be at least 1"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Layout(**sizes)

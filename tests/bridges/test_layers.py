@@ -25,6 +25,10 @@ from megatron.core.transformer import TransformerConfig  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
 
 
+# What a CUDA graph captures, under its newer or its older name; Megatron warns of its own default.
+WHOLE_GRAPHS = "cuda_graph_modules" if hasattr(TransformerConfig, "cuda_graph_modules") else "cuda_graph_scope"
+
+
 def config(**settings: Any) -> Any:
     """A Megatron config of one small layer."""
     sizes: dict[str, Any] = {
@@ -34,7 +38,7 @@ def config(**settings: Any) -> Any:
         "num_query_groups": 2,
         "kv_channels": 8,
     }
-    return TransformerConfig(**sizes | {"cuda_graph_scope": []} | settings)
+    return TransformerConfig(**sizes | {WHOLE_GRAPHS: []} | settings)
 
 
 def random(*shape: int) -> torch.Tensor:
