@@ -41,7 +41,19 @@ _LATENT_NORM_KEYS = {
 _FUSED_INPUT_NORM = "input_layernorm."
 
 
-class LatentSelfAttention(MLASelfAttention):  # type: ignore[misc]
+class SpecifiedLatentAttention(MLASelfAttention):  # type: ignore[misc]
+    """Megatron's latent attention of exactly the modules of its spec.
+
+    megatron-core 0.19 places the norms of latents itself: a model without a latent of queries would get a norm over
+    whole queries, which HF's have not, and a norm with an epsilon of its own would lose it.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
+class LatentSelfAttention(SpecifiedLatentAttention):
     """Megatron's latent attention for its own linears, with the whole gradients of what all heads share.
 
     The heads are spread over the tensor parallel ranks. Megatron leaves the gradient of the rotated key, which is one
@@ -142,7 +154,7 @@ def latent_attention(config: TransformerConfig, layer: ModuleSpec) -> ModuleSpec
     """
     with_engine = has_transformer_engine()
     attention = ModuleSpec(
-        module=MLASelfAttention if with_engine else LatentSelfAttention,
+        module=SpecifiedLatentAttention if with_engine else LatentSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=_transformer_engine_submodules(config) if with_engine else _local_submodules(config),
     )
