@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from weightcast.bridges.config_quantization import FIELD as QUANTIZATION_FIELD
@@ -36,7 +36,7 @@ COMPANION_FILES = (
     "*.jinja",
     "chat_template.json",
     "generation_config.json",
-    "preprocessor_config.json",
+    "*processor_config.json",
     "*.py",
 )
 CONFIG_FILE = "config.json"
@@ -109,8 +109,11 @@ def specs_of_config(config: PretrainedConfig, dtype: torch.dtype | None = None) 
     in memory. `dtype` defaults to the configuration's own, then float32; buffers keep their own.
     """
     wanted = dtype if dtype is not None else config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    reads = type(config) in AutoModelForCausalLM._model_mapping
+    model_class = AutoModelForImageTextToText if sees and not reads else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class.from_config(config)
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -80,7 +80,7 @@ def _check_tensors(wanted: Sequence[Any], found: Mapping[str, Any], folder: Path
 
 
 def _layer_of(key: str) -> str:
-    match = re.match(r"decoder\.layers\.\d+\.", key)
+    match = re.match(r"(?:language_model\.)?decoder\.layers\.\d+\.", key)
     return match[0] if match else ""
 
 

@@ -35,7 +35,7 @@ from weightcast.sync.regions import HeldRegion, TensorSpec
 # With what is in front of the number: `mtp.layers.0` and `decoder.layers.0` are different layers.
 _LAYER = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.)")
 # Keys that live on the first pipeline stage; keys without a layer number are otherwise on the last one.
-_FIRST_STAGE_PREFIX = "embedding."
+_FIRST_STAGE_PREFIXES = ("embedding.", "language_model.embedding.", "visual.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ def _belongs_here(key: str, stages: Stages, layers: set[str]) -> bool:
     layer = _layer_of(key)
     if layer is not None:
         return layer in layers
-    return stages.first if key.startswith(_FIRST_STAGE_PREFIX) else stages.last
+    return stages.first if key.startswith(_FIRST_STAGE_PREFIXES) else stages.last
 
 
 def _layer_of(key: str) -> str | None:

@@ -66,7 +66,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     """Leave the logits split over the tensor parallel ranks along the vocabulary."""
     scatter_embedding_sequence_parallel: bool = True
 
-    position_embedding_type: Literal["rope"] = "rope"
+    position_embedding_type: Literal["rope", "mrope"] = "rope"
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     seq_len_interpolation_factor: float | None = None

@@ -43,11 +43,15 @@ def _wrap_in_16_bit(config: TransformerConfig, chunk: MegatronModule) -> Float16
     """`chunk` in a `Float16Module`; the bias and the counts of routers stay in fp32, and the same tensors.
 
     Megatron turns the bias back to fp32 before it is used, but its bits are lost by then, and counts are exact in
-    bf16 up to 256 only.
+    bf16 up to 256 only. So do the buffers of other modules that say so with `keeps_fp32_buffers` (frequencies).
     """
-    routers = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
-    buffers = [dict(router._buffers) for router in routers]
+    keepers = [
+        module
+        for module in chunk.modules()
+        if isinstance(module, TopKRouter) or getattr(module, "keeps_fp32_buffers", False)
+    ]
+    buffers = [dict(keeper._buffers) for keeper in keepers]
     wrapped = Float16Module(config, chunk)
-    for router, kept in zip(routers, buffers, strict=True):
-        router._buffers.update(kept)
+    for keeper, kept in zip(keepers, buffers, strict=True):
+        keeper._buffers.update(kept)
     return wrapped

@@ -21,6 +21,7 @@ from weightcast.bridges.models.mistral import MISTRAL
 from weightcast.bridges.models.mixtral import MIXTRAL
 from weightcast.bridges.models.phi3 import PHI3
 from weightcast.bridges.models.qwen2 import QWEN2
+from weightcast.bridges.models.qwen2_5_vl import QWEN2_5_VL
 from weightcast.bridges.models.qwen2_moe import QWEN2_MOE
 from weightcast.bridges.models.qwen3 import QWEN3
 from weightcast.bridges.models.qwen3_moe import QWEN3_MOE
@@ -39,6 +40,7 @@ BUILT_IN: tuple[ModelBridge, ...] = (
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,
+    QWEN2_5_VL,
     GLM4_MOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,

@@ -5,6 +5,7 @@ a rule that matches nothing is an error.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
@@ -115,6 +116,11 @@ def at_layers(rules: Iterable[Rule], layers: Iterable[int]) -> tuple[Rule, ...]:
     """`rules` at some layers only, for models whose layers differ."""
     rules = tuple(rules)
     return tuple(rule.at_layer(layer) for layer in layers for rule in rules)
+
+
+def under(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """`rules` for a model that is a part of another one: `prefix` comes in front of its Megatron keys."""
+    return tuple(replace(rule, megatron=prefix + rule.megatron) for rule in rules)  # type: ignore[type-var]
 
 
 def dense_or_experts(has_experts: Sequence[bool], sparse: Iterable[Rule]) -> tuple[Rule, ...]:
