@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tests.bridges.tiny_qwen25_vl import SEQUENCE, VL_MODELS, batches, labels_and_mask, write_vl_model
 from tests.ranks import run_ranks
 
+UNTIED = "qwen2.5-vl"
 TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4  # of a tensor's largest gradient
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -28,7 +29,7 @@ SABOTAGE: dict[str, dict[str, Any]] = {
     "sections-in-another-order": {"mrope_section": [3, 3, 2]},
     "another-base": {"rotary_base": 400.0},
 }
-CASES = [(model, layout) for layout in LAYOUTS for model in VL_MODELS]
+CASES = [(model, layout) for layout in LAYOUTS for model in VL_MODELS if model == UNTIED or "pp2" in layout]
 
 
 def forward_step(inputs: Iterator[Any], chunk: Any) -> Any:
@@ -125,12 +126,12 @@ def compute_differences(out: str) -> dict[str, float]:
     dist.barrier()
     differences = {}
     for layout, sizes in LAYOUTS.items():
-        for model in VL_MODELS:
+        for model, _ in [case for case in CASES if case[1] == layout]:
             differences[f"{model} {layout}"] = logits_difference(Path(out, model), sizes)
             differences[f"gradients {model} {layout}"] = gradient_difference(Path(out, model), sizes)
         destroy_model_parallel()
     for name, settings in SABOTAGE.items():
-        differences[name] = logits_difference(Path(out, "qwen2.5-vl"), settings)
+        differences[name] = logits_difference(Path(out, UNTIED), settings)
     destroy_model_parallel()
     return differences
 
