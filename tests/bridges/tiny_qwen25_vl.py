@@ -8,6 +8,7 @@ do not divide them, a third of its blocks sees whole images, and frames of the v
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "mrope_section": [2, 3, 3], "f
 
 
 def _config(text: dict[str, Any] | None = None, *, tied: bool = False) -> PretrainedConfig:
-    return Qwen2_5_VLConfig(text_config=TEXT | (text or {}), vision_config=VISION, tie_word_embeddings=tied, **TOKENS)
+    fields = deepcopy({"text_config": TEXT | (text or {}), "vision_config": VISION})  # the configuration changes them
+    return Qwen2_5_VLConfig(**fields, tie_word_embeddings=tied, **TOKENS)
 
 
 VL_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
