@@ -8,6 +8,7 @@ import logging
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from weightcast.bridges.provider_moe import check_experts
 from weightcast.bridges.runtime import has_cuda, has_transformer_engine
@@ -64,6 +65,10 @@ def _check_tensor_parallel(config: TransformerConfig) -> None:
             f"num_query_groups={groups} (key-value heads) is neither a multiple nor a divisor of {name}={size}; "
             f"choose a {name} that divides it or that it divides"
         )
+    if groups < size and config.kv_channels is not None and not config.multi_latent_attention:
+        # Each rank gets the same number of rows of the fused projection, whatever heads they are of.
+        rows = config.kv_channels * (config.num_attention_heads + 2 * groups)
+        _divides("kv_channels x (num_attention_heads + 2 x num_query_groups)", rows, name, size, remedy)
     if config.ffn_hidden_size is not None:
         _divides("ffn_hidden_size", config.ffn_hidden_size, name, size, remedy)
     if config.sequence_parallel:
@@ -78,17 +83,21 @@ def _check_tensor_parallel(config: TransformerConfig) -> None:
 
 
 def _check_pipeline(config: TransformerConfig) -> None:
+    _read_listed_stages(config)
     stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     if virtual is not None and stages == 1:
         raise ConfigError(
             f"virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size > 1; "
             "set it, or set the virtual size to None"
         )
-    uneven = (
-        config.num_layers_in_first_pipeline_stage,
-        config.num_layers_in_last_pipeline_stage,
-        config.pipeline_model_parallel_layout,
-    )
+    first, last = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+    if virtual is not None and stages == 2 and first is not None and last is not None:
+        # Megatron divides by the number of stages between them (get_transformer_layer_offset).
+        raise ConfigError(
+            f"num_layers_in_first_pipeline_stage={first} and num_layers_in_last_pipeline_stage={last} cannot both be "
+            "set for two stages with virtual ones; set the first alone, the last stage has the rest"
+        )
+    uneven = (first, last, config.pipeline_model_parallel_layout)
     counted = config.account_for_embedding_in_pipeline_split or config.account_for_loss_in_pipeline_split
     if counted or any(setting is not None for setting in uneven):
         return  # the user cuts the layers by hand; Megatron checks the cut
@@ -99,6 +108,35 @@ def _check_pipeline(config: TransformerConfig) -> None:
         stages * (virtual if virtual is not None else 1),
         "choose sizes that divide it, or set num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage",
     )
+
+
+def _read_listed_stages(config: TransformerConfig) -> None:
+    """Read `pipeline_model_parallel_layout` for the present pipeline size, and take the virtual stages from it.
+
+    Megatron reads it once and keeps what it was for the first size.
+    """
+    listed = config.pipeline_model_parallel_layout
+    if listed is None:
+        return
+    if isinstance(listed, PipelineParallelLayerLayout):
+        listed = listed.input_data
+    stages = config.pipeline_model_parallel_size
+    try:
+        layout = PipelineParallelLayerLayout(listed, stages)
+    except AssertionError as error:
+        raise ConfigError(
+            f"pipeline_model_parallel_layout={listed!r} does not list the stages of pipeline_model_parallel_size="
+            f"{stages}: {error}; write a multiple of {stages} stages, as in 'Et|t|tL'"
+        ) from error
+    virtual = layout.virtual_pipeline_model_parallel_size
+    if config.virtual_pipeline_model_parallel_size not in (None, virtual):
+        raise ConfigError(
+            f"pipeline_model_parallel_layout={listed!r} lists {virtual} virtual stages a rank, but "
+            f"virtual_pipeline_model_parallel_size={config.virtual_pipeline_model_parallel_size}; set it to None"
+        )
+    config.pipeline_model_parallel_layout = layout
+    if virtual > 1:
+        config.virtual_pipeline_model_parallel_size = virtual
 
 
 def check_precision(config: TransformerConfig) -> None:

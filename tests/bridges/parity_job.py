@@ -162,12 +162,17 @@ def largest_on_any_rank(value: float) -> float:
 
 def largest_difference(folder: Path, settings: dict[str, Any]) -> float:
     """Build, import, run Megatron's pipeline schedule, and compare on the last stage; the same value on every rank."""
-    provider, model, _ = build(folder, settings)
+    _, model, _ = build(folder, settings)
+    return logits_difference(folder, model)
+
+
+def logits_difference(folder: Path, model: list[Any]) -> float:
+    """Run `model`, which has the weights of `folder`, and compare on the last stage; the same value on every rank."""
     with torch.no_grad():
         outputs = run_schedule(logits_step, model, forward_only=True, collect_non_loss_data=True)
     difference = 0.0
     if parallel_state.is_pipeline_last_stage():
-        logits = torch.cat(outputs)[..., : provider.vocab_size]
+        logits = torch.cat(outputs)[..., : model[-1].config.vocab_size]
         difference = (logits - load_file(folder / "expected.safetensors")["logits"]).abs().max().item()
     return largest_on_any_rank(difference)
 

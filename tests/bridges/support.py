@@ -1,66 +1,100 @@
-"""Writes `bridges/SUPPORT.md` from the numbers of a parity run: the largest difference by family and layout.
+"""The support page, `bridges/SUPPORT.md`: written from the readings of one test run, and read back by a fast check.
 
-`WEIGHTCAST_SUPPORT_PAGE=1 pytest tests/bridges/test_parity.py` runs the parity job and writes the page; without the
-variable the test only checks that the page names every family and layout that the job covers.
+`WEIGHTCAST_SUPPORT_PAGE=1 pytest -m long tests/bridges/test_layouts.py` takes the readings and writes the page.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bridges.layout_tables import DENSE, EXPERTS
+from tests.bridges.support_families import FAMILIES, Family
+from tests.bridges.support_job import Reading
+
 PAGE = Path(__file__).parents[2] / "bridges" / "SUPPORT.md"
-FAMILIES: Mapping[str, str] = {
-    "llama": "Llama 2, 3, 3.1, 3.2, 3.3",
-    "qwen2": "Qwen2, Qwen2.5",
-    "qwen3": "Qwen3",
-    "gemma3": "Gemma 3 (text)",
-    "qwen3-moe": "Qwen3-MoE",
-    "mixtral": "Mixtral",
-    "qwen2-moe": "Qwen2-MoE",
-    "glm4-moe": "GLM-4.5",
-}
-_GRADIENTS, _MOE = "gradients-", "moe-"
+GRADIENT_TOLERANCE = 1e-4
+EXACT = "bit-exact"
 _HEAD = """# What was compared with transformers
 
-Random small models with every feature on, in fp32 on a CPU: four gloo processes, megatron-core's local layers, against
-`transformers`. Written by the test run that `tests/bridges/support.py` describes. Logits are allowed 1e-5, with experts
-2e-5; the loss's difference, and a gradient's in relation to the largest of its tensor, 1e-4. Import followed by export
-gives back every bit in the layouts that `tests/bridges/test_bits.py` lists. Families that are not here have tests of
-their own.
+Written by one test run (`make test-all`; how to write it anew says `tests/bridges/support.py`): random small models
+with every feature on, in fp32 on a CPU, in four and in eight gloo processes, with megatron-core's layers that need no
+GPU, against `transformers`.
 
-| family | logits, at most | gradients, at most | layouts (those with * also for gradients) |
-|---|---|---|---|
+- **logits**: the largest difference in any layout; allowed are 1e-5, with experts or latent attention 2e-5.
+- **gradients**: the largest difference of the loss, and of a gradient in relation to the largest of its tensor, in the
+  layouts with *; allowed is 1e-4.
+- **round trip**: import into a model full of NaN, then the regions that are streamed, the export to full tensors and
+  the saved folder, all against the file; how many pairs of model and layout came out with every bit.
+
+| family | logits, at most | gradients, at most | round trip | layouts |
+|---|---|---|---|---|
+"""
+_TAIL = """
+## Layouts
+
+What a layout leaves over of the processes is data parallelism; sp is sequence parallelism, "first1" one layer on the
+first pipeline stage, "E|tt|tt|L" Megatron's list of stages, in which embedding (E) and loss (L) may stand alone, and
+"E-and-L-counted" the other way to say so. The vocabulary (131) divides by no tensor parallel size, and models with one
+key-value head are cut by TP too.
+
+- **dense**: {dense}
+- **experts**: {experts}
+
+Eight processes run the first model of a family, four run all.
+
+## Tables only
+
+With Transformer Engine nothing has run here. That each family's table maps the names and shapes that its layers have
+in Megatron's checkpoints, grouped experts included, is a test (`tests/bridges/test_layouts_names.py`).
 """
 
 
-def family_of(model: str) -> str:
-    """The key in `FAMILIES` of a model of the parity job: the longest that its name starts with."""
-    prefixes = [key for key in FAMILIES if model == key or model.startswith((f"{key}-", f"{key}2", f"{key}3"))]
-    return max(prefixes, key=len)
+@dataclass(frozen=True)
+class Row:
+    """A row of the page, read back; None where the page has no figure."""
+
+    title: str
+    logits: float | None
+    gradients: float | None
+    round_trip: str
+    layouts: str
 
 
-def support_page(differences: Mapping[str, Mapping[str, float]]) -> str:
-    """The page for the job's `differences`, by layout and model."""
-    logits: dict[str, dict[str, float]] = defaultdict(dict)
-    gradients: dict[str, dict[str, float]] = defaultdict(dict)
-    for layout, by_model in differences.items():
-        if layout == "sabotage":
-            continue
-        name = layout.removeprefix(_MOE)
-        table = gradients if name.startswith(_GRADIENTS) else logits
-        name = name.removeprefix(_GRADIENTS)
-        for model, difference in by_model.items():
-            row = table[family_of(model)]
-            row[name] = max(difference, row.get(name, 0.0))
-    rows = [
-        f"| {title} | {max(logits[key].values()):.1e} | {max(gradients[key].values()):.1e} | "
-        f"{', '.join(name + '*' * (name in gradients[key]) for name in logits[key])} |"
-        for key, title in FAMILIES.items()
+def support_page(readings: Sequence[Reading]) -> str:
+    """The page for the readings of a whole run."""
+    by_model: dict[str, list[Reading]] = {}
+    for reading in readings:
+        by_model.setdefault(reading.model, []).append(reading)
+    rows = [_row(family, [r for name in family.models for r in by_model[name]]) for family in FAMILIES.values()]
+    tail = _TAIL.format(dense=_layout_names(DENSE, readings), experts=_layout_names(EXPERTS, readings))
+    return _HEAD + "\n".join(rows) + "\n" + tail
+
+
+def _row(family: Family, readings: Sequence[Reading]) -> str:
+    if not readings:
+        return f"| {family.title} | | | | compared by `{family.elsewhere}` |"
+    gradients = max(reading.gradients for reading in readings if reading.gradients is not None)
+    unchanged = sum(reading.num_changed == 0 for reading in readings)
+    exact = f"{EXACT}, {unchanged} of {len(readings)}"
+    kind = "experts" if family.experts else "dense"
+    num_layouts = len({reading.layout for reading in readings})
+    logits = max(reading.logits for reading in readings)
+    return f"| {family.title} | {logits:.1e} | {gradients:.1e} | {exact} | {kind}, {num_layouts} |"
+
+
+def _layout_names(layouts: Mapping[int, Mapping[str, object]], readings: Sequence[Reading]) -> str:
+    with_gradients = {reading.layout for reading in readings if reading.gradients is not None}
+    sets = [
+        ", ".join(f"`{name}`{'*' if name in with_gradients else ''}" for name in names) for names in layouts.values()
     ]
-    return _HEAD + "\n".join(rows) + "\n"
+    return "; in eight processes ".join(sets)
 
 
-def without_numbers(page: str) -> list[list[str]]:
-    """What must be the same from run to run: of each row the family and the layouts."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    return [[row[0], row[3]] for row in cells]
+def read_page(page: str) -> list[Row]:
+    """The rows of a page."""
+    lines = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [
+        Row(row[0], float(row[1]) if row[1] else None, float(row[2]) if row[2] else None, row[3], row[4])
+        for row in cells
+    ]

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.bridges.support import PAGE, support_page, without_numbers
 
 JOB = Path(__file__).with_name("parity_job.py")
 WORLD_SIZE = 4
@@ -154,13 +153,3 @@ def test_every_model_of_the_job_is_looked_at(differences: Differences) -> None:
 @pytest.mark.parametrize("change", SABOTAGE)
 def test_a_wrong_setting_shows(differences: Differences, change: str) -> None:
     assert differences["sabotage"][change] > 100 * TOLERANCE
-
-
-@pytest.mark.slow
-def test_the_support_page_says_what_was_compared(differences: Differences) -> None:
-    page = support_page(differences)
-    if os.environ.get("WEIGHTCAST_SUPPORT_PAGE"):
-        PAGE.write_text(page)
-    assert without_numbers(PAGE.read_text()) == without_numbers(page), (
-        "bridges/SUPPORT.md is of other families or layouts; write it anew as tests/bridges/support.py says"
-    )

@@ -33,6 +33,10 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         {"num_attention_heads": 12, "num_query_groups": 3, "tensor_model_parallel_size": 2},
         r"num_query_groups=3 .* neither a multiple nor a divisor of tensor_model_parallel_size=2; choose",
     ),
+    "fused rows": (
+        {"num_attention_heads": 3, "num_query_groups": 1, "kv_channels": 4, "tensor_model_parallel_size": 3},
+        r"num_query_groups\)=20 is not a multiple of tensor_model_parallel_size=3",
+    ),
     "mlp": ({"ffn_hidden_size": 62, "tensor_model_parallel_size": 4}, r"ffn_hidden_size=62 is not a multiple"),
     "layers": ({"pipeline_model_parallel_size": 3}, r"num_layers=4 is not a multiple of .*=3; .*first_pipeline_stage"),
     "virtual layers": (
@@ -66,6 +70,44 @@ def test_key_value_heads_may_be_fewer_than_ranks(groups: int, tensor_parallel: i
 
 def test_layers_may_be_cut_by_hand() -> None:
     provider(num_layers=5, pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=2).finalize()
+
+
+def test_listed_stages_are_read_for_the_present_sizes() -> None:
+    p = provider(num_layers=4, pipeline_model_parallel_size=2, pipeline_model_parallel_layout="E|tt|t|tL")
+    p.finalize()
+    assert (p.virtual_pipeline_model_parallel_size, p.batch_p2p_comm) == (2, False)
+    p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size = 4, None
+    p.finalize()
+    stages: Any = p.pipeline_model_parallel_layout
+    assert (stages.virtual_pipeline_model_parallel_size, len(stages.layout)) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"pipeline_model_parallel_layout": "Et|t|tL"},
+            r"'Et\|t\|tL' does not list the stages .*_size=2.* multiple of 2",
+        ),
+        ({"pipeline_model_parallel_layout": "Ett|xL"}, "Invalid layer character: x"),
+        (
+            {"pipeline_model_parallel_layout": "Et|tL", "virtual_pipeline_model_parallel_size": 2},
+            r"lists 1 virtual stages a rank, but virtual_pipeline_model_parallel_size=2; set it to None",
+        ),
+        ({"pipeline_model_parallel_layout": "Et|tL"}, "Number of decoder layers 2must match num_layers 4"),
+        (
+            {
+                "num_layers_in_first_pipeline_stage": 2,
+                "num_layers_in_last_pipeline_stage": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+            },
+            r"cannot both be set for two stages with virtual ones; set the first alone",
+        ),
+    ],
+)
+def test_cuts_by_hand_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        provider(num_layers=4, pipeline_model_parallel_size=2, **settings).finalize()
 
 
 def test_sizes_may_change_until_the_model_is_built() -> None:

@@ -1,0 +1,103 @@
+"""The support job: bits, logits and gradients of models in layouts, one reading for each pair.
+
+Every rank runs `take_readings` (through `run_ranks`); the folders are those that `support_families` writes. A model is
+filled with NaN, imported without a collective, exported to full tensors and saved as a folder, all compared with the
+file bit by bit, and then computes.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from tests.bridges.layout_tables import DENSE, EXPERTS, WITH_GRADIENTS
+from tests.bridges.no_collectives import no_collectives
+from tests.bridges.test_bits import build, check_regions, check_same_files, import_one
+
+from weightcast.bridges import AutoBridge
+from weightcast.bridges.process_groups import destroy_model_parallel
+from weightcast.sync.checkpoint_files import CheckpointFiles, open_checkpoint
+
+# After weightcast, which holds back Megatron's import-time notices.
+from tests.bridges.parity_job import largest_gradient_difference, logits_difference  # isort: skip
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+# The bias for the choice of experts moves after each step, which is not a gradient.
+STILL = {"moe_router_bias_update_rate": 0.0}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was seen of one model in one layout, the worst over all ranks."""
+
+    model: str
+    layout: str
+    logits: float
+    """Largest difference to transformers."""
+    gradients: float | None
+    """Of the loss, and of a gradient in relation to its tensor's largest; None where it was not looked at."""
+    num_tensors: int
+    num_changed: int
+    """HF tensors whose bits, dtype or place in the order were others after import and export."""
+
+
+def layouts_of(experts: bool, world_size: int) -> Mapping[str, Mapping[str, Any]]:
+    """The layouts by name for models with experts or without."""
+    return (EXPERTS if experts else DENSE)[world_size]
+
+
+def take_readings(out: str, cells: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Readings of `cells`, each (model, has experts, layout), in order of layouts; every rank gives the same."""
+    world_size = dist.get_world_size()
+    readings: list[dict[str, Any]] = []
+    for experts in (False, True):
+        for layout, sizes in layouts_of(experts, world_size).items():
+            for model in [cell[0] for cell in cells if cell[1] == experts and cell[2] == layout]:
+                try:
+                    readings.append(vars(read_one(Path(out, model), layout, sizes)))
+                except Exception as error:
+                    raise AssertionError(f"{model} in {layout}") from error
+            destroy_model_parallel()
+    return readings
+
+
+def read_one(folder: Path, layout: str, sizes: Mapping[str, Any]) -> Reading:
+    """The reading of the model in `folder`; a collective. Fails where an import or a saved folder is not the file."""
+    bridge, checkpoint = AutoBridge.from_hf_pretrained(folder / "model"), open_checkpoint(folder / "model")
+    model = build(bridge, dict(sizes))
+    with no_collectives():
+        import_one(bridge, model, checkpoint)
+        check_regions(list(bridge.weight_source(model).held()), checkpoint)
+    num_changed = count_changed(bridge, model, checkpoint)
+    check_saved(bridge, model, checkpoint, folder / "saved")
+    logits = logits_difference(folder, [chunk.eval() for chunk in model])
+    gradients = None
+    if layout in WITH_GRADIENTS:
+        gradients = largest_gradient_difference(folder, dict(sizes) | STILL)
+    return Reading(folder.name, layout, logits, gradients, len(checkpoint.specs), num_changed)
+
+
+def count_changed(bridge: AutoBridge, model: "list[MegatronModule]", checkpoint: CheckpointFiles) -> int:
+    """How many tensors of an export to full tensors are not the file's, name, order, dtype and bits."""
+    exported = list(bridge.export_hf_weights(model, cpu=True))
+    same = 0
+    with checkpoint.reader() as reader:
+        for (name, tensor), spec in zip(exported, checkpoint.specs, strict=True):
+            wanted = reader.read(spec.whole())
+            same += name == spec.name and tensor.dtype == spec.dtype and torch.equal(tensor, wanted)
+    return len(exported) - same
+
+
+def check_saved(bridge: AutoBridge, model: "list[MegatronModule]", checkpoint: CheckpointFiles, folder: Path) -> None:
+    """Save in small files, read back and compare on every rank, and remove."""
+    bridge.save_hf_pretrained(model, folder, shard_bytes=50_000, show_progress=False)
+    check_same_files(folder, checkpoint)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+    dist.barrier()
