@@ -12,9 +12,11 @@ from transformers import PretrainedConfig
 
 from weightcast.bridges.codecs import decode_checkpoint
 from weightcast.bridges.config import model_dtype
-from weightcast.bridges.hf_export import HFWeightTuple, export_weights
+from weightcast.bridges.exchange import agreement
+from weightcast.bridges.hf_export import DEFAULT_MAX_IN_FLIGHT_BYTES, HFWeightTuple, export_weights
 from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, save_weights
 from weightcast.bridges.hf_import import import_weights
+from weightcast.bridges.hf_options import read_dtype
 from weightcast.bridges.hf_source import HFSource, specs_of_config, write_companions
 from weightcast.bridges.models.bridge import ModelBridge
 from weightcast.bridges.plan import Plan, WeightConversionTask, build_plan
@@ -85,22 +87,38 @@ class BridgeWeights:
         cpu: bool = False,
         show_progress: bool = True,
         conversion_tasks: Sequence[WeightConversionTask] | None = None,
+        *,
+        ranks: Sequence[int] | None = None,
+        max_in_flight_bytes: int = DEFAULT_MAX_IN_FLIGHT_BYTES,
+        dtype: torch.dtype | str | None = None,
     ) -> Iterator[HFWeightTuple]:
-        """Yield (name, full tensor) in HF order on every rank; every rank must iterate to the end.
+        """Yield (name, full tensor) in HF order; every rank must iterate to the end, with the same arguments.
 
-        Tensors are new, on the parameters' device or, with `cpu`, the host, in the dtypes of the HF checkpoint.
-        `conversion_tasks` limits the export to the tensors of those tasks, the same on every rank. Memory: see
-        `weightcast.bridges.hf_export`.
+        Tensors are new, on the parameters' device or, with `cpu`, the host. `conversion_tasks` limits the export to the
+        tensors of those tasks. `ranks` are the global ranks that want tensors (default: all); on the others the
+        iteration yields nothing, but must be gone through all the same, because they send. `dtype` (float32, float16,
+        bfloat16) is what floating tensors are cast to, at their source; by default they have the dtypes of the HF
+        checkpoint. No rank has more than `max_in_flight_bytes` of buffers and of tensors not yet yielded, or the
+        largest tensor and a quarter of the limit where that is more. Raises `ConfigError`, `UnmappedTensor`.
         """
-        plan = self.plan(model)
+        wanted_dtype = read_dtype(dtype)
+        plan = self._plan_on_all(model)
         specs = plan.specs
         if conversion_tasks is not None:
             wanted = {name for task in conversion_tasks for name in task.hf_names}
             specs = tuple(spec for spec in specs if spec.name in wanted)
-        device = torch.device("cpu") if cpu else None
+        items = export_weights(
+            plan,
+            specs,
+            device=torch.device("cpu") if cpu else None,
+            ranks=ranks,
+            max_in_flight_bytes=max_in_flight_bytes,
+            dtype=wanted_dtype,
+        )
         with progress_bar("exporting", len(specs), show_progress) as advance:
-            for item in export_weights(plan, specs, device=device):
-                yield item
+            for name, weight in items:
+                yield HFWeightTuple(name, weight)
+                del weight
                 advance(1)
 
     def save_hf_pretrained(
@@ -138,10 +156,16 @@ class BridgeWeights:
     def _save(
         self, model: Model, path: str | Path, show_progress: bool, shard_bytes: int, with_companions: bool
     ) -> None:
-        plan = self.plan(model)
+        plan = self._plan_on_all(model)
         extras = self.write_companions if with_companions else None
         with progress_bar("saving", len(plan.specs), show_progress) as advance:
             save_weights(plan, Path(path).absolute(), write_extras=extras, progress=advance, shard_bytes=shard_bytes)
+
+    def _plan_on_all(self, model: Model) -> Plan:
+        """`plan`; every rank must call it, and all raise when the plan of one cannot be made."""
+        with agreement("planning the export"):
+            plan = self.plan(model)
+        return plan
 
     def _find_source(self, hf_path: str | Path | None) -> HFSource:
         if hf_path is not None:

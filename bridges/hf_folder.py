@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from weightcast.bridges.exchange import Live, agree, get_rank, get_world_size, send_parcels
+from weightcast.bridges.exchange import agreement, get_rank, get_world_size, send_parcels
 from weightcast.bridges.hf_export import gather_routes
 from weightcast.bridges.hf_source import COMPANION_FILES, CONFIG_FILE
-from weightcast.bridges.parcels import Parcel, Routes, split_batches
+from weightcast.bridges.parcels import LiveRegions, Parcel, Routes, split_batches
 from weightcast.bridges.plan import Plan
 from weightcast.sync.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from weightcast.sync.errors import ConfigError
@@ -74,7 +74,7 @@ def save_weights(
     _on_rank_zero(lambda: _make_room(folder, partial), f"making room for {folder}")
     files = plan_files(plan.specs, shard_bytes, get_world_size())
     routes = gather_routes(plan)
-    live = {held.region: held.live for held in plan.regions}
+    live = LiveRegions(plan.regions)
     for start in range(0, len(files), get_world_size()):
         mine: dict[str, torch.Tensor] = {}
         round_files = files[start : start + get_world_size()]
@@ -92,7 +92,7 @@ def save_weights(
 
 
 def _gather_round(
-    files: Sequence[ShardFile], routes: Routes, live: Live, mine: dict[str, torch.Tensor], batch_bytes: int
+    files: Sequence[ShardFile], routes: Routes, live: LiveRegions, mine: dict[str, torch.Tensor], batch_bytes: int
 ) -> Iterator[int]:
     """Bring the tensors of one file to each writer; `mine` receives this rank's. Yields numbers of tensors."""
     batches = zip_longest(*(split_batches(file.specs, batch_bytes // len(files)) for file in files), fillvalue=())
@@ -107,14 +107,10 @@ def _gather_round(
 
 
 def _write_mine(files: Sequence[ShardFile], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    error: Exception | None = None
-    for file in files:
-        if file.writer == get_rank():
-            try:
+    with agreement(f"writing safetensors files to {folder}"):
+        for file in files:
+            if file.writer == get_rank():
                 save_file(dict(tensors), folder / file.name, metadata={"format": "pt"})
-            except Exception as caught:
-                error = caught
-    agree(error, f"writing safetensors files to {folder}")
 
 
 def write_index(files: Sequence[ShardFile], folder: Path) -> None:
@@ -167,10 +163,6 @@ def take_name(partial: Path, folder: Path) -> None:
 
 
 def _on_rank_zero(action: Callable[[], None], what: str) -> None:
-    error: Exception | None = None
-    if get_rank() == 0:
-        try:
+    with agreement(what):
+        if get_rank() == 0:
             action()
-        except Exception as caught:
-            error = caught
-    agree(error, what)

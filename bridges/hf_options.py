@@ -41,17 +41,18 @@ def read_options(options: Mapping[str, Any]) -> HFOptions:
     if idle := [name for name in options if name in _IDLE_OPTIONS]:
         logger.info("%s: no effect, since no transformers model is built", ", ".join(idle))
     return HFOptions(
-        dtype=_read_dtype(options.get("torch_dtype", options.get("dtype"))),
+        dtype=read_dtype(options.get("torch_dtype", options.get("dtype"))),
         trust_remote_code=bool(options.get("trust_remote_code", False)),
         bridges=tuple(options.get("bridges", ())),
         hub={name: options[name] for name in _HUB_OPTIONS if name in options},
     )
 
 
-def _read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def read_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype for weights, by itself or by name; `None` for `None` and "auto". Raises `ConfigError` for any other."""
     if dtype is None or dtype == "auto":
         return None
     found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found not in _DTYPES.values():
-        raise ConfigError(f"torch_dtype={dtype!r} is none of {', '.join(_DTYPES)} and 'auto'")
+        raise ConfigError(f"dtype {dtype!r} is none of {', '.join(_DTYPES)} and 'auto'")
     return found

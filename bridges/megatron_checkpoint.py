@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
-from weightcast.bridges.exchange import agree, get_rank
+from weightcast.bridges.exchange import agreement, get_rank
 from weightcast.bridges.shards import EXTRA_STATE_SUFFIX, SHARDING_METADATA, Model, unwrap_chunks
 from weightcast.sync.errors import CheckpointMismatch, ConfigError
 
@@ -27,12 +27,11 @@ def save_checkpoint(model: Model, folder: Path) -> None:
 
     Raises `ConfigError` on every rank when the folder holds something.
     """
-    error: Exception | None = None
-    if get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            error = ConfigError(f"{folder} is not empty; give a new folder for each Megatron checkpoint")
-    agree(error, f"making room for {folder}")
+    with agreement(f"making room for {folder}"):
+        if get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise ConfigError(f"{folder} is not empty; give a new folder for each Megatron checkpoint")
     dist_checkpointing.save(_sharded_state(model), str(folder), content_metadata=dict(SHARDING_METADATA))
 
 

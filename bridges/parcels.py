@@ -1,26 +1,42 @@
 """Parcels: which rank sends which regions, batch by batch, so that no batch exceeds a number of bytes.
 
-An export visits the HF tensors in order, in batches of whole tensors. In each batch every rank that serves regions of
-it packs them into one flat buffer, its parcel: one message a rank and batch, however many regions there are. All of
-it follows from who holds what, so every rank computes the same batches and no header travels.
+A rank that serves regions packs them into one flat buffer, its parcel, however many regions there are. Where it goes
+follows from who holds what, so every rank computes the same and no header travels: to one writer of a file as here,
+or to every rank that wants full tensors (`export_batches.py`).
 
     routes = Routes.make(plan.specs, holdings)
-    for batch in split_batches(plan.specs, max_bytes=256 * 2**20):
-        for parcel in routes.parcels(batch):
+    for batch in split_batches(file.specs, max_bytes=256 * 2**20):
+        for parcel in routes.parcels(batch, to=file.writer):
             print(parcel.source, parcel.num_bytes)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
+from weightcast.bridges.stream_slices import round_up
 from weightcast.sync.assignment import assign_regions
-from weightcast.sync.regions import Region, TensorSpec
+from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 
-# Regions in a parcel start at multiples of this, so that a view of any dtype is aligned.
-_ALIGNMENT_BYTES = 16
+
+class LiveRegions:
+    """The present values of the regions that a rank holds, and of parts of them."""
+
+    def __init__(self, held: Iterable[HeldRegion]) -> None:
+        self._live: dict[str, dict[Region, Callable[[], torch.Tensor]]] = {}
+        for item in held:
+            self._live.setdefault(item.region.name, {})[item.region] = item.live
+
+    def __call__(self, region: Region) -> torch.Tensor:
+        """A view of the parameter behind `region`, which lies within a region that is held."""
+        mine = self._live[region.name]
+        if region in mine:
+            return mine[region]()
+        whole = next(held for held in mine if _contains(held, region))
+        start = [inner - outer for inner, outer in zip(region.offset, whole.offset, strict=True)]
+        return mine[whole]()[Region(region.name, tuple(start), region.shape).slices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +53,7 @@ class Parcel:
     def make(source: int, regions: Sequence[Region], dtypes: Mapping[str, torch.dtype]) -> "Parcel":
         """Lay out `regions` one after the other; `dtypes` are those of the HF tensors."""
         kinds = tuple(dtypes[region.name] for region in regions)
-        sizes = [_round_up(region.numel * dtype.itemsize) for region, dtype in zip(regions, kinds, strict=True)]
+        sizes = [round_up(region.numel * dtype.itemsize) for region, dtype in zip(regions, kinds, strict=True)]
         *starts, total = accumulate(sizes, initial=0)
         return Parcel(source, tuple(regions), kinds, tuple(starts), total)
 
@@ -47,12 +63,17 @@ class Parcel:
             raw = buffer[start : start + region.numel * dtype.itemsize]
             yield region, raw.view(dtype).view(region.shape)
 
-    def pack(self, live: Mapping[Region, Callable[[], torch.Tensor]], device: torch.device) -> torch.Tensor:
+    def pack(self, live: LiveRegions, device: torch.device) -> torch.Tensor:
         """A buffer on `device` with the present values of the regions, cast to the HF tensors' dtypes."""
         buffer = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
-        for region, view in self.views(buffer):
-            view.copy_(live[region]())
+        self.pack_into(buffer, live)
         return buffer
+
+    @torch.no_grad()
+    def pack_into(self, buffer: torch.Tensor, live: LiveRegions) -> None:
+        """As `pack`, into `buffer`, a flat uint8 tensor of `num_bytes`."""
+        for region, view in self.views(buffer):
+            view.copy_(live(region))
 
     def unpack(self, buffer: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy the regions from `buffer` into full `tensors`, by name."""
@@ -108,5 +129,8 @@ def split_batches(specs: Sequence[TensorSpec], max_bytes: int) -> tuple[tuple[Te
     return tuple(tuple(batch) for batch in batches)
 
 
-def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+def _contains(outer: Region, inner: Region) -> bool:
+    return all(
+        first.start <= second.start and second.stop <= first.stop
+        for first, second in zip(outer.slices, inner.slices, strict=True)
+    )

@@ -7,11 +7,11 @@ It offers what the plan says this rank holds, replicas included; the publisher s
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from weightcast.bridges.exchange import get_rank, get_world_size
+from weightcast.bridges.hf_export import cast_specs
 from weightcast.bridges.plan import Plan
 from weightcast.sync.regions import HeldRegion, TensorSpec
 
@@ -26,10 +26,7 @@ class PlanSource:
     def __init__(self, plan: Plan, *, dtype: torch.dtype | None = None) -> None:
         self.rank = get_rank()
         self.world_size = get_world_size()
-        self._specs = tuple(
-            replace(spec, dtype=dtype) if dtype is not None and spec.dtype.is_floating_point else spec
-            for spec in plan.specs
-        )
+        self._specs = cast_specs(plan.specs, dtype)
         # A tied embedding may lie twice on one rank (virtual stages); one of the two is enough.
         self._held = tuple({held.region: held for held in plan.regions}.values())
 

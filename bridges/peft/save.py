@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from weightcast.bridges.exchange import agree, get_rank, send_parcels
 from weightcast.bridges.hf_export import gather_routes
 from weightcast.bridges.hf_folder import take_name
+from weightcast.bridges.parcels import LiveRegions
 from weightcast.bridges.peft.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from weightcast.bridges.peft.names import split_peft_name
 from weightcast.bridges.plan import Plan
@@ -32,8 +33,7 @@ def save_adapter(plan: Plan, folder: Path, config: AdapterConfig, base_names: Se
     if get_rank() == 0:
         tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in plan.specs}
     routes = gather_routes(plan)
-    live = {held.region: held.live for held in plan.regions}
-    send_parcels({0: routes.parcels(plan.specs, to=0)}, live, tensors)
+    send_parcels({0: routes.parcels(plan.specs, to=0)}, LiveRegions(plan.regions), tensors)
     error: Exception | None = None
     if get_rank() == 0:
         try:

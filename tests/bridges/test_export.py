@@ -6,26 +6,28 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.ranks import run_ranks
 
 from weightcast.bridges.hf_folder import plan_files
-from weightcast.bridges.parcels import Parcel, Routes, split_batches
+from weightcast.bridges.parcels import LiveRegions, Parcel, Routes, split_batches
 from weightcast.sync.errors import SourceError, WeightcastError
-from weightcast.sync.regions import Region, TensorSpec
+from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 
 
 def spec(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
     return TensorSpec(name, dtype, shape)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), max_size=20), st.integers(1, 60))
 def test_batches_keep_the_order_and_the_limit(sizes: list[int], max_bytes: int) -> None:
     specs = [spec(f"t{index}", size, dtype=torch.uint8) for index, size in enumerate(sizes)]
@@ -40,7 +42,7 @@ def test_a_parcel_carries_regions_of_several_dtypes() -> None:
     dtypes = {"a": torch.bfloat16, "b": torch.int8, "c": torch.float32}
     parcel = Parcel.make(3, regions, dtypes)
     source = {"a": torch.rand(2, 3), "b": torch.arange(5), "c": torch.rand(2, 2)}  # of wider dtypes: packing casts
-    live = {region: lambda region=region: source[region.name][region.slices] for region in regions}
+    live = LiveRegions(HeldRegion(region, partial(lambda r: source[r.name][r.slices], region)) for region in regions)
     target = {name: torch.zeros(tensor.shape, dtype=dtypes[name]) for name, tensor in source.items()}
     parcel.unpack(parcel.pack(live, torch.device("cpu")), target)
     for region in regions:
@@ -91,7 +93,7 @@ def fail_and_recover(models: str, out: str) -> dict[str, str]:
     plan, folder = bridge.plan(model), Path(out, "new")
     outcome: dict[str, str] = {}
 
-    def disk_full(partial: Path) -> None:
+    def disk_full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with refusal(outcome, "disk full"):
@@ -101,7 +103,7 @@ def fail_and_recover(models: str, out: str) -> dict[str, str]:
         bridge.save_hf_weights(model, Path(out, "foreign"), show_progress=False)
     dist.barrier()
 
-    small = dict(export_weights(plan, batch_bytes=2000))
+    small = dict(export_weights(plan, max_in_flight_bytes=2**16))
     large = dict(export_weights(plan))
     assert small.keys() == large.keys() == {item.name for item in plan.specs}
     assert all(torch.equal(small[name], large[name]) for name in small)
