@@ -96,7 +96,7 @@ FAMILIES: Mapping[str, Family] = {
     "moonlight": Family("Moonlight", "deepseek-v3", _latent("moonlight"), experts=True, latent=True),
     "kimi-k2": Family("Kimi K2", "deepseek-v3", {}, elsewhere=_PREDICTION),
     "qwen2.5-vl": Family("Qwen2.5-VL", "qwen2_5_vl", {}, elsewhere="tests/bridges/test_qwen25_vl.py"),
-    "gpt-oss": Family("gpt-oss", "gpt_oss", {}, elsewhere="tests/bridges/test_gpt_oss.py"),
+    "gpt-oss": Family("gpt-oss", "gpt-oss", {}, elsewhere="tests/bridges/test_gpt_oss.py"),
 }
 
 
