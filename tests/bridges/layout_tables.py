@@ -64,6 +64,13 @@ EXPERTS: Mapping[int, Mapping[str, Sizes]] = {
         "ep2-pp4-E|tt|tt|L": {EP: 2, PP: 4, STAGES: "E|tt|tt|L"},
     },
 }
+# A model that sees has no context parallelism: its images would have to be cut as their tokens are.
+VISION: Mapping[int, Mapping[str, Sizes]] = {
+    world_size: {name: sizes for name, sizes in layouts.items() if CP not in sizes}
+    for world_size, layouts in DENSE.items()
+}
+KINDS: Mapping[str, Mapping[int, Mapping[str, Sizes]]] = {"dense": DENSE, "experts": EXPERTS, "vision": VISION}
+"""The layouts of each kind of model."""
 # In which gradients are compared too.
 WITH_GRADIENTS = (
     *("tp2-sp", "tp4", "pp2-vpp2", "tp2-pp2", "pp4-E|tt|tt|L", "cp2-tp2-sp", "cp2-ep2", "tp4-pp2", "cp2-tp2-pp2"),

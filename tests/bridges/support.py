@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bridges.layout_tables import DENSE, EXPERTS
+from tests.bridges.layout_tables import KINDS
 from tests.bridges.support_families import FAMILIES, Family
 from tests.bridges.support_job import Reading
 
@@ -37,8 +37,7 @@ first pipeline stage, "E|tt|tt|L" Megatron's list of stages, in which embedding 
 "E-and-L-counted" the other way to say so. The vocabulary (131) divides by no tensor parallel size, and models with one
 key-value head are cut by TP too.
 
-- **dense**: {dense}
-- **experts**: {experts}
+{layouts}
 
 Eight processes run the first model of a family, four run all.
 
@@ -66,8 +65,8 @@ def support_page(readings: Sequence[Reading]) -> str:
     for reading in readings:
         by_model.setdefault(reading.model, []).append(reading)
     rows = [_row(family, [r for name in family.models for r in by_model[name]]) for family in FAMILIES.values()]
-    tail = _TAIL.format(dense=_layout_names(DENSE, readings), experts=_layout_names(EXPERTS, readings))
-    return _HEAD + "\n".join(rows) + "\n" + tail
+    layouts = [f"- **{kind}**: {_layout_names(layouts, readings)}" for kind, layouts in KINDS.items()]
+    return _HEAD + "\n".join(rows) + "\n" + _TAIL.format(layouts="\n".join(layouts))
 
 
 def _row(family: Family, readings: Sequence[Reading]) -> str:
@@ -76,10 +75,9 @@ def _row(family: Family, readings: Sequence[Reading]) -> str:
     gradients = max(reading.gradients for reading in readings if reading.gradients is not None)
     unchanged = sum(reading.num_changed == 0 for reading in readings)
     exact = f"{EXACT}, {unchanged} of {len(readings)}"
-    kind = "experts" if family.experts else "dense"
     num_layouts = len({reading.layout for reading in readings})
     logits = max(reading.logits for reading in readings)
-    return f"| {family.title} | {logits:.1e} | {gradients:.1e} | {exact} | {kind}, {num_layouts} |"
+    return f"| {family.title} | {logits:.1e} | {gradients:.1e} | {exact} | {family.kind}, {num_layouts} |"
 
 
 def _layout_names(layouts: Mapping[int, Mapping[str, object]], readings: Sequence[Reading]) -> str:

@@ -6,20 +6,25 @@ Sizes and features of the models are those of the tables that other tests use (`
     FAMILIES["gemma2"].models["gemma2"](tmp_path / "gemma2")  # the checkpoint, and what transformers computes of it
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import weightcast.bridges  # noqa: F401
 
 # After weightcast, which holds back Megatron's import-time notices.
 from tests.bridges.parity_job import tokens, write_model  # isort: skip
 from tests.bridges.tiny_dense import write_dense_model  # isort: skip
+from tests.bridges.test_qwen25_vl import gradient_difference, logits_difference  # isort: skip
 from tests.bridges.tiny_mla import write_mla_model  # isort: skip
+from tests.bridges.tiny_qwen25_vl import VL_MODELS, write_vl_model  # isort: skip
 
 Writer = Callable[[Path], None]
 """Writes `model`, `gradients` and `expected.safetensors` into a folder that is not there yet."""
+Compare = Callable[[Path, dict[str, Any]], float]
+"""The largest difference of the folder's model under a layout's settings; a collective."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,18 @@ class Family:
     """`ModelBridge.family` of the registry."""
     models: Mapping[str, Writer]
     """By name; none where a test of its own compares the family."""
-    experts: bool = False
-    latent: bool = False
+    kind: str = "dense"
+    """Of `layout_tables.KINDS`."""
     elsewhere: str = ""
     """What compares the family, where this run does not."""
+    logits: Compare | None = None
+    """In place of the run's own comparison, for models that want more than tokens."""
+    gradients: Compare | None = None
 
     @property
     def tolerance(self) -> float:
         """Largest difference of a logit that is allowed."""
-        return 2e-5 if self.experts or self.latent else 1e-5
+        return 2e-5 if self.kind == "experts" else 1e-5
 
 
 def _write_plain(name: str, folder: Path) -> None:
@@ -50,6 +58,11 @@ def _write_plain(name: str, folder: Path) -> None:
 def _write_latent(name: str, folder: Path) -> None:
     folder.mkdir(parents=True)
     write_mla_model(name, folder, tokens())
+
+
+def _write_vision(name: str, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    write_vl_model(name, folder)
 
 
 def _plain(*names: str) -> dict[str, Writer]:
@@ -77,29 +90,34 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen3-MoE",
         "qwen3_moe",
         _plain("qwen3-moe-biases-one-dense-layer", "qwen3-moe-tied-unnormalised"),
-        experts=True,
+        kind="experts",
     ),
-    "qwen2-moe": Family("Qwen2-MoE", "qwen2_moe", _plain("qwen2-moe-gated-shared-expert"), experts=True),
+    "qwen2-moe": Family("Qwen2-MoE", "qwen2_moe", _plain("qwen2-moe-gated-shared-expert"), kind="experts"),
     "mistral": Family("Mistral", "mistral", _dense("mistral-window", "mistral-tied-yarn")),
-    "mixtral": Family("Mixtral", "mixtral", _plain("mixtral-window"), experts=True),
+    "mixtral": Family("Mixtral", "mixtral", _plain("mixtral-window"), kind="experts"),
     "gemma2": Family("Gemma 2", "gemma2", _dense("gemma2")),
     "gemma3": Family("Gemma 3 (text)", "gemma3", _plain("gemma3-tied-one-kv-head", "gemma3-biases")),
     "phi3": Family("Phi-3, 3.5, 4", "phi3", _dense("phi3-long", "phi3-short", "phi4")),
     "glm": Family("GLM", "glm", _dense("glm")),
     "glm4": Family("GLM-4", "glm4", _dense("glm4")),
-    "glm4-moe": Family("GLM-4.5", "glm4_moe", _plain("glm4-moe-groups"), experts=True),
-    "deepseek-v2-lite": Family(
-        "DeepSeek V2-Lite", "deepseek-v2", _latent("deepseek-v2-lite"), experts=True, latent=True
-    ),
-    "deepseek-v2": Family("DeepSeek V2", "deepseek-v2", _latent("deepseek-v2"), experts=True, latent=True),
-    "deepseek-v3": Family("DeepSeek V3, R1", "deepseek-v3", _latent("deepseek-v3"), experts=True, latent=True),
-    "moonlight": Family("Moonlight", "deepseek-v3", _latent("moonlight"), experts=True, latent=True),
+    "glm4-moe": Family("GLM-4.5", "glm4_moe", _plain("glm4-moe-groups"), kind="experts"),
+    "deepseek-v2-lite": Family("DeepSeek V2-Lite", "deepseek-v2", _latent("deepseek-v2-lite"), kind="experts"),
+    "deepseek-v2": Family("DeepSeek V2", "deepseek-v2", _latent("deepseek-v2"), kind="experts"),
+    "deepseek-v3": Family("DeepSeek V3, R1", "deepseek-v3", _latent("deepseek-v3"), kind="experts"),
+    "moonlight": Family("Moonlight", "deepseek-v3", _latent("moonlight"), kind="experts"),
     "kimi-k2": Family("Kimi K2", "deepseek-v3", {}, elsewhere=_PREDICTION),
-    "qwen2.5-vl": Family("Qwen2.5-VL", "qwen2_5_vl", {}, elsewhere="tests/bridges/test_qwen25_vl.py"),
+    "qwen2.5-vl": Family(
+        "Qwen2.5-VL, images and video",
+        "qwen2_5_vl",
+        {name: partial(_write_vision, name) for name in VL_MODELS},
+        kind="vision",
+        logits=logits_difference,
+        gradients=gradient_difference,
+    ),
     "gpt-oss": Family("gpt-oss", "gpt-oss", {}, elsewhere="tests/bridges/test_gpt_oss.py"),
 }
 
 
-def models_of(families: Iterable[Family]) -> dict[str, Writer]:
-    """All models of `families`, by name."""
-    return {name: writer for family in families for name, writer in family.models.items()}
+def family_of(model: str) -> Family:
+    """The family that a model stands for."""
+    return next(family for family in FAMILIES.values() if model in family.models)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from tests.bridges.layout_tables import DENSE, EXPERTS, WITH_GRADIENTS
+from tests.bridges.layout_tables import KINDS, WITH_GRADIENTS
 from tests.bridges.no_collectives import no_collectives
 from tests.bridges.test_bits import build, check_regions, check_same_files, import_one
 
@@ -23,6 +23,7 @@ from weightcast.sync.checkpoint_files import CheckpointFiles, open_checkpoint
 
 # After weightcast, which holds back Megatron's import-time notices.
 from tests.bridges.parity_job import largest_gradient_difference, logits_difference  # isort: skip
+from tests.bridges.support_families import family_of  # isort: skip
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -46,18 +47,12 @@ class Reading:
     """HF tensors whose bits, dtype or place in the order were others after import and export."""
 
 
-def layouts_of(experts: bool, world_size: int) -> Mapping[str, Mapping[str, Any]]:
-    """The layouts by name for models with experts or without."""
-    return (EXPERTS if experts else DENSE)[world_size]
-
-
-def take_readings(out: str, cells: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-    """Readings of `cells`, each (model, has experts, layout), in order of layouts; every rank gives the same."""
-    world_size = dist.get_world_size()
+def take_readings(out: str, cells: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Readings of `cells`, each (model, layout), in order of layouts; every rank gives the same."""
     readings: list[dict[str, Any]] = []
-    for experts in (False, True):
-        for layout, sizes in layouts_of(experts, world_size).items():
-            for model in [cell[0] for cell in cells if cell[1] == experts and cell[2] == layout]:
+    for kind, layouts in KINDS.items():
+        for layout, sizes in layouts[dist.get_world_size()].items():
+            for model in [cell[0] for cell in cells if family_of(cell[0]).kind == kind and cell[1] == layout]:
                 try:
                     readings.append(vars(read_one(Path(out, model), layout, sizes)))
                 except Exception as error:
@@ -75,10 +70,14 @@ def read_one(folder: Path, layout: str, sizes: Mapping[str, Any]) -> Reading:
         check_regions(list(bridge.weight_source(model).held()), checkpoint)
     num_changed = count_changed(bridge, model, checkpoint)
     check_saved(bridge, model, checkpoint, folder / "saved")
-    logits = logits_difference(folder, [chunk.eval() for chunk in model])
-    gradients = None
+    family, gradients = family_of(folder.name), None
+    if family.logits is not None:
+        logits = family.logits(folder, dict(sizes))
+    else:
+        logits = logits_difference(folder, [chunk.eval() for chunk in model])
     if layout in WITH_GRADIENTS:
-        gradients = largest_gradient_difference(folder, dict(sizes) | STILL)
+        compare = family.gradients if family.gradients is not None else largest_gradient_difference
+        gradients = compare(folder, dict(sizes) | STILL)
     return Reading(folder.name, layout, logits, gradients, len(checkpoint.specs), num_changed)
 
 

@@ -1,6 +1,6 @@
 """`bridges/SUPPORT.md` names every family, and its figures, which are of another run, are within what it allows."""
 
-from tests.bridges.layout_tables import DENSE, EXPERTS
+from tests.bridges.layout_tables import KINDS
 from tests.bridges.support import EXACT, GRADIENT_TOLERANCE, PAGE, read_page
 from tests.bridges.support_families import FAMILIES
 
@@ -19,13 +19,13 @@ def test_the_figures_are_within_the_limits() -> None:
             continue
         assert row.logits is not None and 0 < row.logits <= family.tolerance, row
         assert row.gradients is not None and 0 < row.gradients <= GRADIENT_TOLERANCE, row
-        layouts = EXPERTS if family.experts else DENSE
+        layouts = KINDS[family.kind]
         cells = len(family.models) * len(layouts[4]) + len(layouts[8])
         assert row.round_trip == f"{EXACT}, {cells} of {cells}"
-        assert row.layouts == f"{'experts' if family.experts else 'dense'}, {len(layouts[4]) + len(layouts[8])}"
+        assert row.layouts == f"{family.kind}, {len(layouts[4]) + len(layouts[8])}"
 
 
 def test_every_layout_is_named() -> None:
     page = PAGE.read_text()
-    for layouts in (DENSE, EXPERTS):
+    for layouts in KINDS.values():
         assert all(f"`{name}`" in page for by_name in layouts.values() for name in by_name)
