@@ -5,6 +5,7 @@ Each method lays the family's rules over the model (a plan) and hands it to impo
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ from weightcast.bridges.hf_source import HFSource, specs_of_config, write_compan
 from weightcast.bridges.models.bridge import ModelBridge
 from weightcast.bridges.plan import Plan, WeightConversionTask, build_plan
 from weightcast.bridges.progress import progress_bar
-from weightcast.bridges.rules import Tied
+from weightcast.bridges.rules import Rule, Tied
 from weightcast.bridges.shards import Model
 from weightcast.bridges.source import PlanSource
+from weightcast.bridges.spellings import find_spelling, respell, respell_rule
 from weightcast.sync.checkpoint_files import CheckpointFiles, check_tensors, has_weights, open_checkpoint
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import TensorSpec
@@ -53,20 +55,28 @@ class BridgeWeights:
         parameter is written. Raises `CheckpointMismatch`, `UnmappedTensor`.
         """
         checkpoint = self.hf_checkpoint(hf_path)
-        report = import_weights(build_plan(model, self.family.rules(self.hf_config), checkpoint.specs), checkpoint)
+        report = import_weights(build_plan(model, self.rules(checkpoint.specs), checkpoint.specs), checkpoint)
         logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, checkpoint.folder)
 
     def hf_checkpoint(self, hf_path: str | Path | None = None) -> CheckpointFiles:
         """The safetensors of `hf_path`, by default the bridge's own; `CheckpointMismatch` unless as configured."""
         checkpoint = self._open(self._find_source(hf_path).folder())
-        rules = self.family.rules(self.hf_config)
+        rules = self.rules(checkpoint.specs)
         copies = [rule.copy for rule in rules if isinstance(rule, Tied) and rule.copy is not None]
-        check_tensors(checkpoint, specs_of_config(self.hf_config), optional=copies)
+        spelling = find_spelling(self.family.spellings, checkpoint.specs)
+        wanted = [replace(spec, name=respell(spec.name, spelling)) for spec in specs_of_config(self.hf_config)]
+        check_tensors(checkpoint, wanted, optional=copies)
         return checkpoint
+
+    def rules(self, specs: Sequence[TensorSpec]) -> tuple[Rule, ...]:
+        """The family's rules for this configuration, under the names of a checkpoint of the tensors `specs`."""
+        spelling = find_spelling(self.family.spellings, specs)
+        return tuple(respell_rule(rule, spelling) for rule in self.family.rules(self.hf_config))
 
     def plan(self, model: Model, hf_path: str | Path | None = None) -> Plan:
         """Where each byte of this rank's part of `model` lies in the HF model. No collective."""
-        return build_plan(model, self.family.rules(self.hf_config), self.hf_specs(hf_path))
+        specs = self.hf_specs(hf_path)
+        return build_plan(model, self.rules(specs), specs)
 
     def weight_source(self, model: Model, *, dtype: torch.dtype | None = None) -> PlanSource:
         """This rank's part of `model` as a source for a `WeightPublisher`, over the live parameters. No collective.

@@ -148,7 +148,8 @@ def plan_layout(bridge: AutoBridge, layout: Layout) -> DryRun:
     start = time.perf_counter()
     provider = bridge.to_megatron_provider(load_weights=False)
     chosen = apply_layout(provider, layout)
-    specs, rules = bridge.hf_specs(), bridge.family.rules(bridge.hf_config)
+    specs = bridge.hf_specs()
+    rules = bridge.rules(specs)
     by_name = {spec.name: spec for spec in specs}
     expanded = expand_rules(rules, provider.num_layers)
     tied = [rule for rule in expanded.values() if isinstance(rule, Tied)]

@@ -110,7 +110,7 @@ class MappedCheckpoint:
 def table_of(bridge: AutoBridge, specs: Sequence[TensorSpec]) -> RuleTable:
     """The rules of the bridge's model, checked against its HF tensors. Raises `UnmappedTensor`."""
     provider = bridge.to_megatron_provider(load_weights=False)
-    return RuleTable.make(bridge.family.rules(bridge.hf_config), dimensions_of(provider), specs)
+    return RuleTable.make(bridge.rules(specs), dimensions_of(provider), specs)
 
 
 def dimensions_of(provider: GPTModelProvider) -> ModelDimensions:

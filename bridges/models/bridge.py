@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 
 from weightcast.bridges.provider import GPTModelProvider
 from weightcast.bridges.rules import Rule
+from weightcast.bridges.spellings import Spelling
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,5 @@ class ModelBridge:
     """Where each HF tensor lies in Megatron's; depends on the configuration where tensors do."""
     translate: Callable[[PretrainedConfig], GPTModelProvider]
     """The provider of the same model; raises UnsupportedModel for what Megatron would compute differently."""
+    spellings: tuple[Spelling, ...] = ()
+    """Other HF names under which checkpoints of the family exist."""

@@ -89,4 +89,9 @@ def rules(hf: PretrainedConfig) -> tuple[Rule, ...]:
     return vision + tables.under(LANGUAGE_MODEL, qwen2.rules(text_config(hf)))
 
 
-QWEN2_5_VL = ModelBridge("qwen2_5_vl", ("Qwen2_5_VLForConditionalGeneration",), rules, translate)
+# The names in memory, under which some versions of transformers 4 have written; it and vLLM read both.
+IN_MEMORY = {VISUAL: "model.visual.", "model.": "model.language_model."}
+
+QWEN2_5_VL = ModelBridge(
+    "qwen2_5_vl", ("Qwen2_5_VLForConditionalGeneration",), rules, translate, spellings=(IN_MEMORY,)
+)

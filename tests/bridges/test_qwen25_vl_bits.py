@@ -1,10 +1,12 @@
 """Qwen2.5-VL: the bits of its checkpoints, vision tower included, in every layout and every kind of file."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.bridges.tiny_qwen25_vl import COMPANIONS, VL_MODELS, write_vl_model
 from tests.ranks import run_ranks
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -126,3 +128,49 @@ def test_a_dry_run_puts_the_vision_tower_on_the_first_stage(models: Path) -> Non
     vision_bytes = sum(spec.num_bytes for spec in bridge.hf_specs() if spec.name.startswith("visual."))
     # The stages are alike but for the tower and the final norm; embedding and output layer have the same size.
     assert first - last == vision_bytes - 64 * torch.bfloat16.itemsize
+
+
+def respelled(source: Path, folder: Path) -> Path:
+    """`source` under the names that the model has in memory, as some versions of transformers wrote it."""
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        begin, rest = name.split(".", 1)
+        tensors[{"visual": f"model.visual.{rest}", "model": f"model.language_model.{rest}"}.get(begin, name)] = tensor
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(source / "config.json", folder)
+    return folder
+
+
+def import_and_save(source: str, out: str) -> None:
+    from tests.bridges.test_bits import build, check_export, check_same_files
+
+    from weightcast.bridges.process_groups import destroy_model_parallel
+
+    bridge, checkpoint = AutoBridge.from_hf_pretrained(source), open_checkpoint(Path(source))
+    model = build(bridge, LAYOUTS["PP2"])
+    bridge.load_hf_weights(model)
+    check_export(bridge, model, checkpoint)
+    bridge.save_hf_pretrained(model, out, show_progress=False)
+    check_same_files(Path(out), checkpoint)
+    destroy_model_parallel()
+
+
+@pytest.mark.parametrize("name", VL_MODELS)
+def test_a_folder_under_other_names_keeps_them(name: str, models: Path, tmp_path: Path) -> None:
+    plain = models / name / "model"
+    source = respelled(plain, tmp_path / "source")
+    if name == UNTIED:
+        run_ranks(import_and_save, 2, str(source), str(tmp_path / "saved"))
+    bridge = AutoBridge.from_hf_pretrained(source)
+    assert not plan_layout(bridge, Layout(pipeline=2)).faults
+    import_checkpoint(bridge, tmp_path / "megatron", show_progress=False)
+    export_checkpoint(bridge, tmp_path / "megatron", tmp_path / "hf", show_progress=False)
+    assert open_checkpoint(tmp_path / "hf").specs == open_checkpoint(source).specs
+    assert not compare_checkpoints(source, tmp_path / "hf", show_progress=False).differences
+    # Another bridge writes the same values under its own folder's names.
+    export_checkpoint(AutoBridge.from_hf_pretrained(plain), tmp_path / "megatron", tmp_path / "plain")
+    assert not compare_checkpoints(plain, tmp_path / "plain", show_progress=False).differences
+    ours = Qwen2_5_VLForConditionalGeneration.from_pretrained(source).state_dict()
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(plain).state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -59,7 +59,7 @@ def train_step(chunk: Any, case: str) -> None:
 def use_tensor_parallel_ranks(folder: str) -> None:
     from weightcast.bridges.process_groups import destroy_model_parallel
 
-    sizes = {"tensor_model_parallel_size": 2}
+    sizes: dict[str, Any] = {"tensor_model_parallel_size": 2}
     fresh = build(folder, load=False, **sizes)
     assert same_on_all_ranks(list(fresh.visual.parameters()))
 
