@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PretrainedConfig
 
-from weightcast.bridges.config_quantization import require_readable_weights
+from weightcast.bridges.config_quantization import require_readable_weights, unnamed_dtype
 from weightcast.bridges.config_refusals import Fields as Fields
 from weightcast.bridges.config_refusals import refuse as refuse
 from weightcast.bridges.config_refusals import require_absent as require_absent
@@ -21,6 +21,11 @@ from weightcast.bridges.config_rope import rope_parameters as rope_parameters
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh approximation, `gelu_pytorch_tanh` in HF."""
     return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU by a sigmoid (gpt-oss). Megatron's own is compiled at its first call, for which not every machine can."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -46,12 +51,12 @@ def head_dim(hf: PretrainedConfig) -> int:
 
 
 def model_dtype(hf: PretrainedConfig) -> torch.dtype:
-    """The checkpoint's dtype; fp32 where the configuration does not say."""
+    """The checkpoint's dtype; where the configuration does not say, fp32, or bf16 of quantised weights."""
     dtype = getattr(hf, "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     if dtype is None:
-        return torch.float32
+        return unnamed_dtype(hf)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         refuse(hf, "dtype", dtype, "Megatron holds parameters in fp32, bf16 or fp16", "convert the checkpoint first")
     chosen: torch.dtype = dtype

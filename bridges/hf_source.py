@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.core_model_loading import revert_weight_conversion
 
 from weightcast.bridges.config_quantization import FIELD as QUANTIZATION_FIELD
+from weightcast.bridges.config_quantization import unnamed_dtype
 from weightcast.sync.errors import ConfigError
-from weightcast.sync.regions import TensorSpec
+from weightcast.sync.regions import TensorSpec, dtype_name
 
 # What belongs to a model besides its weights and its config.json: tokenizer, generation settings, custom code.
 COMPANION_FILES = (
@@ -87,7 +88,8 @@ class HFSource:
 def write_companions(config: PretrainedConfig, source: HFSource | None, folder: Path) -> None:
     """Put the configuration and, from `source`, the tokenizer and its like into `folder`, unchanged.
 
-    Only the settings of quantised weights are left out, because exported weights are not quantised.
+    Only the settings of quantised weights are left out, because exported weights are not quantised; a configuration
+    that left the dtype to them names it then.
     """
     if source is None:
         config.save_pretrained(folder)
@@ -99,6 +101,8 @@ def write_companions(config: PretrainedConfig, source: HFSource | None, folder: 
     written = folder / CONFIG_FILE
     fields = json.loads(written.read_text()) if written.is_file() else {}
     if fields.pop(QUANTIZATION_FIELD, None) is not None:
+        if "dtype" not in fields and "torch_dtype" not in fields:
+            fields["dtype"] = dtype_name(unnamed_dtype(config))
         written.write_text(json.dumps(fields, indent=2) + "\n")
 
 
@@ -106,9 +110,10 @@ def specs_of_config(config: PretrainedConfig, dtype: torch.dtype | None = None) 
     """The tensors that a checkpoint of this configuration has, as transformers writes them; no memory is used.
 
     Tied tensors are listed once, as checkpoints store them, and experts one by one, although transformers stacks them
-    in memory. `dtype` defaults to the configuration's own, then float32; buffers keep their own.
+    in memory. `dtype` defaults to the configuration's own; buffers keep their own.
     """
-    wanted = dtype if dtype is not None else config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    named = dtype if dtype is not None else config.dtype
+    wanted = named if isinstance(named, torch.dtype) else unnamed_dtype(config)
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     reads = type(config) in AutoModelForCausalLM._model_mapping
     model_class = AutoModelForImageTextToText if sees and not reads else AutoModelForCausalLM

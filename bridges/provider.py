@@ -88,6 +88,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     """Bias of the attention's output projection; None follows `add_bias_linear`."""
     mlp_bias: bool | None = None
     """Biases of the MLP; None follows `add_bias_linear`."""
+    moe_bias: bool = False
+    """Biases of the router and of the experts (gpt-oss), in any layout; `add_bias_linear` needs whole experts."""
     post_norms: bool = False
     """Norms behind attention and MLP as well as before them (Gemma 2 and 3)."""
     embedding_scale: float | None = None

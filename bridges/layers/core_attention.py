@@ -2,8 +2,8 @@
 
 Megatron's own unfused attention needs CUDA for its mask, materialises all scores, and has no head dimension of its
 own for values. This one takes grouped queries, a causal or sliding window mask, a mask given by the caller, a softmax
-scale, and separate key and value head dimensions (`k_channels`, `v_channels`, as multi-latent attention asks). Scores
-that are capped before the softmax (Gemma 2) are computed one by one, because no fused kernel of torch caps them.
+scale, and separate key and value head dimensions (`k_channels`, `v_channels`, as multi-latent attention asks). Capped
+scores (Gemma 2) and attention sinks (gpt-oss) are computed one by one in `explicit_attention`.
 """
 
 from typing import Any
@@ -15,10 +15,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import nn
 
 from weightcast.bridges.layers.context_parallel import gather_sequence, positions_of_all, positions_of_rank
+from weightcast.bridges.layers.explicit_attention import explicit_attention
 from weightcast.sync.errors import ConfigError
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -53,35 +58,12 @@ def allowed_pairs(
     return allowed
 
 
-def softcapped_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    cap: float,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    """Attention whose scores are cap * tanh(scores / cap); holds all scores, in fp32 from the cap to the softmax.
-
-    Query [batch, heads, s, k], key and value [batch, groups, t, k or v], `mask` bool [s, t] or broadcastable to
-    [batch, heads, s, t], True to see; gives [batch, heads, s, v].
-    """
-    heads_per_group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(heads_per_group, 1), value.repeat_interleave(heads_per_group, 1)
-    scores = torch.tanh((query @ key.transpose(2, 3)).float() * (scale / cap)) * cap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = nn.functional.dropout(scores.softmax(-1).to(query.dtype), dropout_p)
-    return weights @ value
-
-
 class SdpaAttention(MegatronModule):  # type: ignore[misc]
-    """Attention of this rank's query heads over its query groups; no parameters.
+    """Attention of this rank's query heads over its query groups; with `softmax_type` learnable, a sink for each head.
 
     The layer's window is `config.window_size` where `config.window_attn_skip_freq` says so; scores are capped by a
     provider's `attn_logit_softcapping`. Under context parallelism keys and values are gathered over its ranks, and
-    nothing else is ever communicated. Raises `ConfigError` for a softmax other than the plain one.
+    nothing else is ever communicated. Raises `ConfigError` for another softmax.
     """
 
     def __init__(
@@ -112,6 +94,21 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         # Megatron's query-key layer scaling divides here and multiplies again before the softmax, for the range of
         # fp16; torch's kernels accumulate in fp32, so there is nothing to do for it.
         self.softmax_scale = softmax_scale if softmax_scale is not None else key_channels**-0.5
+        # Under Megatron's own name, in its unfused attention and in Transformer Engine's.
+        self.softmax_offset: nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            shared = getattr(pg_collection, "tp", None)
+            self.tensor_group = shared if shared is not None else parallel_state.get_tensor_model_parallel_group()
+            heads = config.num_attention_heads // self.tensor_group.size()
+            device = None if config.use_cpu_initialization else torch.cuda.current_device()
+            self.softmax_offset = nn.Parameter(torch.zeros(heads, dtype=config.params_dtype, device=device))
+            if config.perform_initialization:
+                config.init_method(self.softmax_offset)
+
+    @property
+    def _is_explicit(self) -> bool:
+        """Whether scores are computed one by one."""
+        return self.softcap is not None or self.softmax_offset is not None
 
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, given: torch.Tensor | None, mask_type: AttnMaskType
@@ -121,7 +118,7 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         if self.context_group is not None:
             return self._context_mask(query, given, causal)
         square = query.shape[0] == key.shape[0]
-        if given is None and self.window is None and (not causal or (square and self.softcap is None)):
+        if given is None and self.window is None and (not causal or (square and not self._is_explicit)):
             return None
         mask = allowed_positions(query.shape[0], key.shape[0], self.window, causal, query.device)
         return mask if given is None else mask & ~given  # Megatron's masks are True where nothing is seen
@@ -161,20 +158,21 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
             key, value = gather_sequence(key, self.context_group), gather_sequence(value, self.context_group)
         mask = self._mask(query, key, attention_mask, mask_type)
         dropout = self.dropout if self.training else 0.0
-        if mask is not None and query.is_cuda and self.softcap is None:
+        if mask is not None and query.is_cuda and not self._is_explicit:
             # With a mask CUDA has an efficient kernel only for as many key heads as query heads; see the notes on
             # `enable_gqa` in torch's documentation of scaled_dot_product_attention.
             heads_per_group = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(heads_per_group, 2), value.repeat_interleave(heads_per_group, 2)
 
         def attend() -> torch.Tensor:
-            if self.softcap is not None:
-                q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-                return softcapped_attention(q, k, v, mask, self.softmax_scale, self.softcap, dropout)
+            q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+            if self._is_explicit:
+                cap, sinks = self.softcap, self.softmax_offset
+                return explicit_attention(q, k, v, mask, self.softmax_scale, cap=cap, sinks=sinks, dropout_p=dropout)
             return nn.functional.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
+                q,
+                k,
+                v,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None and mask_type in _CAUSAL,
@@ -190,6 +188,22 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
             context = attend()
         return context.permute(2, 0, 1, 3).flatten(2)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The sinks of this rank's heads, where there are any."""
+        if self.softmax_offset is None:
+            return {}
+        entries: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tensor_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+        return entries
+
 
 def _refuse_cached_keys(num_queries: int, num_keys: int) -> None:
     if num_queries != num_keys:
@@ -200,5 +214,7 @@ def _refuse_cached_keys(num_queries: int, num_keys: int) -> None:
 
 
 def _refuse_what_it_cannot(config: TransformerConfig) -> None:
-    if config.softmax_type != "vanilla":
-        raise ConfigError(f"softmax_type={config.softmax_type!r} needs Transformer Engine; use 'vanilla'")
+    if config.softmax_type not in ("vanilla", "learnable"):
+        raise ConfigError(
+            f"softmax_type={config.softmax_type!r} needs Transformer Engine; use 'vanilla' or, with sinks, 'learnable'"
+        )

@@ -31,6 +31,7 @@ from weightcast.bridges.layers.core_attention import SdpaAttention
 from weightcast.bridges.layers.linears import with_bias, with_post_norm
 from weightcast.bridges.layers.mla import latent_attention
 from weightcast.bridges.layers.moe import expert_layers, expert_mlp, with_quiet_shared_experts
+from weightcast.bridges.layers.moe_bias import with_expert_biases
 from weightcast.bridges.layers.norms import norm_class
 from weightcast.bridges.layers.rope import RopePerLayerAttention
 from weightcast.bridges.layers.spec_parts import submodules_of, with_parts
@@ -138,12 +139,14 @@ def dense_mlp_variant(config: TransformerConfig, mlp: Any) -> Any:
 def variants(config: TransformerConfig, layer: ModuleSpec, has_experts: bool = False) -> ModuleSpec:
     """`layer` with what this model has beyond a plain one.
 
-    Reads `qkv_bias`, `attention_output_bias`, `mlp_bias`, `post_norms`, `rotary_base_local` and
+    Reads `qkv_bias`, `attention_output_bias`, `mlp_bias`, `moe_bias`, `post_norms`, `rotary_base_local` and
     `attn_logit_softcapping` of a `GPTModelProvider`; `mlp_bias` and the norm behind an MLP are of dense layers only.
     """
     attention = attention_variant(config, layer.submodules.self_attention)
     mlp = layer.submodules.mlp
     mlp = with_quiet_shared_experts(mlp) if has_experts else dense_mlp_variant(config, mlp)
+    if has_experts and config.moe_bias:
+        mlp = with_expert_biases(mlp)
     return replace(layer, submodules=replace(layer.submodules, self_attention=attention, mlp=mlp))
 
 

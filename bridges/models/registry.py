@@ -16,6 +16,7 @@ from weightcast.bridges.models.gemma2 import GEMMA2
 from weightcast.bridges.models.gemma3 import GEMMA3
 from weightcast.bridges.models.glm4 import GLM, GLM4
 from weightcast.bridges.models.glm4_moe import GLM4_MOE
+from weightcast.bridges.models.gpt_oss import GPT_OSS
 from weightcast.bridges.models.llama import LLAMA
 from weightcast.bridges.models.mistral import MISTRAL
 from weightcast.bridges.models.mixtral import MIXTRAL
@@ -42,6 +43,7 @@ BUILT_IN: tuple[ModelBridge, ...] = (
     QWEN3_MOE,
     QWEN2_5_VL,
     GLM4_MOE,
+    GPT_OSS,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
 )

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from weightcast.bridges.codecs import BLOCK, CODES, decode, decode_checkpoint, encode, scale_region, scale_shape
+from weightcast.bridges.codecs import decode_checkpoint
+from weightcast.bridges.codecs_fp8 import BLOCK, CODES, decode, encode, scale_region, scale_shape
 from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.errors import CheckpointMismatch
 from weightcast.sync.regions import Region

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from weightcast.bridges import AutoBridge
-from weightcast.bridges.layers.core_attention import softcapped_attention
+from weightcast.bridges.layers.explicit_attention import explicit_attention
 from weightcast.bridges.layers.rope import LongRope, Yarn
 from weightcast.bridges.models.registry import find_bridge
 from weightcast.bridges.process_groups import destroy_model_parallel
@@ -134,7 +134,7 @@ def test_capped_attention_is_the_formula() -> None:
     query = torch.randn(2, 4, 5, 8, generator=generator) * 4
     key, value = torch.randn(2, 2, 2, 7, 8, generator=generator)
     mask = torch.ones(5, 7, dtype=torch.bool).tril(2)
-    found = softcapped_attention(query, key, value, mask, scale=0.5, cap=3.0)
+    found = explicit_attention(query, key, value, mask, scale=0.5, cap=3.0)
     for head in range(4):
         scores = torch.einsum("bsk,btk->bst", query[:, head], key[:, head // 2]) * 0.5
         weights = (3.0 * (scores / 3.0).tanh()).masked_fill(~mask, float("-inf")).softmax(-1)

@@ -153,8 +153,8 @@ def test_keys_and_values_may_have_different_channels() -> None:
 
 
 def test_what_attention_does_not_compute_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"softmax_type='learnable'.*'vanilla'"):
-        attention(softmax_type="learnable")
+    with pytest.raises(ConfigError, match=r"softmax_type='off-by-one'.*'vanilla'"):
+        attention(softmax_type="off-by-one")
     q = random(6, 2, 4, 8)
     with pytest.raises(ConfigError, match=r"packed sequences.*mask"):
         attention()(q, q[:, :, :2], q[:, :, :2], None, packed_seq_params=object())

@@ -148,7 +148,7 @@ def write_in_fp8(plain: Path, coded: Path) -> Path:
 
     from safetensors.torch import load_file, save_file
 
-    from weightcast.bridges.codecs import encode
+    from weightcast.bridges.codecs_fp8 import encode
 
     tensors = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
@@ -169,7 +169,7 @@ def import_codes(folder: str, out: str) -> int:
     import json
 
     from weightcast.bridges import AutoBridge
-    from weightcast.bridges.codecs import decode
+    from weightcast.bridges.codecs_fp8 import decode
     from weightcast.sync.checkpoint_files import open_checkpoint
 
     bridge = AutoBridge.from_hf_pretrained(folder)
