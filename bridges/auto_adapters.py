@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 
 from weightcast.bridges.auto_weights import BridgeWeights
-from weightcast.bridges.peft.attach import find_recipe
+from weightcast.bridges.peft.attach import find_state
 from weightcast.bridges.peft.folder import AdapterConfig, read_adapter
 from weightcast.bridges.peft.load import load_adapter, recipe_of_folder
+from weightcast.bridges.peft.merge import require_merged, show_when_merged
 from weightcast.bridges.peft.plan import build_adapter_plan, require_recipe
 from weightcast.bridges.peft.save import save_adapter
 from weightcast.bridges.plan import Plan
@@ -20,6 +21,18 @@ logger = logging.getLogger(__name__)
 
 class BridgeAdapters(BridgeWeights):
     """What `AutoBridge` does with adapters."""
+
+    def plan(self, model: Model, hf_path: str | Path | None = None) -> Plan:
+        """Where each byte of this rank's part of `model` lies in the HF model. No collective.
+
+        Of a model with adapters it shows weights only while these are merged.
+        """
+        plan, state = super().plan(model, hf_path), find_state(model)
+        return plan if state is None else show_when_merged(plan, state)
+
+    def _plan_on_all(self, model: Model) -> Plan:
+        require_merged(model)
+        return super()._plan_on_all(model)
 
     def adapter_plan(self, model: Model) -> Plan:
         """Where each byte of this rank's adapters lies in a PEFT folder. No collective."""
@@ -47,7 +60,7 @@ class BridgeAdapters(BridgeWeights):
         """
         folder = read_adapter(Path(path))
         rules = self.family.rules(self.hf_config)
-        if find_recipe(model) is None:
+        if find_state(model) is None:
             recipe_of_folder(folder, rules, unwrap_chunks(model)[0].config.num_layers).apply(model)
         report = load_adapter(self.adapter_plan(model), folder, require_recipe(model))
         logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, path)

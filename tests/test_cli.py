@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.bridges.tiny_models import write_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +82,27 @@ def test_import_export_verify_and_inspect(models: Path, tmp_path: Path) -> None:
     assert "Qwen3ForCausalLM: covered by a bridge" in run("inspect", "hf")
 
 
+def test_merge_of_an_adapter(models: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.o_proj"
+    base = load_file(models / "qwen3" / "model.safetensors")
+    factors = {"lora_A": torch.randn(2, base[f"{name}.weight"].shape[1]), "lora_B": torch.randn(32, 2)}
+    (tmp_path / "adapter").mkdir()
+    save_file(
+        {f"base_model.model.{name}.{factor}.weight": tensor for factor, tensor in factors.items()},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["o_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    done = weightcast("merge", models / "qwen3", "adapter", "merged", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "47 tensors" in done.stdout and "1 of them merged" in done.stdout
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    base[f"{name}.weight"] += factors["lora_B"] @ factors["lora_A"] * 2
+    assert merged.keys() == base.keys()
+    assert all(torch.equal(merged[other], tensor) for other, tensor in base.items())
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
 def test_verify_names_what_differs(models: Path, tmp_path: Path) -> None:
     path = shutil.copytree(models / "qwen3", tmp_path / "other") / "model.safetensors"
     raw = bytearray(path.read_bytes())
@@ -103,6 +126,7 @@ def test_verify_names_what_differs(models: Path, tmp_path: Path) -> None:
         (("plan", "empty.yaml"), "empty.yaml names no model; set model.hf_path"),
         (("import", "qwen3", "qwen3"), "qwen3 is not empty; give a new folder"),
         (("export", "qwen3", "out", "--config", "qwen3"), "qwen3 is no torch_dist checkpoint"),
+        (("merge", "qwen3", "qwen3", "out"), "qwen3 has no adapter_config.json"),
         (("verify", "qwen3", "absent"), "absent holds neither safetensors"),
         (("inspect", "absent"), "absent holds neither safetensors"),
         (("plan", "qwen3", "--tp", "8"), "choose a tensor_model_parallel_size that divides it"),

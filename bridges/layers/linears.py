@@ -44,6 +44,22 @@ def with_post_norm(linear: type[nn.Module], norm: type[nn.Module]) -> type[nn.Mo
     return RowParallelLinearWithPostNorm
 
 
+def with_frozen_weight(linear: type[nn.Module]) -> type[nn.Module]:
+    """Megatron's own row-parallel `linear`, for a weight that does not train.
+
+    It then leaves out its process group, which Megatron itself warns of at every call.
+    """
+
+    class FrozenRowParallelLinear(linear):  # type: ignore[misc,valid-type]
+        def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            kwargs["tp_group"] = self.tp_group
+            output: torch.Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+            return output
+
+    FrozenRowParallelLinear.__name__ = f"Frozen{linear.__name__}"
+    return FrozenRowParallelLinear
+
+
 def _norm_output(
     linear: Any, inputs: object, output: tuple[torch.Tensor, torch.Tensor | None]
 ) -> tuple[torch.Tensor, None]:

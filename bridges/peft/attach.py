@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from weightcast.bridges.exchange import communication_device
+from weightcast.bridges.layers.linears import with_frozen_weight
 from weightcast.bridges.peft.factors import LowRank, PartRows, SplitLowRank
 from weightcast.bridges.peft.layers import Adaptation, adapted_class, adapted_linears
 from weightcast.bridges.peft.names import GATE_UP_PARTS, QKV_PARTS, fused_target, matches
 from weightcast.bridges.peft.placement import Placement, read_placement
+from weightcast.bridges.peft.state import AdapterState
 from weightcast.bridges.rules import FusedQkv, GatedMlp, ModelDimensions
 from weightcast.bridges.shards import Model, unwrap_chunks
 from weightcast.sync.errors import ConfigError
@@ -39,9 +41,13 @@ def attach_adapters(recipe: "LoRA", model: Model) -> list[MegatronModule]:
         raise ConfigError("the model has adapters already; apply one recipe to a model")
     found = [(name, linear) for chunk in chunks for name, linear in _named_linears(chunk)]
     _check_targets(recipe, [name for name, _ in found])
+    state = AdapterState(recipe)
     for chunk in chunks:
         chunk.requires_grad_(False)
-        chunk.peft = recipe
+        chunk.adapter_state = state
+        for module in chunk.modules():
+            if isinstance(module, RowParallelLinear):
+                module.__class__ = with_frozen_weight(type(module))
     for name, linear in found:
         parts = recipe.parts_of(_without_expert(name))
         if parts is not None:
@@ -49,10 +55,10 @@ def attach_adapters(recipe: "LoRA", model: Model) -> list[MegatronModule]:
     return given
 
 
-def find_recipe(model: Model) -> "LoRA | None":
-    """The recipe that was applied to the model; the same on every rank, also where nothing was adapted."""
-    recipe: LoRA | None = getattr(unwrap_chunks(model)[0], "peft", None)
-    return recipe
+def find_state(model: Model) -> AdapterState | None:
+    """What the model's adapters are; the same on every rank, also where nothing was adapted. None without any."""
+    state: AdapterState | None = getattr(unwrap_chunks(model)[0], "adapter_state", None)
+    return state
 
 
 def _named_linears(chunk: MegatronModule) -> Iterator[tuple[str, Any]]:

@@ -101,9 +101,10 @@ class Placement:
         if self.cut != "columns" or self.size == 1:
             norms: torch.Tensor = torch.linalg.norm(weight, dim=1)
             return norms
-        squares = weight.square().sum(dim=1)
+        # In fp64, so that the norms do not depend on where the columns are cut.
+        squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
         torch.distributed.all_reduce(squares, group=self.group)
-        return squares.sqrt()
+        return squares.sqrt().to(weight.dtype)
 
 
 def read_placement(linear: nn.Module, name: str) -> Placement:

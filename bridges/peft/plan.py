@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from weightcast.bridges.peft.attach import find_recipe
+from weightcast.bridges.peft.attach import find_state
 from weightcast.bridges.peft.recipes import LoRA
 from weightcast.bridges.peft.rules import adapter_rules, adapter_specs
 from weightcast.bridges.plan import Plan, lay_rules, read_dimensions, read_stages
@@ -35,12 +35,12 @@ def build_adapter_plan(model: Model, rules: Sequence[Rule], base_specs: Sequence
 
 def require_recipe(model: Model) -> LoRA:
     """The recipe that was applied to `model`. Raises `ConfigError` when none was."""
-    recipe = find_recipe(model)
-    if recipe is None:
+    state = find_state(model)
+    if state is None:
         raise ConfigError(
             "the model has no adapters; apply LoRA, CanonicalLoRA or DoRA of weightcast.bridges.peft to it first"
         )
-    return recipe
+    return state.recipe
 
 
 def adapter_dtype(model: Model) -> torch.dtype:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from weightcast.bridges.exchange import agree, get_rank, send_parcels
+from weightcast.bridges.exchange import agreement, get_rank, send_parcels
 from weightcast.bridges.hf_export import gather_routes
 from weightcast.bridges.hf_folder import take_name
 from weightcast.bridges.parcels import LiveRegions
@@ -34,27 +34,22 @@ def save_adapter(plan: Plan, folder: Path, config: AdapterConfig, base_names: Se
         tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in plan.specs}
     routes = gather_routes(plan)
     send_parcels({0: routes.parcels(plan.specs, to=0)}, LiveRegions(plan.regions), tensors)
-    error: Exception | None = None
-    if get_rank() == 0:
-        try:
+    with agreement(f"writing {folder}"):
+        if get_rank() == 0:
             _write(folder, tensors, config, target_modules(plan.specs, base_names))
-        except Exception as caught:
-            error = caught
-    agree(error, f"writing {folder}")
 
 
 def check_room(folder: Path) -> None:
     """Raise `ConfigError` on every rank unless `folder` may be replaced: not there, empty, or an older adapter."""
-    error: Exception | None = None
-    if get_rank() == 0 and folder.exists():
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else [folder.name]
-        strange = [name for name in names if name not in (CONFIG_FILE, WEIGHTS_FILE, *_COMPANIONS)]
-        if strange:
-            error = ConfigError(
-                f"{folder} exists and holds {strange[0]}, which is no part of an adapter; give a folder that is new, "
-                "empty, or an older adapter"
-            )
-    agree(error, f"making room for {folder}")
+    with agreement(f"making room for {folder}"):
+        if get_rank() == 0 and folder.exists():
+            names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else [folder.name]
+            strange = [name for name in names if name not in (CONFIG_FILE, WEIGHTS_FILE, *_COMPANIONS)]
+            if strange:
+                raise ConfigError(
+                    f"{folder} exists and holds {strange[0]}, which is no part of an adapter; give a folder that is "
+                    "new, empty, or an older adapter"
+                )
 
 
 def target_modules(specs: Sequence[TensorSpec], base_names: Sequence[str]) -> list[str]:

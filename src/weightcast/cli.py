@@ -164,6 +164,20 @@ def export_(
 
 
 @app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="Hugging Face folder of the base model.")],
+    adapter: Annotated[Path, typer.Argument(help="PEFT folder: LoRA or DoRA.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the merged Hugging Face model.")],
+    shard_bytes: Annotated[int, typer.Option(help="Most bytes of tensors in a file.", min=1)] = 5 * 10**9,
+) -> None:
+    """Merge an adapter into its base model, exactly and file by file: no model built, bounded memory."""
+    from weightcast.bridges.peft.merge_files import merge_folder
+
+    report = merge_folder(base, adapter, out, shard_bytes=shard_bytes)
+    typer.echo(f"{out}: {report.num_tensors} tensors, {report.num_bytes} bytes, {report.num_merged} of them merged")
+
+
+@app.command()
 def verify(
     a: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.bridges.parity_job import SMALLEST_GRADIENT, largest_on_any_rank, logits_step, loss_step, run_schedule
 
 from weightcast.bridges import AutoBridge
+from weightcast.bridges.peft import merged_adapters
 from weightcast.bridges.peft.names import LORA_A
 
 
@@ -61,3 +62,15 @@ def gradient_difference(bridge: AutoBridge, provider: Any, model: list[Any], fol
             difference = (held.live() - gradient[held.region.slices]).abs().max()
             differences.append((difference / gradient.abs().max().clamp_min(SMALLEST_GRADIENT)).item())
     return largest_on_any_rank(max(differences))
+
+
+def merged_difference(bridge: AutoBridge, provider: Any, model: list[Any], folder: Path, layout: str) -> float:
+    """As `logits_difference`, with merged weights, which are saved; then all weights have their own bits again."""
+    before = [parameter.detach().clone() for chunk in model for parameter in chunk.parameters()]
+    expected = load_file(folder / "expected.safetensors")["merged_logits"]
+    with merged_adapters(model):
+        difference = logits_difference(provider, model, expected)
+        bridge.save_hf_pretrained(model, folder / f"merged-{layout}", show_progress=False)
+    after = [parameter for chunk in model for parameter in chunk.parameters()]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, after, strict=True))
+    return difference

@@ -92,7 +92,12 @@ def write_adapter(name: str, folder: Path) -> None:
     model = get_peft_model(base, config).eval()
     _randomise(model, case.shared_inputs)
     model.save_pretrained(folder / "adapter")
-    _save_expected(model, folder)
+    expected = _save_gradients(model, folder)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(folder / "merged")
+    with torch.no_grad():
+        expected["merged_logits"] = merged(tokens()[:, :-1]).logits
+    save_file(expected, folder / "expected.safetensors")
 
 
 def _randomise(model: PeftModel, shared_inputs: bool) -> None:
@@ -111,11 +116,11 @@ def _randomise(model: PeftModel, shared_inputs: bool) -> None:
                         parameters[name.replace(group[0], other)].copy_(parameter)
 
 
-def _save_expected(model: PeftModel, folder: Path) -> None:
+def _save_gradients(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
+    """Gives logits and loss."""
     logits = model(input_ids=tokens()[:, :-1]).logits
     loss = cross_entropy(logits.flatten(0, 1), tokens()[:, 1:].flatten())
     torch.autograd.backward(loss)
-    save_file({"logits": logits.detach(), "loss": loss.detach()}, folder / "expected.safetensors")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     values = [parameter.data for parameter in trained]
     for parameter in trained:
@@ -124,6 +129,7 @@ def _save_expected(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(folder / "gradients")
     for parameter, value in zip(trained, values, strict=True):
         parameter.data = value
+    return {"logits": logits.detach(), "loss": loss.detach()}
 
 
 def peft_logits(model: Path, adapter: Path) -> torch.Tensor:
@@ -133,6 +139,15 @@ def peft_logits(model: Path, adapter: Path) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = loaded(input_ids=tokens()[:, :-1]).logits
     return logits
+
+
+def ulps(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """How many fp32 numbers lie between two tensors' elements, at most."""
+    assert ours.dtype == theirs.dtype == torch.float32
+    ordered = [
+        torch.where(bits < 0, -(2**31) - bits, bits) for bits in (t.view(torch.int32).long() for t in (ours, theirs))
+    ]
+    return int((ordered[0] - ordered[1]).abs().max())
 
 
 def adapter_tensors(adapter: Path) -> dict[str, torch.Tensor]:
