@@ -3,11 +3,12 @@
 #   make demo [ENGINE=transformers|vllm] [MODEL=folder-or-hub-id] [DATA=file.txt] [STEPS=6] [TP=ranks] [OUT=out/demo]
 #   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
 #   make test | test-quick | lint | test-all | bench | clean
+#   make test-latest [PYTHON312=python] [LATEST_TRANSFORMERS=5.23.0]   the bridges with the newest Megatron-Core
 
 GIVEN = $(if $(TP), --tp '$(TP)')$(if $(MODEL), --model '$(MODEL)')$(if $(DATA), --data '$(DATA)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-all lint bench clean
+.PHONY: help setup demo test test-quick test-all test-latest lint bench clean
 
 ENGINE ?= transformers
 STEPS ?= 6
@@ -16,19 +17,25 @@ OUT ?= out/demo
 PYTHON ?=
 TESTS ?=
 BENCH_ARGS ?=
+PYTHON312 ?=
+LATEST_MEGATRON ?= 0.19.2
+LATEST_TRANSFORMERS ?= 5.19.0
+LATEST_TESTS ?= tests/bridges
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BASE := $(VENV)/.installed-base
 VLLM := $(VENV)/.installed-vllm
+LATEST_VENV := .venv-latest
+LATEST := $(LATEST_VENV)/.installed-$(LATEST_MEGATRON)-$(LATEST_TRANSFORMERS)
 INPUTS := pyproject.toml constraints.txt
 
 # Ranks and engines share the machine's cores; a BLAS thread pool in each of them would fight over them.
 export OMP_NUM_THREADS ?= 1
 
 help:
-	@sed -n '3,5s/^#   //p' Makefile
+	@sed -n '3,6s/^#   //p' Makefile
 
 $(PY):
 	@.ci/make_venv $(VENV) $(PYTHON)
@@ -74,9 +81,23 @@ lint: $(BASE)
 test-all: lint $(VLLM)
 	FRESH_RANKS=1 $(PY) -m pytest $(TESTS)
 
+# The newest end of the declared range, in a set-up of its own: Megatron-Core 0.17 and newer want Python 3.12. All
+# other packages are the newest that fit, unpinned; torch is the one that the other tests have.
+$(LATEST_VENV)/bin/python:
+	@MINIMUM=3.12 OPTION='test-latest PYTHON312' .ci/make_venv $(LATEST_VENV) $(PYTHON312)
+
+$(LATEST): pyproject.toml | $(LATEST_VENV)/bin/python
+	@echo "weightcast: installing Megatron-Core $(LATEST_MEGATRON) and transformers $(LATEST_TRANSFORMERS) into $(LATEST_VENV)"
+	$(LATEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 \
+	  megatron-core==$(LATEST_MEGATRON) transformers==$(LATEST_TRANSFORMERS) --editable '.[megatron,transformers,dev]'
+	@rm -f $(LATEST_VENV)/.installed-* && touch $@
+
+test-latest: $(LATEST)
+	$(LATEST_VENV)/bin/python -m pytest -m 'not long and not vllm' $(LATEST_TESTS)
+
 bench: $(BASE)
 	$(PY) tests/benchmarks/bench.py $(BENCH_ARGS)
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/weightcast.egg-info
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from weightcast.sync.digest import add_digests
 from weightcast.sync.regions import Region, TensorSpec
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20
 
 
 def split_box(

@@ -9,7 +9,9 @@ the files. `.metadata` is a pickle of torch's own and is read by torch: open che
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,9 @@ _BACKEND = "torch_dist"
 # What training checkpoints hold besides weights, by the beginnings of its keys (Megatron-LM, Megatron-Bridge).
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
 _EXTRA_STATE = "_extra_state"
+# What some trainers write in front of every weight's key.
+_PREFIXES = ("model.", "module.")
+_ITERATION = re.compile(r"iter_\d{7,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +72,29 @@ class DistCheckpoint:
             raise CheckpointMismatch(
                 f"{folder / METADATA_FILE} cannot be read ({error!r}); copy the checkpoint again"
             ) from error
-        weights = {
+        stored = {
             key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata) and _is_weight(key)
         }
+        start = len(_common_prefix(stored))
+        specs = {
+            key[start:]: TensorSpec(key[start:], entry.properties.dtype, tuple(entry.size))
+            for key, entry in stored.items()
+        }
         chunks = {
-            key: tuple(
+            key[start:]: tuple(
                 _locate(folder, key, storage, tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks
             )
-            for key, entry in weights.items()
+            for key, entry in stored.items()
         }
-        specs = {key: TensorSpec(key, entry.properties.dtype, tuple(entry.size)) for key, entry in weights.items()}
-        return DistCheckpoint(folder, specs, chunks, tuple(sorted(entries.keys() - weights.keys())))
+        return DistCheckpoint(folder, specs, chunks, tuple(sorted(entries.keys() - stored.keys())))
+
+    def kinds_of_others(self) -> Mapping[str, int]:
+        """How many entries are no weights, by kind: the first part of their keys, or Transformer Engine's extra state.
+
+        An object that is stored in parts counts once a part.
+        """
+        kinds = (_EXTRA_STATE if _EXTRA_STATE in key else re.split(r"[./]", key)[0] for key in self.others)
+        return Counter(kinds)
 
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """The box `offset`, `shape` of the global tensor `key`, new, on the CPU. Raises `CheckpointMismatch`."""
@@ -118,16 +135,40 @@ class DistCheckpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` looks like a Megatron checkpoint, or a training run's folder of them."""
-    return any((path / name).is_file() for name in (CONFIG_FILE, METADATA_FILE, LATEST_FILE))
+    return any((path / name).is_file() for name in (CONFIG_FILE, METADATA_FILE, LATEST_FILE)) or bool(_iterations(path))
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` itself, or the latest checkpoint in it where it is the folder of a Megatron-LM training run."""
+    """`path` itself, or the checkpoint in it where it is the folder of a training run of Megatron's.
+
+    That is the one which Megatron-LM's tracker names, and the last where there is no tracker (Megatron-Bridge has one
+    of its own, a pickle). Raises `CheckpointMismatch` when the tracker names a folder that is not there.
+    """
     latest = path / LATEST_FILE
-    if not latest.is_file():
+    if (path / CONFIG_FILE).is_file() or (path / METADATA_FILE).is_file():
         return path
+    if not latest.is_file():
+        return max(_iterations(path), key=_iteration_of, default=path)
     said = latest.read_text().strip()
-    return path / (f"iter_{int(said):07}" if said.isdigit() else said)
+    folder = path / (f"iter_{int(said):07}" if said.isdigit() else said)
+    if not folder.is_dir():
+        raise CheckpointMismatch(
+            f"{latest} says {said!r}, and there is no {folder}; name the checkpoint to take: "
+            f"{', '.join(entry.name for entry in _iterations(path)) or 'the folder holds none'}"
+        )
+    return folder
+
+
+def _iterations(path: Path) -> list[Path]:
+    """A run's checkpoints that were written to their end, which is when the list of tensors is written."""
+    if not path.is_dir():
+        return []
+    found = (entry for entry in path.iterdir() if _ITERATION.fullmatch(entry.name))
+    return sorted((entry for entry in found if (entry / METADATA_FILE).is_file()), key=_iteration_of)
+
+
+def _iteration_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("iter_"))
 
 
 def _check_format(folder: Path) -> None:
@@ -146,6 +187,12 @@ def _check_format(folder: Path) -> None:
 
 def _is_weight(key: str) -> bool:
     return not key.startswith(_NOT_WEIGHTS) and not key.endswith(_EXTRA_STATE)
+
+
+def _common_prefix(keys: Iterable[str]) -> str:
+    """Which of `_PREFIXES` stands in front of all of `keys`, if one does."""
+    names = list(keys)
+    return next((prefix for prefix in _PREFIXES if names and all(name.startswith(prefix) for name in names)), "")
 
 
 def _locate(

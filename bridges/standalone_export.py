@@ -17,7 +17,7 @@ from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.standalone_blocks import add_digest, split_region
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
 from weightcast.bridges.standalone_import import ConversionReport
-from weightcast.bridges.standalone_journal import Journal
+from weightcast.bridges.standalone_journal import Journal, explain_disk
 from weightcast.bridges.standalone_mapped import MappedCheckpoint
 from weightcast.bridges.standalone_safetensors import SafetensorsWriter
 from weightcast.bridges.standalone_stores import hf_store
@@ -38,27 +38,33 @@ def export_checkpoint(
 
     An older HF folder of the name is replaced. Values are cast to the dtypes of the bridge's own checkpoint or, where
     it has none, of its configuration. Raises `ConfigError` when `folder` holds anything else, `CheckpointMismatch` and
-    `UnmappedTensor` when the checkpoint is damaged or of another model.
+    `UnmappedTensor` when the checkpoint is damaged or of another model, `StorageError` when the disk is full.
     """
     folder = folder.absolute()
     check_room(folder)
     mapped = MappedCheckpoint.make(bridge, DistCheckpoint.open(checkpoint))
     files = plan_files(mapped.specs, shard_bytes, 1)
     partial = folder.with_name(f".{folder.name}.partial")
-    journal = Journal.open(partial, _about(mapped, files))
-    resumed = len(journal.done)
-    with progress_bar("exporting", len(mapped.specs), show_progress) as advance:
+    with explain_disk(folder), progress_bar("exporting", len(mapped.specs), show_progress) as advance:
+        journal = Journal.open(partial, _about(mapped, files))
+        resumed = len(journal.done)
         for file in files:
             if file.name not in journal.done:
                 written = _write_file(mapped, file, partial / file.name)
                 _check_file(file, partial / file.name, written)
                 journal.add(file.name, {"digests": written})
             advance(len(file.specs))
-    write_index(files, partial)
-    bridge.write_companions(partial)
-    journal.remove()
-    take_name(partial, folder)
-    return ConversionReport(len(mapped.specs), sum(spec.num_bytes for spec in mapped.specs), len(files), resumed)
+        write_index(files, partial)
+        bridge.write_companions(partial)
+        journal.remove()
+        take_name(partial, folder)
+    return ConversionReport(
+        num_tensors=len(mapped.specs),
+        num_bytes=sum(spec.num_bytes for spec in mapped.specs),
+        num_files=len(files),
+        num_resumed=resumed,
+        left_out=mapped.checkpoint.kinds_of_others(),
+    )
 
 
 def _write_file(mapped: MappedCheckpoint, file: ShardFile, path: Path) -> dict[str, int]:

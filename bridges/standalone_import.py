@@ -8,7 +8,7 @@ was read back and had the digests of what was read from the source. A run that w
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ from weightcast.bridges.pieces import map_shard
 from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.rule_table import RuleTable
 from weightcast.bridges.shards import SHARDING_METADATA
-from weightcast.bridges.standalone_blocks import CHUNK_BYTES, add_digest, split_box, split_region
+from weightcast.bridges.standalone_blocks import add_digest, split_box, split_region
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
-from weightcast.bridges.standalone_journal import Journal
+from weightcast.bridges.standalone_journal import Journal, explain_disk
 from weightcast.bridges.standalone_mapped import MappedCheckpoint, table_of
 from weightcast.sync.checkpoint_files import CheckpointFiles, RegionReader
 from weightcast.sync.digest import region_digest
@@ -46,6 +46,8 @@ from weightcast.sync.errors import CheckpointMismatch, ConfigError
 
 # torch's writer keeps every tensor of a file until the file is complete.
 FILE_BYTES = 256 * 2**20
+# A stored chunk is what Megatron reads at once; blocks that are read here are smaller.
+STORED_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class ConversionReport:
     num_files: int
     num_resumed: int
     """Files that an earlier run had left."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Entries of the source that are no weights (optimizer, random states, ...), counted by kind."""
 
 
 def import_checkpoint(
@@ -67,7 +71,7 @@ def import_checkpoint(
     """Write the bridge's weights to `folder`, new or empty, as `save_megatron_model` would; in this process alone.
 
     Raises `ConfigError` when the folder holds something, `CheckpointMismatch` and `UnmappedTensor` when the source is
-    damaged or of another model. Needs a process without a process group.
+    damaged or of another model, `StorageError` when the disk is full. Needs a process without a process group.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; give a new folder for each Megatron checkpoint")
@@ -75,10 +79,10 @@ def import_checkpoint(
     table = table_of(bridge, source.specs)
     files = list(_plan_files(_read_boxes(bridge), file_bytes))
     partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
-    journal = Journal.open(partial, _about(source, files))
-    job = _Import(bridge, source, table, partial, files)
-    resumed = len(journal.done)
-    with progress_bar("importing", 2 * len(files), show_progress) as advance:
+    with explain_disk(folder), progress_bar("importing", 2 * len(files), show_progress) as advance:
+        journal = Journal.open(partial, _about(source, files))
+        job = _Import(bridge, source, table, partial, files)
+        resumed = len(journal.done)
         job.check_copies()
         for number in range(len(files)):
             if job.file_name(number) not in journal.done:
@@ -87,10 +91,10 @@ def import_checkpoint(
         job.finish(journal.done)
         job.verify(journal.done)
         advance(len(files))
-    journal.remove()
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+        journal.remove()
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
     num_bytes = sum(_num_bytes(box) for file in files for box in file)
     return ConversionReport(len(source.specs), num_bytes, len(files), resumed)
 
@@ -210,7 +214,7 @@ def _read_boxes(bridge: AutoBridge) -> tuple[Box, ...]:
 def _plan_files(boxes: Sequence[Box], file_bytes: int) -> Iterator[tuple[Box, ...]]:
     """The chunks of each file: as many as fit, in Megatron's order."""
     file: list[Box] = []
-    for chunk in (chunk for box in boxes for chunk in _split(box, min(CHUNK_BYTES, file_bytes))):
+    for chunk in (chunk for box in boxes for chunk in _split(box, min(STORED_CHUNK_BYTES, file_bytes))):
         if file and sum(map(_num_bytes, file)) + _num_bytes(chunk) > file_bytes:
             yield tuple(file)
             file = []

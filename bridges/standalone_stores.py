@@ -17,7 +17,7 @@ from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import Region, TensorSpec
 
 # Safetensors files are mapped into memory; what was read counts as this process's until they are unmapped.
-REMAP_BYTES = 256 * 2**20
+REMAP_BYTES = 64 * 2**20
 
 
 class Store(Protocol):

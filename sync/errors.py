@@ -73,3 +73,7 @@ class PeerLost(WeightcastError, ConnectionError):
 
 class EngineError(WeightcastError, RuntimeError):
     """An engine refused an update, failed while it loaded one, or holds undefined weights."""
+
+
+class StorageError(WeightcastError, OSError):
+    """A disk that is full, or that refused a write."""

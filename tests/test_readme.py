@@ -36,6 +36,9 @@ EXERCISED = {
     "python -m weightcast plan path/to/hf --tp 2 --pp 2 --world-size 8 --json plan.json": (
         "tests/test_cli.py::test_plan_of_a_folder_and_of_a_configuration_alone"
     ),
+    "python -m weightcast plan run.yaml --pp 3 --stages 'E|t*4|L' --rank 0": (
+        "tests/test_cli.py::test_plan_of_a_run_of_the_trainer"
+    ),
     **dict.fromkeys(
         (
             "python -m weightcast import path/to/hf checkpoints/megatron",

@@ -161,6 +161,9 @@ def export_(
         f"{out}: {report.num_tensors} tensors, {report.num_bytes} bytes in {report.num_files} files, read back and "
         f"equal ({report.num_resumed} files were there already)"
     )
+    if report.left_out:
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(report.left_out.items()))
+        typer.echo(f"no weights, left out: {kinds}")
 
 
 @app.command()
