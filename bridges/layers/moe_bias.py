@@ -45,6 +45,10 @@ def with_bias_once(linear: type[nn.Module]) -> type[nn.Module]:
 
         def forward(self, *args: Any) -> Any:
             output, bias = super().forward(*args)
+            if not getattr(self, "explicit_expert_comm", True):
+                # A sum over one rank gives its input back, and Megatron adds the bias to it in place, which autograd
+                # refuses.
+                output = output.clone()
             if bias is None or self.has_the_bias:
                 return output, bias
             if isinstance(bias, list):  # one an expert in Transformer Engine's grouped linear

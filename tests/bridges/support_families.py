@@ -18,6 +18,7 @@ import weightcast.bridges  # noqa: F401
 from tests.bridges.parity_job import tokens, write_model  # isort: skip
 from tests.bridges.tiny_dense import write_dense_model  # isort: skip
 from tests.bridges.test_qwen25_vl import gradient_difference, logits_difference  # isort: skip
+from tests.bridges.tiny_gpt_oss import GPT_OSS_MODELS, write_gpt_oss_model  # isort: skip
 from tests.bridges.tiny_mla import write_mla_model  # isort: skip
 from tests.bridges.tiny_qwen25_vl import VL_MODELS, write_vl_model  # isort: skip
 
@@ -65,6 +66,11 @@ def _write_vision(name: str, folder: Path) -> None:
     write_vl_model(name, folder)
 
 
+def _write_gpt_oss(name: str, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    write_gpt_oss_model(name, folder)
+
+
 def _plain(*names: str) -> dict[str, Writer]:
     return {name: partial(_write_plain, name) for name in names}
 
@@ -78,7 +84,7 @@ def _latent(*names: str) -> dict[str, Writer]:
 
 
 _LLAMA = ("llama2", "llama3-tied-one-kv-head", "llama-linear-rope-all-biases")
-_PREDICTION = "tests/bridges/test_mtp.py"
+_KIMI = "tests/bridges/test_kimi.py"
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("Llama 2, 3, 3.1, 3.2, 3.3", "llama", _plain(*_LLAMA) | _dense("llama-yarn")),
@@ -105,7 +111,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek-v2": Family("DeepSeek V2", "deepseek-v2", _latent("deepseek-v2"), kind="experts"),
     "deepseek-v3": Family("DeepSeek V3, R1", "deepseek-v3", _latent("deepseek-v3"), kind="experts"),
     "moonlight": Family("Moonlight", "deepseek-v3", _latent("moonlight"), kind="experts"),
-    "kimi-k2": Family("Kimi K2", "deepseek-v3", {}, elsewhere=_PREDICTION),
+    "kimi-k2": Family("Kimi K2", "deepseek-v3", {}, elsewhere=_KIMI),
     "qwen2.5-vl": Family(
         "Qwen2.5-VL, images and video",
         "qwen2_5_vl",
@@ -114,7 +120,9 @@ FAMILIES: Mapping[str, Family] = {
         logits=logits_difference,
         gradients=gradient_difference,
     ),
-    "gpt-oss": Family("gpt-oss", "gpt-oss", {}, elsewhere="tests/bridges/test_gpt_oss.py"),
+    "gpt-oss": Family(
+        "gpt-oss", "gpt-oss", {name: partial(_write_gpt_oss, name) for name in GPT_OSS_MODELS}, kind="experts"
+    ),
 }
 
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.bridges.drawn_layouts import draw_case
-from tests.bridges.layout_tables import EP, KINDS, PP, TP
+from tests.bridges.layout_tables import EP, ETP, KINDS, PP, TP
+from tests.bridges.parity_models import COMMON, DEFAULT_ROPE, MOE
 from tests.bridges.support import GRADIENT_TOLERANCE, PAGE, read_page, support_page
 from tests.bridges.support_families import FAMILIES, family_of
 from tests.bridges.support_job import Reading, take_readings
 from tests.bridges.test_bits import build, check_export, check_regions, import_one, weights_of
 from tests.ranks import run_ranks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from weightcast.bridges import AutoBridge
 from weightcast.bridges.hf_import import import_weights
@@ -40,6 +41,7 @@ THIN: dict[str, tuple[str, ...]] = {
     "llama3-tied-one-kv-head": ("pp4-E|tt|tt|L", "pp2-vpp3-E-and-L-counted", "pp2-first1", "cp2"),
     "qwen3-moe-tied-unnormalised": ("pp4-E|tt|tt|L", "ep2-tp1-etp2", "cp2-ep2"),
     "deepseek-v3": ("pp2-vpp2", "ep2-tp2-sp-etp2", "cp2-ep2"),
+    "gpt-oss": ("pp2-vpp2", "cp2-ep2"),
 }
 
 
@@ -176,6 +178,49 @@ def test_an_import_reads_the_bytes_it_owns_and_each_byte_once_a_copy(tiny_models
         copies = {spec.name: next(n for word, n in case["copies"].items() if word in spec.name) for spec in specs}
         assert count_reads(ranks, specs) == copies, name
         assert sum(rank["read"] for rank in ranks) == sum(spec.num_bytes * copies[spec.name] for spec in specs), name
+
+
+# Eight heads over four key-value heads: with TP8 two ranks share a key-value head.
+EIGHT_HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+WIDE: dict[str, tuple[dict[str, Any], ...]] = {
+    "llama": ({TP: 8}, {TP: 8, "sequence_parallel": True}),
+    "qwen3-moe": ({EP: 8}, {TP: 4, EP: 8, ETP: 1, "sequence_parallel": True}),
+}
+
+
+def read_wide(out: str) -> list[float]:
+    """Differences of logits in eight-fold layouts; the bits are checked on the way."""
+    from tests.bridges.parity_job import logits_difference, write_expected
+
+    configs: dict[str, Any] = {
+        "llama": LlamaConfig(**COMMON | EIGHT_HEADS | {"tie_word_embeddings": True}, rope_parameters=DEFAULT_ROPE),
+        "qwen3-moe": Qwen3MoeConfig(**MOE | EIGHT_HEADS, num_experts=8, rope_parameters=DEFAULT_ROPE),
+    }
+    differences = []
+    for name, layouts in WIDE.items():
+        folder = Path(out, name)
+        if dist.get_rank() == 0:
+            folder.mkdir()
+            torch.manual_seed(8)
+            write_expected(AutoModelForCausalLM.from_config(configs[name], dtype=torch.float32).eval(), folder)
+        dist.barrier()
+        bridge, checkpoint = AutoBridge.from_hf_pretrained(folder / "model"), open_checkpoint(folder / "model")
+        for sizes in layouts:
+            model = build(bridge, sizes)
+            import_one(bridge, model, checkpoint)
+            check_regions(list(bridge.weight_source(model).held()), checkpoint)
+            check_export(bridge, model, checkpoint)
+            differences.append(logits_difference(folder, [chunk.eval() for chunk in model]))
+            destroy_model_parallel()
+    return differences
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_eight_fold_tensor_and_expert_parallelism_with_fewer_key_value_heads(tmp_path: Path) -> None:
+    ranks = run_ranks(read_wide, 8, str(tmp_path), timeout_s=1000, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert all(rank == ranks[0] for rank in ranks)
+    assert len(ranks[0]) == 4 and max(ranks[0]) <= 1e-5, ranks[0]
 
 
 def move_drawn_bits(out: str, seeds: list[int]) -> list[str]:
