@@ -4,6 +4,7 @@ Which tensors there are and where they lie follows from the rules of the base we
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from weightcast.bridges.auto_weights import BridgeWeights
@@ -14,7 +15,10 @@ from weightcast.bridges.peft.merge import require_merged, show_when_merged
 from weightcast.bridges.peft.plan import build_adapter_plan, require_recipe
 from weightcast.bridges.peft.save import save_adapter
 from weightcast.bridges.plan import Plan
+from weightcast.bridges.rules import Rule
 from weightcast.bridges.shards import Model, unwrap_chunks
+from weightcast.bridges.spellings import find_spelling, respell
+from weightcast.sync.regions import TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,15 @@ class BridgeAdapters(BridgeWeights):
 
     def adapter_plan(self, model: Model) -> Plan:
         """Where each byte of this rank's adapters lies in a PEFT folder. No collective."""
-        return build_adapter_plan(model, self.family.rules(self.hf_config), self.hf_specs())
+        rules, specs = self._base_in_memory()
+        return build_adapter_plan(model, rules, specs)
+
+    def _base_in_memory(self) -> tuple[tuple[Rule, ...], tuple[TensorSpec, ...]]:
+        """The base model's rules and tensors, under the names that PEFT goes by: those of the model in memory."""
+        specs = self.hf_specs()
+        if find_spelling(self.family.spellings, specs) != self.family.in_memory:
+            specs = tuple(replace(spec, name=respell(spec.name, self.family.in_memory)) for spec in specs)
+        return self.rules(specs), specs
 
     def save_hf_adapter(self, model: Model, path: str | Path, base_model: str | None = None) -> None:
         """Write the adapters of `model` as a PEFT folder, which `peft` and vLLM load. Every rank must call it.
@@ -47,7 +59,7 @@ class BridgeAdapters(BridgeWeights):
         """
         name = base_model if base_model is not None else self._source.name if self._source is not None else None
         config = AdapterConfig.of_recipe(require_recipe(model), name)
-        base_names = [spec.name for spec in self.hf_specs()]
+        base_names = [spec.name for spec in self._base_in_memory()[1]]
         save_adapter(self.adapter_plan(model), Path(path).absolute(), config, base_names)
 
     def load_hf_adapter(self, model: Model, path: str | Path) -> None:
@@ -59,7 +71,7 @@ class BridgeAdapters(BridgeWeights):
         `UnsupportedModel`.
         """
         folder = read_adapter(Path(path))
-        rules = self.family.rules(self.hf_config)
+        rules, _ = self._base_in_memory()
         if find_state(model) is None:
             recipe_of_folder(folder, rules, unwrap_chunks(model)[0].config.num_layers).apply(model)
         report = load_adapter(self.adapter_plan(model), folder, require_recipe(model))

@@ -1,7 +1,7 @@
 """What weightcast knows of one family of models: which HF architectures it covers, its rules, its translation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig
 
@@ -23,3 +23,5 @@ class ModelBridge:
     """The provider of the same model; raises UnsupportedModel for what Megatron would compute differently."""
     spellings: tuple[Spelling, ...] = ()
     """Other HF names under which checkpoints of the family exist."""
+    in_memory: Spelling = field(default_factory=dict)
+    """The one of `spellings` that the HF model has in memory, by which PEFT goes; empty for the rules' own names."""

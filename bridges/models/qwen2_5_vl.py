@@ -93,5 +93,10 @@ def rules(hf: PretrainedConfig) -> tuple[Rule, ...]:
 IN_MEMORY = {VISUAL: "model.visual.", "model.": "model.language_model."}
 
 QWEN2_5_VL = ModelBridge(
-    "qwen2_5_vl", ("Qwen2_5_VLForConditionalGeneration",), rules, translate, spellings=(IN_MEMORY,)
+    "qwen2_5_vl",
+    ("Qwen2_5_VLForConditionalGeneration",),
+    rules,
+    translate,
+    spellings=(IN_MEMORY,),
+    in_memory=IN_MEMORY,
 )

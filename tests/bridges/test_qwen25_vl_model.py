@@ -1,12 +1,14 @@
 """Qwen2.5-VL as a model that is trained: copies of the vision tower, ranks without images, precision, frozen parts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from tests.bridges.tiny_qwen25_vl import SEQUENCE, batches, labels_and_mask, write_vl_model
+from tests.bridges.tiny_qwen25_vl import SEQUENCE, batches, labels_and_mask, run_transformers, write_vl_model
 from tests.ranks import run_ranks
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from weightcast.bridges import AutoBridge
 from weightcast.sync.errors import ConfigError
@@ -139,3 +141,42 @@ def call_in_other_ways(folder: str) -> None:
 
 def test_positions_masks_precision_and_frozen_parts(folder: str) -> None:
     run_ranks(call_in_other_ways, 1, folder)
+
+
+def adapt(folder: str, out: str) -> None:
+    """LoRA on a model that sees, saved for PEFT; logits beside it, and the same adapters back in a fresh model."""
+    from safetensors.torch import save_file
+
+    from weightcast.bridges.peft import LoRA
+
+    chunk = build(folder).eval()
+    LoRA(dim=4).apply([chunk])
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        adapters = {name: weight for name, weight in chunk.named_parameters() if "linear_out" in name}
+        for weight in adapters.values():  # they start as zeros, under which nothing shows
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+        logits = chunk(**batches()["images"])
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    bridge.save_hf_adapter([chunk], Path(out, "adapter"))
+    save_file({"logits": logits}, Path(out, "logits.safetensors"))
+
+    fresh = build(folder).eval()
+    bridge.load_hf_adapter([fresh], Path(out, "adapter"))
+    with torch.no_grad():
+        assert torch.equal(fresh(**batches()["images"]), logits)
+
+
+def test_adapters_have_the_names_that_peft_looks_for(folder: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    run_ranks(adapt, 1, folder, str(tmp_path))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    batch = batches()["images"]
+    seen = batch["attention_mask"].bool()
+    with torch.no_grad():
+        plain = run_transformers(model, batch)
+        adapted = run_transformers(PeftModel.from_pretrained(model, tmp_path / "adapter"), batch)
+    logits = load_file(tmp_path / "logits.safetensors")["logits"][..., : plain.shape[-1]]
+    assert (logits - adapted)[seen].abs().max() < 1e-5 < (logits - plain)[seen].abs().max() / 100
