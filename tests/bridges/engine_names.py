@@ -59,6 +59,8 @@ def _attention(provider: GPTModelProvider, prefix: str) -> Iterator[EngineTensor
     yield EngineTensor(f"{name}linear_proj.weight", (hidden, queries), 1)
     if provider.attention_output_bias:
         yield EngineTensor(f"{name}linear_proj.bias", (hidden,))
+    if provider.softmax_type == "learnable":
+        yield EngineTensor(f"{name}core_attention.softmax_offset", (provider.num_attention_heads,), 0)
     if provider.qk_layernorm:
         yield EngineTensor(f"{name}q_layernorm.weight", (size,))
         yield EngineTensor(f"{name}k_layernorm.weight", (size,))
@@ -110,6 +112,10 @@ def _experts(provider: GPTModelProvider, prefix: str) -> Iterator[EngineTensor]:
     experts = f"{name}experts.experts."
     yield EngineTensor(f"{experts}linear_fc1.weight", (number, 2 * size, hidden), 1, halves=True, experts=True)
     yield EngineTensor(f"{experts}linear_fc2.weight", (number, hidden, size), 2, experts=True)
+    if provider.moe_bias:
+        yield EngineTensor(f"{name}router.bias", (number,))
+        yield EngineTensor(f"{experts}linear_fc1.bias", (number, 2 * size), 1, halves=True, experts=True)
+        yield EngineTensor(f"{experts}linear_fc2.bias", (number, hidden), experts=True)
     if shared is not None:
         yield EngineTensor(f"{name}shared_experts.linear_fc1.weight", (2 * shared, hidden), 0, halves=True)
         yield EngineTensor(f"{name}shared_experts.linear_fc2.weight", (hidden, shared), 1)

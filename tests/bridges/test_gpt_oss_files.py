@@ -213,7 +213,9 @@ def test_what_is_not_computed_or_read_is_refused(changes: dict[str, Any], messag
         find_bridge(config).translate(config)
 
 
-@pytest.mark.parametrize(("size", "num_bytes"), [("20b", 41.8e9), ("120b", 233.7e9)])
+@pytest.mark.parametrize(
+    ("size", "num_bytes"), [("20b", 41.8e9), pytest.param("120b", 233.7e9, marks=pytest.mark.long)]
+)
 def test_models_of_full_size_are_planned_expert_by_expert(size: str, num_bytes: float, tmp_path: Path) -> None:
     layout = Layout(tensor=2, pipeline=2, expert=4, world_size=16)
     run = plan_layout(published(tmp_path, size), layout)
