@@ -111,6 +111,12 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek-v2": Family("DeepSeek V2", "deepseek-v2", _latent("deepseek-v2"), kind="experts"),
     "deepseek-v3": Family("DeepSeek V3, R1", "deepseek-v3", _latent("deepseek-v3"), kind="experts"),
     "moonlight": Family("Moonlight", "deepseek-v3", _latent("moonlight"), kind="experts"),
+    "prediction": Family(
+        "DeepSeek V3, R1, GLM-4.5: multi-token prediction",
+        "deepseek-v3",
+        {},
+        elsewhere="tests/bridges/test_mtp.py",
+    ),
     "kimi-k2": Family("Kimi K2", "deepseek-v3", {}, elsewhere=_KIMI),
     "qwen2.5-vl": Family(
         "Qwen2.5-VL, images and video",
