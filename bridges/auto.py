@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 
 from weightcast.bridges import one_call
 from weightcast.bridges.auto_adapters import BridgeAdapters
+from weightcast.bridges.hf_config import as_native
 from weightcast.bridges.hf_options import read_options
 from weightcast.bridges.hf_source import HFSource
 from weightcast.bridges.megatron_checkpoint import load_checkpoint, save_checkpoint
@@ -58,7 +59,7 @@ class AutoBridge(BridgeAdapters):
     @classmethod
     def from_hf_config(cls, config: PretrainedConfig, *, bridges: Sequence[ModelBridge] = ()) -> "AutoBridge":
         """The bridge of a configuration alone, without weights. Raises `UnsupportedModel`."""
-        return cls(config, find_bridge(config, (*bridges, *BUILT_IN)))
+        return cls(as_native(config), find_bridge(config, (*bridges, *BUILT_IN)))
 
     @classmethod
     def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
@@ -104,11 +105,12 @@ class AutoBridge(BridgeAdapters):
             raise ConfigError(
                 "a bridge made by from_hf_config has no weights to load; pass load_weights=False, or hf_path"
             )
-        provider = self.family.translate(self.hf_config)
+        bridge = self.at(hf_path)
+        provider = bridge.family.translate(bridge.hf_config)
         if self._dtype is not None:
             provider.set_dtype(self._dtype)
         if load_weights:
-            provider.register_pre_wrap_hook(partial(self.load_hf_weights, hf_path=hf_path))
+            provider.register_pre_wrap_hook(bridge.load_hf_weights)
         return provider
 
     def to_megatron_model(

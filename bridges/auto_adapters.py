@@ -40,7 +40,7 @@ class BridgeAdapters(BridgeWeights):
 
     def adapter_plan(self, model: Model) -> Plan:
         """Where each byte of this rank's adapters lies in a PEFT folder. No collective."""
-        rules, specs = self._base_in_memory()
+        rules, specs = self.of_model(model)._base_in_memory()
         return build_adapter_plan(model, rules, specs)
 
     def _base_in_memory(self) -> tuple[tuple[Rule, ...], tuple[TensorSpec, ...]]:
@@ -71,7 +71,7 @@ class BridgeAdapters(BridgeWeights):
         `UnsupportedModel`.
         """
         folder = read_adapter(Path(path))
-        rules, _ = self._base_in_memory()
+        rules, _ = self.of_model(model)._base_in_memory()
         if find_state(model) is None:
             recipe_of_folder(folder, rules, unwrap_chunks(model)[0].config.num_layers).apply(model)
         report = load_adapter(self.adapter_plan(model), folder, require_recipe(model))

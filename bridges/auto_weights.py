@@ -3,10 +3,12 @@
 Each method lays the family's rules over the model (a plan) and hands it to import, export, saving or streaming.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from transformers import PretrainedConfig
@@ -20,10 +22,11 @@ from weightcast.bridges.hf_import import import_weights
 from weightcast.bridges.hf_options import read_dtype
 from weightcast.bridges.hf_source import HFSource, specs_of_config, write_companions
 from weightcast.bridges.models.bridge import ModelBridge
+from weightcast.bridges.models.prediction import agree, as_stored, num_prediction_layers, with_prediction_layers
 from weightcast.bridges.plan import Plan, WeightConversionTask, build_plan
 from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.rules import Rule, Tied
-from weightcast.bridges.shards import Model
+from weightcast.bridges.shards import Model, unwrap_chunks
 from weightcast.bridges.source import PlanSource
 from weightcast.bridges.spellings import find_spelling, respell, respell_rule
 from weightcast.sync.checkpoint_files import CheckpointFiles, check_tensors, has_weights, open_checkpoint
@@ -43,10 +46,35 @@ class BridgeWeights:
         source: HFSource | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.hf_config = hf_config
+        self._read_config = hf_config
+        self._stored_config = stored_config(hf_config, family, source)
+        self.hf_config = self._stored_config
         self.family = family
         self._source = source
         self._dtype = dtype
+
+    def at(self, hf_path: str | Path | None) -> Self:
+        """The bridge of the same model with the weights of `hf_path`; itself for `None`."""
+        if hf_path is None:
+            return self
+        return type(self)(self._read_config, self.family, self._find_source(hf_path), self._dtype)
+
+    def with_prediction_layers(self, count: int) -> Self:
+        """The bridge of the same model with `count` layers for multi-token prediction, whatever is stored.
+
+        Itself where it has as many, and of a family that stores none.
+        """
+        if not self.family.prediction_layers or count == num_prediction_layers(self.hf_config):
+            return self
+        bridge = copy.copy(self)
+        bridge.hf_config = with_prediction_layers(self.hf_config, count)
+        return bridge
+
+    def of_model(self, model: Model) -> Self:
+        """The bridge with as many layers for multi-token prediction as this rank's `model` was configured with."""
+        if not self.family.prediction_layers:
+            return self
+        return self.with_prediction_layers(unwrap_chunks(model)[0].config.mtp_num_layers or 0)
 
     def load_hf_weights(self, model: Model, hf_path: str | Path | None = None) -> None:
         """Fill this rank's part of `model` from the safetensors of `hf_path`, by default the bridge's own folder.
@@ -54,19 +82,24 @@ class BridgeWeights:
         Each rank reads its own regions and no more; no collective. The whole checkpoint is checked before the first
         parameter is written. Raises `CheckpointMismatch`, `UnmappedTensor`.
         """
-        checkpoint = self.hf_checkpoint(hf_path)
-        report = import_weights(build_plan(model, self.rules(checkpoint.specs), checkpoint.specs), checkpoint)
+        bridge = self.at(hf_path).of_model(model)
+        checkpoint = bridge.hf_checkpoint()
+        report = import_weights(build_plan(model, bridge.rules(checkpoint.specs), checkpoint.specs), checkpoint)
         logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, checkpoint.folder)
 
     def hf_checkpoint(self, hf_path: str | Path | None = None) -> CheckpointFiles:
         """The safetensors of `hf_path`, by default the bridge's own; `CheckpointMismatch` unless as configured."""
-        checkpoint = self._open(self._find_source(hf_path).folder())
-        rules = self.rules(checkpoint.specs)
-        copies = [rule.copy for rule in rules if isinstance(rule, Tied) and rule.copy is not None]
+        if hf_path is not None:
+            return self.at(hf_path).hf_checkpoint()
+        checkpoint = self._open(self._find_source(None).folder())
+        # Stored prediction layers that the model does without are checked as well, and then passed over.
+        fuller = self.with_prediction_layers(max(map(num_prediction_layers, (self._stored_config, self.hf_config))))
+        rules = fuller.rules(checkpoint.specs)
+        copies = {rule.copy for rule in rules if isinstance(rule, Tied) and rule.copy is not None}
         spelling = find_spelling(self.family.spellings, checkpoint.specs)
-        wanted = [replace(spec, name=respell(spec.name, spelling)) for spec in specs_of_config(self.hf_config)]
-        check_tensors(checkpoint, wanted, optional=copies)
-        return checkpoint
+        wanted = [replace(spec, name=respell(spec.name, spelling)) for spec in fuller.specs_of_config()]
+        check_tensors(checkpoint, [spec for spec in wanted if spec.name not in copies], optional=copies)
+        return replace(checkpoint, specs=agree(checkpoint.specs, self._stored_config, self.hf_config))
 
     def rules(self, specs: Sequence[TensorSpec]) -> tuple[Rule, ...]:
         """The family's rules for this configuration, under the names of a checkpoint of the tensors `specs`."""
@@ -75,8 +108,9 @@ class BridgeWeights:
 
     def plan(self, model: Model, hf_path: str | Path | None = None) -> Plan:
         """Where each byte of this rank's part of `model` lies in the HF model. No collective."""
-        specs = self.hf_specs(hf_path)
-        return build_plan(model, self.rules(specs), specs)
+        bridge = self.at(hf_path).of_model(model)
+        specs = bridge.hf_specs()
+        return build_plan(model, bridge.rules(specs), specs)
 
     def weight_source(self, model: Model, *, dtype: torch.dtype | None = None) -> PlanSource:
         """This rank's part of `model` as a source for a `WeightPublisher`, over the live parameters. No collective.
@@ -153,11 +187,20 @@ class BridgeWeights:
 
     def hf_specs(self, hf_path: str | Path | None = None) -> tuple[TensorSpec, ...]:
         """The tensors of the checkpoint, or of the configuration where there is no checkpoint."""
-        if hf_path is not None or self._source is not None:
-            folder = self._find_source(hf_path).folder()
+        if hf_path is not None:
+            return self.at(hf_path).hf_specs()
+        if self._source is not None:
+            folder = self._source.folder()
             if has_weights(folder):
-                return self._open(folder).specs
-        return specs_of_config(self.hf_config)
+                return agree(self._open(folder).specs, self._stored_config, self.hf_config)
+        return self.specs_of_config()
+
+    def specs_of_config(self) -> tuple[TensorSpec, ...]:
+        """The tensors of a checkpoint of the configuration, those of layers for multi-token prediction included."""
+        specs = specs_of_config(self.hf_config)
+        if not self.family.prediction_layers:
+            return specs
+        return agree(specs, with_prediction_layers(self.hf_config, 0), self.hf_config)
 
     def _open(self, folder: Path) -> CheckpointFiles:
         """The checkpoint's weights; those stored as FP8 codes are decoded to the configuration's dtype."""
@@ -183,3 +226,14 @@ class BridgeWeights:
         if self._source is None:
             raise ConfigError("a bridge made by from_hf_config has no weights of its own; pass hf_path")
         return self._source
+
+
+def stored_config(config: PretrainedConfig, family: ModelBridge, source: HFSource | None) -> PretrainedConfig:
+    """`config` without layers for multi-token prediction where `source` has weights, and none of theirs."""
+    if source is None or not family.prediction_layers or num_prediction_layers(config) == 0:
+        return config
+    names = source.tensor_names()
+    stored = config if names is None else as_stored(config, names)
+    if stored is not config:
+        logger.info("%s has no layers for multi-token prediction; the model is built without them", source.name)
+    return stored

@@ -50,6 +50,7 @@ def check_copy(reader: RegionReader, checkpoint: CheckpointFiles, copy: Region, 
     theirs = reader.read(Region(original, copy.offset, copy.shape)).contiguous().view(torch.uint8)
     if not torch.equal(ours, theirs):
         raise CheckpointMismatch(
-            f"{copy.name} in {checkpoint.files[copy.name]} differs from {original}, although the configuration ties "
-            "them (tie_word_embeddings); set it to false in config.json, or remove the copy from the checkpoint"
+            f"{copy.name} in {checkpoint.files[copy.name]} differs from {original}, although the model has but one of "
+            "them (tie_word_embeddings, or a layer for multi-token prediction, which shares it); remove the copy from "
+            "the checkpoint, or set tie_word_embeddings to false in config.json if they are not tied"
         )

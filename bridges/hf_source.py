@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from weightcast.bridges.config_quantization import FIELD as QUANTIZATION_FIELD
 from weightcast.bridges.config_quantization import unnamed_dtype
+from weightcast.bridges.hf_config import read_config
+from weightcast.sync.checkpoint_files import INDEX_FILE, SINGLE_FILE, has_weights, open_checkpoint
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import TensorSpec, dtype_name
 
@@ -71,9 +73,32 @@ class HFSource:
         if self.is_folder and not (Path(self.name) / CONFIG_FILE).is_file():
             raise ConfigError(f"{self.name} has no {CONFIG_FILE}; give a folder that save_pretrained wrote")
         try:
-            return AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code, **self.hub_options)
+            return read_config(self.name, trust_remote_code=trust_remote_code, **self.hub_options)
         except (ValueError, KeyError) as error:
             raise ConfigError(f"transformers cannot read the {CONFIG_FILE} of {self.name}: {error}") from error
+
+    def tensor_names(self) -> frozenset[str] | None:
+        """Names of the tensors in the safetensors files, factors of codes included; `None` where there are no files.
+
+        Of a repository only the index is downloaded, or the only file. Raises `CheckpointMismatch`.
+        """
+        if self.is_folder:
+            folder = Path(self.name)
+            return frozenset(open_checkpoint(folder).files) if has_weights(folder) else None
+        index = self._download(INDEX_FILE)
+        if index is not None:
+            return frozenset(json.loads(index.read_text())["weight_map"])
+        only = self._download(SINGLE_FILE)
+        return None if only is None else frozenset(open_checkpoint(only.parent).files)
+
+    def _download(self, file: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.name, file, **self.hub_options))
+        except EntryNotFoundError:
+            return None
 
     def folder(self) -> Path:
         """A folder with all files, downloaded to the hub's cache where the source is a repository."""

@@ -36,6 +36,8 @@ from weightcast.sync.regions import HeldRegion, TensorSpec
 _LAYER = re.compile(r"(?:.*?\.)?layers\.\d+(?=\.)")
 # Keys that live on the first pipeline stage; keys without a layer number are otherwise on the last one.
 _FIRST_STAGE_PREFIXES = ("embedding.", "language_model.embedding.", "visual.")
+# With layers for multi-token prediction, the final norm is on the stage of the last layer, which may be one before.
+_DECODER_PREFIX = "decoder."
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,8 @@ def _belongs_here(key: str, stages: Stages, layers: set[str]) -> bool:
     layer = _layer_of(key)
     if layer is not None:
         return layer in layers
+    if key.startswith(_DECODER_PREFIX) and not any(layer.startswith(_DECODER_PREFIX) for layer in layers):
+        return False
     return stages.first if key.startswith(_FIRST_STAGE_PREFIXES) else stages.last
 
 

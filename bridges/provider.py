@@ -99,6 +99,9 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     final_logit_softcapping: float | None = None
     """Logits are squeezed into (-cap, cap) (Gemma 2)."""
 
+    mtp_num_layers: int | None = None
+    """Layers for multi-token prediction; `None` builds none of those that the checkpoint has."""
+
     seed: int = 1234
     """Seed of the initial weights and of dropout."""
     pre_wrap_hooks: _Hooks = field(default_factory=_Hooks, repr=False)
@@ -123,6 +126,7 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         spell_whole_graphs(self)
         if not has_cuda():
             self.use_cpu_initialization = True
+        self.mtp_num_layers = self.mtp_num_layers or None  # Megatron 0.16 takes 0 for some
         if self.virtual_pipeline_model_parallel_size is not None:
             # Without overlap one batch holds several sends between the same two ranks when PP is 2, and they are
             # mixed up: Megatron-LM refuses that, Megatron-Core computes another loss.

@@ -5,9 +5,8 @@ bridge = open_bridge("configs/llama-3-70b/config.json")
 
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from weightcast.bridges.auto import AutoBridge
+from weightcast.bridges.hf_config import read_config
 from weightcast.sync.errors import ConfigError
 
 
@@ -17,7 +16,7 @@ def open_bridge(model: str | Path) -> AutoBridge:
     if not path.is_file():
         return AutoBridge.from_hf_pretrained(model)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = read_config(path)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(
             f"transformers cannot read {path} as a configuration: {error}; give a config.json, or a folder that has one"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from weightcast.bridges.auto import AutoBridge
+from weightcast.bridges.models.prediction import count_megatron_layers
 from weightcast.bridges.pieces import Piece, map_shard
 from weightcast.bridges.provider import GPTModelProvider
 from weightcast.bridges.rule_table import RuleTable
@@ -51,6 +52,7 @@ class MappedCheckpoint:
     @staticmethod
     def make(bridge: AutoBridge, checkpoint: DistCheckpoint) -> "MappedCheckpoint":
         """Raises `UnmappedTensor` when the checkpoint is not of the bridge's model, by the first name."""
+        bridge = bridge.with_prediction_layers(count_megatron_layers(checkpoint.specs))
         specs = bridge.hf_specs()
         table = table_of(bridge, specs)
         stored = {key: found for key in table.rules if (found := _find(key, checkpoint)) is not None}

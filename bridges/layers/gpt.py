@@ -6,8 +6,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import nn
 
+from weightcast.bridges.layers.mtp import PredictingGPTModel
 from weightcast.bridges.layers.rope import RopeEmbedding, RopePerKindOfLayer
-from weightcast.bridges.layers.specs import block_spec
+from weightcast.bridges.layers.specs import block_spec, prediction_spec
 
 if TYPE_CHECKING:
     from weightcast.bridges.provider import GPTModelProvider
@@ -64,8 +65,10 @@ def build_gpt(provider: "GPTModelProvider", pre_process: bool, post_process: boo
 
     Every rank of a tied model calls it in the same order: Megatron sums the two copies of a tied embedding.
     """
-    model = GPTModel(
+    prediction = prediction_spec(provider, vp_stage)
+    model = (PredictingGPTModel if provider.mtp_num_layers else GPTModel)(
         config=provider,
+        mtp_block_spec=prediction,
         transformer_layer_spec=block_spec(provider, vp_stage),
         vocab_size=provider.padded_vocab_size,
         max_sequence_length=provider.seq_length,
@@ -82,7 +85,7 @@ def build_gpt(provider: "GPTModelProvider", pre_process: bool, post_process: boo
     )
     if provider.position_embedding_type == "rope":
         model.rotary_pos_emb = rope_module(provider, model.pg_collection.cp)
-    if pre_process and provider.embedding_scale is not None:
+    if (pre_process or prediction is not None) and provider.embedding_scale is not None:
         scale_output(model.embedding, provider.embedding_scale)
     if post_process and provider.final_logit_softcapping is not None:
         softcap_logits(model.output_layer, provider.final_logit_softcapping)  # before the padding is masked

@@ -19,6 +19,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -32,11 +33,11 @@ from weightcast.bridges.layers.linears import with_bias, with_post_norm
 from weightcast.bridges.layers.mla import latent_attention
 from weightcast.bridges.layers.moe import expert_layers, expert_mlp, with_quiet_shared_experts
 from weightcast.bridges.layers.moe_bias import with_expert_biases
+from weightcast.bridges.layers.mtp import prediction_block
 from weightcast.bridges.layers.norms import norm_class
 from weightcast.bridges.layers.rope import RopePerLayerAttention
 from weightcast.bridges.layers.spec_parts import submodules_of, with_parts
 from weightcast.bridges.runtime import has_transformer_engine
-from weightcast.sync.errors import ConfigError
 
 
 class SdpaSpecProvider(LocalSpecProvider):  # type: ignore[misc]
@@ -158,12 +159,7 @@ def layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
 
 
 def layer_specs(config: TransformerConfig) -> list[ModuleSpec]:
-    """The specs of all layers of the model, in order. Raises ConfigError for kinds of layers not known here."""
-    if config.mtp_num_layers:
-        raise ConfigError(
-            f"mtp_num_layers={config.mtp_num_layers!r} is not supported: multi-token prediction layers are not built "
-            "here; unset it"
-        )
+    """The specs of all layers of the model, in order."""
     pattern = expert_layers(config)
     specs = {has_experts: layer_spec(config, has_experts) for has_experts in set(pattern)}
     return [specs[has_experts] for has_experts in pattern]
@@ -179,3 +175,10 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
         here = layers[offset : offset + get_num_layers_to_build(config, vp_stage=vp_stage)]
     return TransformerBlockSubmodules(layer_specs=here, layer_norm=final_norm(config))
+
+
+def prediction_spec(
+    config: TransformerConfig, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The layers for multi-token prediction of this pipeline stage, of the kind of the model's last one, or None."""
+    return prediction_block(config, layer_specs(config)[-1], final_norm(config), vp_stage)

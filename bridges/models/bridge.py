@@ -25,3 +25,5 @@ class ModelBridge:
     """Other HF names under which checkpoints of the family exist."""
     in_memory: Spelling = field(default_factory=dict)
     """The one of `spellings` that the HF model has in memory, by which PEFT goes; empty for the rules' own names."""
+    prediction_layers: bool = False
+    """Checkpoints may hold layers for multi-token prediction, as `models.prediction` says."""

@@ -20,6 +20,7 @@ from weightcast.bridges.config_refusals import refuse, require_absent
 from weightcast.bridges.models import tables
 from weightcast.bridges.models.bridge import ModelBridge
 from weightcast.bridges.models.deepseek_tables import latent_attention
+from weightcast.bridges.models.prediction import num_prediction_layers, prediction_layers
 from weightcast.bridges.provider_mla import MLAModelProvider
 from weightcast.bridges.rules import Rule
 
@@ -80,7 +81,7 @@ def _translator(router_fields: Callable[[PretrainedConfig], Fields]) -> Callable
             **latent_attention_fields(hf)
             | experts
             | (router_fields(hf) if experts else {})
-            | {"activation_func": activation(hf)}
+            | {"activation_func": activation(hf), "mtp_num_layers": num_prediction_layers(hf) or None}
         )
 
     return translate
@@ -88,11 +89,13 @@ def _translator(router_fields: Callable[[PretrainedConfig], Fields]) -> Callable
 
 def _rules(hf: PretrainedConfig, router: tuple[Rule, ...]) -> tuple[Rule, ...]:
     shared = tables.shared_experts() if hf.n_shared_experts else ()
+    sparse = router + tables.experts(hf.n_routed_experts) + shared
     return (
         tables.EMBEDDING_AND_FINAL_NORM
         + latent_attention(hf)
-        + tables.dense_or_experts(_has_experts(hf), router + tables.experts(hf.n_routed_experts) + shared)
+        + tables.dense_or_experts(_has_experts(hf), sparse)
         + tables.output(hf)
+        + prediction_layers(hf, latent_attention(hf) + tables.mlp(_has_experts(hf)[-1], sparse))
     )
 
 
@@ -107,5 +110,7 @@ def v3_rules(hf: PretrainedConfig) -> tuple[Rule, ...]:
 
 
 DEEPSEEK_V2 = ModelBridge("deepseek-v2", ("DeepseekV2ForCausalLM",), v2_rules, _translator(_v2_router_fields))
-# Kimi K2's own configuration names its class and model type, and has V3's fields.
-DEEPSEEK_V3 = ModelBridge("deepseek-v3", ("DeepseekV3ForCausalLM",), v3_rules, _translator(_v3_router_fields))
+# Kimi K2's configuration names this class, and has V3's fields under a type of its own (`hf_config.SAME_FIELDS`).
+DEEPSEEK_V3 = ModelBridge(
+    "deepseek-v3", ("DeepseekV3ForCausalLM",), v3_rules, _translator(_v3_router_fields), prediction_layers=True
+)

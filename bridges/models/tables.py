@@ -123,9 +123,13 @@ def under(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
     return tuple(replace(rule, megatron=prefix + rule.megatron) for rule in rules)  # type: ignore[type-var]
 
 
+def mlp(has_experts: bool, sparse: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The MLP of a layer with the norm before it: `sparse` where it has experts, else a dense one."""
+    return (*PRE_MLP_NORM, *sparse) if has_experts else DENSE_MLP_NORM + GATED_MLP
+
+
 def dense_or_experts(has_experts: Sequence[bool], sparse: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The MLPs of all layers with the norms before them: `sparse` where a layer has experts, a dense one elsewhere."""
-    layers = range(len(has_experts))
-    return at_layers(DENSE_MLP_NORM + GATED_MLP, (layer for layer in layers if not has_experts[layer])) + at_layers(
-        (*PRE_MLP_NORM, *sparse), (layer for layer in layers if has_experts[layer])
-    )
+    """The MLPs of all layers, as `mlp` gives them."""
+    sparse, layers = tuple(sparse), range(len(has_experts))
+    dense = at_layers(mlp(False, sparse), (layer for layer in layers if not has_experts[layer]))
+    return dense + at_layers(mlp(True, sparse), (layer for layer in layers if has_experts[layer]))

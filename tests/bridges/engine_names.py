@@ -2,8 +2,8 @@
 
 Its layers cannot be built here, so this is a table: key, global shape, and the axis that tensor parallelism cuts. It
 follows `get_gpt_layer_with_transformer_engine_spec` (models/gpt/gpt_layer_specs.py), the classes of
-extensions/transformer_engine.py (a norm is `layer_norm_weight` of the linear behind it) and `TEGroupedMLP`
-(transformer/moe/experts.py: all experts of a layer under the key of one).
+extensions/transformer_engine.py (a norm is `layer_norm_weight` of the linear behind it), `TEGroupedMLP`
+(transformer/moe/experts.py: all experts of a layer under the key of one) and transformer/multi_token_prediction.py.
 
     for tensor in engine_tensors(provider):
         print(tensor.key, tensor.shape, tensor.axis)
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightcast.bridges.layers.moe import expert_layers
+from weightcast.bridges.layers.mtp import INNER_LAYER
 from weightcast.bridges.provider import GPTModelProvider
 
 
@@ -39,12 +40,21 @@ def engine_tensors(provider: GPTModelProvider) -> list[EngineTensor]:
     tensors.append(EngineTensor("decoder.final_layernorm.weight", (hidden,)))
     if not provider.share_embeddings_and_output_weights:
         tensors.append(EngineTensor("output_layer.weight", (rows, hidden), 0))
-    for layer, has_experts in enumerate(expert_layers(provider)):
-        prefix = f"decoder.layers.{layer}."
-        latent = provider.multi_latent_attention
-        tensors += _latent_attention(provider, prefix) if latent else _attention(provider, prefix)
-        tensors += _experts(provider, prefix) if has_experts else _dense(provider, f"{prefix}mlp.")
+    pattern = expert_layers(provider)
+    for layer, has_experts in enumerate(pattern):
+        tensors += _layer(provider, f"decoder.layers.{layer}.", has_experts)
+    for number in range(provider.mtp_num_layers or 0):
+        prefix = f"mtp.layers.{number}."
+        tensors += [EngineTensor(f"{prefix}{norm}.weight", (hidden,)) for norm in ("enorm", "hnorm", "final_layernorm")]
+        tensors.append(EngineTensor(f"{prefix}eh_proj.weight", (hidden, 2 * hidden), 0))
+        tensors += _layer(provider, f"{prefix}{INNER_LAYER}.", pattern[-1])
     return tensors
+
+
+def _layer(provider: GPTModelProvider, prefix: str, has_experts: bool) -> list[EngineTensor]:
+    attention = _latent_attention if provider.multi_latent_attention else _attention
+    mlp = _experts(provider, prefix) if has_experts else _dense(provider, f"{prefix}mlp.")
+    return [*attention(provider, prefix), *mlp]
 
 
 def _attention(provider: GPTModelProvider, prefix: str) -> Iterator[EngineTensor]:

@@ -35,15 +35,14 @@ from tests.bridges.parity_models import (
     SABOTAGE,
 )
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from weightcast.bridges import AutoBridge
 from weightcast.bridges.hf_import import import_weights
 from weightcast.bridges.layers.context_parallel import positions_of_all
-from weightcast.bridges.models.registry import find_bridge
-from weightcast.bridges.plan import Plan, build_plan
+from weightcast.bridges.plan import Plan
 from weightcast.bridges.process_groups import destroy_distributed, destroy_model_parallel, initialize_distributed
 from weightcast.bridges.provider import GPTModelProvider
-from weightcast.sync.checkpoint_files import open_checkpoint
 
 NUM_MICROBATCHES, MICRO_BATCH, SEQUENCE = 2, 2, 24
 ROUTER_BIAS = "e_score_correction_bias"  # a buffer, which Megatron moves by itself after each step
@@ -81,16 +80,14 @@ def write_expected(model: Any, folder: Path) -> None:
 
 def build(folder: Path, settings: dict[str, Any], with_ddp: bool = False) -> tuple[GPTModelProvider, list[Any], Plan]:
     """The provider and this rank's part of the model, with the checkpoint's weights."""
-    checkpoint = open_checkpoint(folder / "model")
-    hf_config = AutoConfig.from_pretrained(folder / "model")
-    bridge = find_bridge(hf_config)
-    provider = bridge.translate(hf_config)
+    bridge = AutoBridge.from_hf_pretrained(folder / "model")
+    provider = bridge.to_megatron_provider(load_weights=False)
     for name, value in settings.items():
         assert hasattr(provider, name), name
         setattr(provider, name, value)
     model = provider.provide_distributed_model(wrap_with_ddp=with_ddp)
-    plan = build_plan(model, bridge.rules(hf_config), tuple(checkpoint.specs))
-    import_weights(plan, checkpoint)
+    plan = bridge.plan(model)
+    import_weights(plan, bridge.hf_checkpoint())
     return provider, [chunk.eval() for chunk in model], plan
 
 

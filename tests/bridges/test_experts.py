@@ -31,7 +31,12 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-GLM: dict[str, Any] = SIZES | {"n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 24}
+GLM: dict[str, Any] = SIZES | {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "num_nextn_predict_layers": 0,
+}
 CONFIGURATIONS: dict[str, Any] = {
     "Qwen3MoeForCausalLM": lambda **fields: Qwen3MoeConfig(
         **SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24} | fields

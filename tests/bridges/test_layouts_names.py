@@ -14,6 +14,7 @@ from tests.bridges.support_families import FAMILIES
 from tests.bridges.tiny_dense import DENSE_MODELS
 from tests.bridges.tiny_gpt_oss import GPT_OSS_MODELS
 from tests.bridges.tiny_mla import MLA_MODELS
+from tests.bridges.tiny_mtp import MTP_MODELS
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -29,9 +30,9 @@ from weightcast.sync.regions import Region, find_tiling_fault
 # Megatron's own call, for latent attention without a latent of queries.
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
 
-CONFIGURATIONS = MODELS | MOE_MODELS | DENSE_MODELS | MLA_MODELS | GPT_OSS_MODELS
+CONFIGURATIONS = MODELS | MOE_MODELS | DENSE_MODELS | MLA_MODELS | GPT_OSS_MODELS | MTP_MODELS
 COMPARED = [name for family in FAMILIES.values() for name in family.models if name in CONFIGURATIONS]
-COMPARED += GPT_OSS_MODELS  # whose family is compared elsewhere
+COMPARED += [*GPT_OSS_MODELS, *MTP_MODELS]  # which are compared elsewhere
 
 
 def read_config(model: str) -> PretrainedConfig:

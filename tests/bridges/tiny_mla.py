@@ -75,6 +75,12 @@ MLA_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+def kimi_k2() -> PretrainedConfig:
+    """With the one group and the YaRN of Kimi K2, both of whose betas are 1."""
+    yarn = YARN | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    return _v3(**ONE_GROUP | {"routed_scaling_factor": 2.827}, q_lora_rank=24, rope_parameters=yarn)
+
+
 def make_mla_model(name: str) -> PreTrainedModel:
     """The random model in fp32, with nothing left at the constants that a new model starts with."""
     torch.manual_seed(len(name))
