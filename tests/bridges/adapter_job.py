@@ -36,24 +36,29 @@ def logits_difference(provider: Any, model: list[Any], expected: torch.Tensor) -
     return largest_on_any_rank(difference)
 
 
-def gradient_difference(bridge: AutoBridge, provider: Any, model: list[Any], folder: Path) -> float:
-    """The largest difference of the loss, and of an adapter's gradient in relation to the largest of its tensor.
-
-    Gradients are laid where the parameters are, so that the plan says which are whose. An A that several HF modules
-    share has the sum of theirs.
-    """
+def run_backward(provider: Any, model: list[Any]) -> list[Any]:
+    """Megatron's schedule; gradients are laid where the parameters are, so that the plan says which are whose."""
     provider.finalize_model_grads_func = finalize_model_grads
     outputs = run_schedule(loss_step, model, forward_only=False)
-    differences = [0.0]
-    if outputs:
-        expected_loss = load_file(folder / "expected.safetensors")["loss"]
-        loss = torch.stack([output["loss"] for output in outputs]).mean()
-        differences.append((loss - expected_loss).abs().item())
     for chunk in model:
         for parameter in chunk.parameters():
             assert parameter.requires_grad == hasattr(parameter, "main_grad")
             if parameter.requires_grad:
                 parameter.data.copy_(parameter.main_grad)
+    return outputs
+
+
+def gradient_difference(bridge: AutoBridge, provider: Any, model: list[Any], folder: Path) -> float:
+    """The largest difference of the loss, and of an adapter's gradient in relation to the largest of its tensor.
+
+    An A that several HF modules share has the sum of their gradients.
+    """
+    outputs = run_backward(provider, model)
+    differences = [0.0]
+    if outputs:
+        expected_loss = load_file(folder / "expected.safetensors")["loss"]
+        loss = torch.stack([output["loss"] for output in outputs]).mean()
+        differences.append((loss - expected_loss).abs().item())
     gradients = load_file(folder / "gradients" / "adapter_model.safetensors")
     for task in bridge.adapter_plan(model).tasks:
         for held in task.held:
