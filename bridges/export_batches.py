@@ -4,19 +4,18 @@ All of it follows from who holds what and who wants it, so every rank computes t
 A region that every receiver holds itself does not travel at all; of the others each has one sender, a receiver if one
 holds it, and otherwise the holder with the least to send so far.
 
-A batch of B bytes costs a rank its own stream and a slot, then a slot and twice the joined slots (the backend's or our
-own copy), then the joined slots and a tensor with the parts of it that lie apart: at most three times B, or twice with
-one receiver, which needs no slots. So B is that part of the limit. A tensor that is larger than B comes in pieces of
-less: whatever it leaves free of the limit, and at least a quarter of the limit. Beside what the caller keeps,
+A batch of B bytes costs a rank one buffer of B, where everybody's parcels come to lie side by side, and a tensor of at
+most B that is being made of them. So B is half the limit. A tensor that is larger comes in pieces, in a smaller buffer
+of their own: of what it leaves free of the limit, and at least a quarter of the limit. Beside what the caller keeps,
 
     bytes in flight on any rank <= max(limit, largest tensor + limit / 4)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from weightcast.bridges.parcels import Parcel
-from weightcast.bridges.stream_slices import ALIGNMENT_BYTES, Slices, round_up, slice_streams
+from weightcast.bridges.parcels import Parcel, round_up
 from weightcast.sync.assignment import assign_regions
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import Region, TensorSpec
@@ -26,10 +25,9 @@ MIN_IN_FLIGHT_BYTES = 64 * 2**10
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A region, the rank that sends it, and where it starts in that rank's stream."""
+    """A region, and where it starts in the buffer of a receiver."""
 
     region: Region
-    source: int
     start_bytes: int
 
 
@@ -37,21 +35,34 @@ class Place:
 class Batch:
     """Whole tensors, or a part of a single one."""
 
+    receivers: tuple[int, ...]
     specs: tuple[TensorSpec, ...]
     local: Mapping[str, tuple[Region, ...]]
     """By tensor, regions that every receiver takes from itself."""
     parcels: Mapping[int, Parcel]
-    """By rank, what it sends."""
-    slices: Slices
+    """By rank, what it sends to every receiver."""
+    piece_of: str | None = None
+    """The tensor that this is only a part of."""
     completes: bool = True
-    """False for a part of a tensor that is not the last one."""
+    """False for a part that is not the last one."""
+
+    @property
+    def num_bytes(self) -> int:
+        """All parcels together."""
+        return sum(parcel.num_bytes for parcel in self.parcels.values())
+
+    def starts_bytes(self) -> dict[int, int]:
+        """Where each rank's parcel starts in the buffer of a receiver: one after the other, by rank."""
+        sizes = [parcel.num_bytes for parcel in self.parcels.values()]
+        return dict(zip(self.parcels, accumulate(sizes, initial=0), strict=False))
 
     def places(self) -> dict[str, list[Place]]:
         """The regions that travel, by tensor."""
         found: dict[str, list[Place]] = {spec.name: [] for spec in self.specs}
-        for source, parcel in self.parcels.items():
+        for source, first_bytes in self.starts_bytes().items():
+            parcel = self.parcels[source]
             for region, start_bytes in zip(parcel.regions, parcel.starts_bytes, strict=True):
-                found[region.name].append(Place(region, source, start_bytes))
+                found[region.name].append(Place(region, first_bytes + start_bytes))
         return found
 
 
@@ -64,7 +75,14 @@ class _Planner:
     holders: dict[Region, Sequence[int]]
     sent_bytes: dict[int, int]
 
-    def make(self, specs: Sequence[TensorSpec], regions: Sequence[Region], *, completes: bool = True) -> Batch:
+    def make(
+        self,
+        specs: Sequence[TensorSpec],
+        regions: Sequence[Region],
+        *,
+        piece_of: str | None = None,
+        completes: bool = True,
+    ) -> Batch:
         """A batch of `regions`, which are parts of `specs`."""
         local: dict[str, tuple[Region, ...]] = {}
         sent: dict[int, list[Region]] = {}
@@ -83,8 +101,7 @@ class _Planner:
             sent.setdefault(sender, []).append(region)
         dtypes = {spec.name: spec.dtype for spec in specs}
         parcels = {source: Parcel.make(source, sent[source], dtypes) for source in sorted(sent)}
-        slices = slice_streams({source: parcel.num_bytes for source, parcel in parcels.items()}, self.receivers)
-        return Batch(tuple(specs), local, parcels, slices, completes)
+        return Batch(self.receivers, tuple(specs), local, parcels, piece_of, completes)
 
     def num_bytes(self, region: Region) -> int:
         """Its place in a stream, in bytes."""
@@ -110,7 +127,7 @@ class _Planner:
         runs = list(_split(pieces, [self.num_bytes(piece) for piece in pieces], max_bytes)) or [[]]
         for index, run in enumerate(runs):
             last = index == len(runs) - 1
-            yield self.make([spec], [*here, *run] if index == 0 else run, completes=last)
+            yield self.make([spec], [*here, *run] if index == 0 else run, piece_of=spec.name, completes=last)
 
 
 def plan_batches(
@@ -144,9 +161,7 @@ def plan_batches(
 def _visit(
     planner: _Planner, specs: Sequence[TensorSpec], by_name: Mapping[str, list[Region]], limit_bytes: int
 ) -> Iterator[Batch]:
-    copies = 2 if len(planner.receivers) == 1 else 3
-    # Rounding slots up adds at most one unit a receiver.
-    batch_bytes = max(limit_bytes // copies - ALIGNMENT_BYTES * len(planner.receivers), ALIGNMENT_BYTES)
+    batch_bytes = limit_bytes // 2
     run: list[TensorSpec] = []
     room = batch_bytes
     for spec in specs:
@@ -156,9 +171,8 @@ def _visit(
             yield planner.make(run, [region for one in run for region in by_name[one.name]])
             run, room = [], batch_bytes
         if is_large:
-            free = max(limit_bytes - spec.num_bytes, limit_bytes // 4) // copies
-            piece_bytes = max(free - ALIGNMENT_BYTES * len(planner.receivers), ALIGNMENT_BYTES)
-            yield from planner.cut(spec, by_name[spec.name], min(piece_bytes, batch_bytes))
+            free_bytes = max(limit_bytes - spec.num_bytes, limit_bytes // 4)
+            yield from planner.cut(spec, by_name[spec.name], min(free_bytes, batch_bytes))
             continue
         run.append(spec)
         room -= travelling

@@ -1,8 +1,9 @@
 """Export: full HF tensors from the parts that all ranks hold, in HF order, a bounded number of bytes at a time.
 
 Every rank must iterate to the end, in step with the others, also a rank that wants nothing and is given nothing: each
-batch of tensors takes one or two collectives of all ranks (`stream_slices.py`), and one that stayed away would keep
-the others waiting. What is in flight on a rank, beside what its caller keeps, is bounded (`export_batches.py`).
+batch of tensors takes one message from each rank that holds a part of it to each that wants it, and a rank that stayed
+away would keep the others waiting. What is in
+flight on a rank, beside what its caller keeps, is bounded (`export_batches.py`).
 
     for name, tensor in export_weights(plan, ranks=[0]):
         print(name, tuple(tensor.shape))  # on rank 0
@@ -10,15 +11,15 @@ the others waiting. What is in flight on a rank, beside what its caller keeps, i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 
-from weightcast.bridges.exchange import gather_holdings, get_rank, get_world_size, join_streams
+from weightcast.bridges.exchange import gather_holdings, get_rank, get_world_size, join_parcels, make_buffer
 from weightcast.bridges.export_batches import Batch, Place, plan_batches
 from weightcast.bridges.parcels import LiveRegions, Routes
 from weightcast.bridges.plan import Plan
-from weightcast.bridges.stream_slices import Slices
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import Region, TensorSpec
 
@@ -62,11 +63,9 @@ def export_weights(
     live = LiveRegions(held)
     where = device if device is not None else _find_device(plan)
     tensors: dict[str, torch.Tensor] = {}
-    for batch in plan_batches(specs, holdings, receivers, max_in_flight_bytes):
-        joined = join_streams(batch.parcels, batch.slices, live)
-        if get_rank() in receivers:
-            yield from _unpack(batch, joined, live, tensors, where)
-        del joined  # before the next batch's buffers are made
+    batches = plan_batches(specs, holdings, receivers, max_in_flight_bytes)
+    for _, run in groupby(batches, key=lambda batch: batch.piece_of):
+        yield from _run(tuple(run), live, tensors, where)
 
 
 def check_ranks(ranks: Sequence[int] | None, world_size: int) -> tuple[int, ...]:
@@ -87,18 +86,23 @@ def cast_specs(specs: Sequence[TensorSpec], dtype: torch.dtype | None) -> tuple[
     )
 
 
-def _unpack(
-    batch: Batch, joined: torch.Tensor, live: LiveRegions, tensors: dict[str, torch.Tensor], device: torch.device
+def _run(
+    batches: Sequence[Batch], live: LiveRegions, tensors: dict[str, torch.Tensor], device: torch.device
 ) -> Iterator[HFWeightTuple]:
-    """Fill the tensors of a batch one by one; `tensors` keeps one that is not complete, and never one that is."""
-    places = batch.places()
-    for spec in batch.specs:
-        if spec.name not in tensors:
-            tensors[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-        _copy_local(tensors[spec.name], batch.local.get(spec.name, ()), live)
-        _copy_joined(tensors[spec.name], places[spec.name], batch.slices, joined)
-        if batch.completes:
-            yield HFWeightTuple(spec.name, tensors.pop(spec.name))
+    """Exchange batches that share their buffer; `tensors` keeps one that is not complete, and never one that is."""
+    buffer = make_buffer(batches)
+    for batch in batches:
+        join_parcels(batch, live, buffer)
+        if get_rank() not in batch.receivers:
+            continue
+        places = batch.places()
+        for spec in batch.specs:
+            if spec.name not in tensors:
+                tensors[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            _copy_local(tensors[spec.name], batch.local.get(spec.name, ()), live)
+            _copy_joined(tensors[spec.name], places[spec.name], buffer)
+            if batch.completes:
+                yield HFWeightTuple(spec.name, tensors.pop(spec.name))
 
 
 # Not on the generators above: torch's wrapper of a generator keeps the last tensor while the next one is made.
@@ -108,10 +112,10 @@ def _copy_local(tensor: torch.Tensor, regions: Sequence[Region], live: LiveRegio
         tensor[region.slices].copy_(live(region))
 
 
-def _copy_joined(tensor: torch.Tensor, places: Sequence[Place], slices: Slices, joined: torch.Tensor) -> None:
+def _copy_joined(tensor: torch.Tensor, places: Sequence[Place], buffer: torch.Tensor) -> None:
     for place in places:
         region = place.region
-        raw = slices.read(joined, place.source, place.start_bytes, region.numel * tensor.dtype.itemsize)
+        raw = buffer[place.start_bytes : place.start_bytes + region.numel * tensor.dtype.itemsize]
         tensor[region.slices].copy_(raw.view(tensor.dtype).view(region.shape))
 
 

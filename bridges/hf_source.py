@@ -10,13 +10,16 @@ first and the weights when they are wanted.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -43,6 +46,7 @@ COMPANION_FILES = (
     "*.py",
 )
 CONFIG_FILE = "config.json"
+_PATTERNS = ("*.safetensors", "*.safetensors.index.json", CONFIG_FILE, *COMPANION_FILES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +73,21 @@ class HFSource:
         return Path(self.name).is_absolute()
 
     def load_config(self, *, trust_remote_code: bool = False) -> PretrainedConfig:
-        """The model's configuration. Raises `ConfigError` when there is none that transformers can read."""
+        """The model's configuration. Raises `ConfigError` when there is none that the installed transformers can read.
+
+        What the hub answers is passed on as the `OSError` that its client raises; for a gated repository with a remedy.
+        """
         if self.is_folder and not (Path(self.name) / CONFIG_FILE).is_file():
             raise ConfigError(f"{self.name} has no {CONFIG_FILE}; give a folder that save_pretrained wrote")
         try:
-            return read_config(self.name, trust_remote_code=trust_remote_code, **self.hub_options)
+            with _remedy_for_gated(self.name):
+                return read_config(self.name, trust_remote_code=trust_remote_code, **self.hub_options)
         except (ValueError, KeyError) as error:
-            raise ConfigError(f"transformers cannot read the {CONFIG_FILE} of {self.name}: {error}") from error
+            raise ConfigError(
+                f"transformers {transformers.__version__} cannot read the {CONFIG_FILE} of {self.name}"
+                f"{self._origin()}: {error}; install a newer transformers, or pass trust_remote_code=True for code "
+                "that comes with the model"
+            ) from error
 
     def tensor_names(self) -> frozenset[str] | None:
         """Names of the tensors in the safetensors files, factors of codes included; `None` where there are no files.
@@ -106,8 +118,31 @@ class HFSource:
             return Path(self.name)
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG_FILE, *COMPANION_FILES]
-        return Path(snapshot_download(self.name, allow_patterns=patterns, **self.hub_options))
+        with _remedy_for_gated(self.name):
+            return Path(snapshot_download(self.name, allow_patterns=list(_PATTERNS), **self.hub_options))
+
+    def _origin(self) -> str:
+        """The model type and the version of transformers that a folder's configuration names."""
+        try:
+            fields = json.loads((Path(self.name) / CONFIG_FILE).read_text())
+            return f" (model_type {fields.get('model_type')!r}, written by {fields.get('transformers_version')})"
+        except (OSError, ValueError, AttributeError):
+            return ""
+
+
+@contextmanager
+def _remedy_for_gated(name: str) -> Iterator[None]:
+    """Passes errors on; that of a gated repository says where to ask for access, and how to show that it was given."""
+    try:
+        yield
+    except OSError as error:
+        if not any(isinstance(one, GatedRepoError) for one in (error, error.__cause__, error.__context__)):
+            raise
+        raise OSError(
+            f"You are trying to access a gated repo: {name}. Make sure to have access to it: ask for it at "
+            f"https://huggingface.co/{name}, make a token at https://huggingface.co/settings/tokens, and "
+            f"export HF_TOKEN=<your_access_token> or pass token=... ({error})"
+        ) from error
 
 
 def write_companions(config: PretrainedConfig, source: HFSource | None, folder: Path) -> None:

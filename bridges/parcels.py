@@ -16,9 +16,16 @@ from itertools import accumulate
 
 import torch
 
-from weightcast.bridges.stream_slices import round_up
 from weightcast.sync.assignment import assign_regions
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
+
+# Regions in a parcel start at multiples of this, so that a view of any dtype is aligned.
+ALIGNMENT_BYTES = 16
+
+
+def round_up(num_bytes: int) -> int:
+    """The next multiple of `ALIGNMENT_BYTES`."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 class LiveRegions:

@@ -71,7 +71,8 @@ def resident_peak() -> Iterator[Callable[[], int]]:
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return (leaf for leaf in leaves if leaf.device.type != "meta")
 
 
 def _storage(tensor: torch.Tensor) -> Any:

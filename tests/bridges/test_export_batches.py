@@ -6,6 +6,7 @@ The ranks are played one after the other in this process, with the collectives' 
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 
 from weightcast.bridges.export_batches import Batch, cut_region, plan_batches
 from weightcast.bridges.parcels import LiveRegions
-from weightcast.bridges.stream_slices import ALIGNMENT_BYTES, Slices, slice_streams
 from weightcast.sync.errors import ConfigError, SourceError
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec, find_tiling_fault
 
@@ -22,60 +22,10 @@ WORLD_SIZE = 5
 Holdings = dict[int, tuple[Region, ...]]
 
 
-def join(slices: Slices, streams: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """What `exchange.join_streams` leaves on every receiver."""
-    slots = {}
-    for receiver in slices.receivers:
-        slot = torch.zeros(slices.slot_bytes, dtype=torch.uint8)
-        kept = slices.kept_bytes(receiver)
-        slot[:kept] = streams.get(receiver, slot)[:kept]
-        place = kept
-        for source, count in enumerate(slices.received_bytes(receiver, WORLD_SIZE)):
-            sent = slices.sent_bytes(source, WORLD_SIZE)
-            assert sent[receiver] == count
-            start = slices.kept_bytes(source) + sum(sent[:receiver])
-            slot[place : place + count] = streams[source][start : start + count] if count else 0
-            place += count
-        slots[receiver] = slot
-    return torch.cat(list(slots.values()))
-
-
-@settings(deadline=None)
-@given(
-    st.dictionaries(st.integers(0, WORLD_SIZE - 1), st.integers(0, 20), min_size=1),
-    st.sets(st.integers(0, WORLD_SIZE - 1), min_size=1),
-)
-def test_levelled_streams_can_be_read_back(units: dict[int, int], receivers: set[int]) -> None:
-    streams = {
-        rank: torch.randint(0, 255, (count * ALIGNMENT_BYTES,), dtype=torch.uint8)
-        for rank, count in sorted(units.items())
-    }
-    slices = slice_streams({rank: len(stream) for rank, stream in streams.items()}, sorted(receivers))
-    total = sum(len(stream) for stream in streams.values())
-    assert total <= slices.total_bytes < total + ALIGNMENT_BYTES * len(receivers)
-    joined = join(slices, streams)
-    for rank, stream in streams.items():
-        assert sum(slices.sent_bytes(rank, WORLD_SIZE)) + slices.kept_bytes(rank) == len(stream)
-        for start, stop in ((0, len(stream)), (len(stream) // 3, len(stream) // 2)):
-            if start < stop:
-                assert torch.equal(slices.read(joined, rank, start, stop - start), stream[start:stop])
-
-
-@pytest.mark.parametrize(
-    ("stream_bytes", "receivers", "moved_bytes"),
-    [
-        ({0: 64, 1: 64, 2: 64, 3: 64}, (0, 1, 2, 3), 0),  # tensor parallel: level already, one collective
-        ({0: 128, 1: 128}, (0, 1, 2, 3), 128),  # one pipeline stage: half of it is handed on first
-        ({0: 128, 1: 128}, (3,), 256),
-        ({0: 128, 1: 128}, (0,), 128),
-    ],
-)
-def test_only_what_is_uneven_is_moved_twice(
-    stream_bytes: dict[int, int], receivers: tuple[int, ...], moved_bytes: int
-) -> None:
-    slices = slice_streams(stream_bytes, receivers)
-    assert sum(sum(slices.sent_bytes(rank, WORLD_SIZE)) for rank in stream_bytes) == moved_bytes
-    assert slices.are_level == (moved_bytes == 0)
+def join(batch: Batch, live: Mapping[int, LiveRegions]) -> torch.Tensor:
+    """What `exchange.join_parcels` leaves on every receiver."""
+    streams = [parcel.pack(live[rank], torch.device("cpu")) for rank, parcel in batch.parcels.items()]
+    return torch.cat([torch.empty(0, dtype=torch.uint8), *streams])
 
 
 @settings(deadline=None)
@@ -105,18 +55,11 @@ def models(draw: st.DrawFn) -> tuple[tuple[TensorSpec, ...], Holdings]:
     return tuple(specs), {rank: tuple(regions) for rank, regions in holdings.items()}
 
 
-def peak_bytes(batch: Batch, rank: int, unfinished_bytes: int) -> int:
-    """The most that a rank has in flight in a batch, as `export_batches` counts it."""
-    stream = batch.parcels[rank].num_bytes if rank in batch.parcels else 0
-    if rank not in batch.slices.receivers:
-        return stream
-    slot, joined = batch.slices.slot_bytes, batch.slices.total_bytes
-    spread = 0 if len(batch.slices.receivers) == 1 else 2 * joined
-    largest = max(spec.num_bytes for spec in batch.specs)
-    places = [place for rows in batch.places().values() for place in rows]
-    apart = max((place.region.numel * 4 for place in places), default=0) if spread else 0
-    filling = joined + min(apart, joined) + (0 if unfinished_bytes else largest)
-    return unfinished_bytes + max(stream + slot, slot + spread, filling)
+def peak_bytes(run: Sequence[Batch], rank: int) -> int:
+    """The most that a rank has in flight in batches that share their buffer, as `export_batches` counts it."""
+    if rank not in run[0].receivers:
+        return max(batch.parcels[rank].num_bytes if rank in batch.parcels else 0 for batch in run)
+    return max(batch.num_bytes for batch in run) + max(spec.num_bytes for batch in run for spec in batch.specs)
 
 
 @settings(deadline=None, max_examples=60)
@@ -133,12 +76,13 @@ def test_batches_make_whole_tensors_within_the_limit(
     largest = max(spec.num_bytes for spec in specs)
     order: list[str] = []
     tensors: dict[str, torch.Tensor] = {}
-    for batch in plan_batches(specs, holdings, sorted(receivers), limit_bytes):
-        unfinished = sum(t.nbytes for t in tensors.values())
+    batches = plan_batches(specs, holdings, sorted(receivers), limit_bytes)
+    for _, run in groupby(batches, key=lambda batch: batch.piece_of):
+        same = tuple(run)
         for rank in range(WORLD_SIZE):
-            assert peak_bytes(batch, rank, unfinished) <= max(limit_bytes, largest + limit_bytes // 4)
-        streams = {rank: parcel.pack(live[rank], torch.device("cpu")) for rank, parcel in batch.parcels.items()}
-        joined = join(batch.slices, streams)
+            assert peak_bytes(same, rank) <= max(limit_bytes, largest + limit_bytes // 4)
+    for batch in batches:
+        joined = join(batch, live)
         for spec in batch.specs:
             tensor = tensors.pop(spec.name, torch.zeros(spec.shape, dtype=spec.dtype))
             for region in batch.local.get(spec.name, ()):
@@ -146,7 +90,7 @@ def test_batches_make_whole_tensors_within_the_limit(
                 tensor[region.slices] = full[spec.name][region.slices]
             for place in batch.places()[spec.name]:
                 num_bytes = place.region.numel * spec.dtype.itemsize
-                raw = batch.slices.read(joined, place.source, place.start_bytes, num_bytes)
+                raw = joined[place.start_bytes : place.start_bytes + num_bytes]
                 tensor[place.region.slices] = raw.view(spec.dtype).view(place.region.shape)
             if batch.completes:
                 assert torch.equal(tensor, full[spec.name])
