@@ -244,7 +244,7 @@ def test_misuse_is_refused_with_a_remedy(tiny_models: Path, tmp_path: Path) -> N
         "empty folder": "has no config.json; give a folder",
         "no folder": "absent is no folder; give a Hugging Face folder",
         "option": "ConfigError: from_hf_pretrained has no option 'torch_type'; it takes torch_dtype",
-        "dtype": "ConfigError: torch_dtype='int7' is none of float32",
+        "dtype": "ConfigError: dtype 'int7' is none of float32",
         "no weights": "pass load_weights=False, or hf_path",
         "no weights later": "ConfigError: a bridge made by from_hf_config has no weights of its own; pass hf_path",
         "no rule": "UnmappedTensor: no rule fills the HF tensor model.embed_tokens.weight",
