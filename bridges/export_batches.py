@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from weightcast.bridges.parcels import Parcel, round_up
+from weightcast.bridges.parcels import ALIGNMENT_BYTES, Parcel, round_up
 from weightcast.sync.assignment import assign_regions
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import Region, TensorSpec
@@ -121,7 +121,9 @@ class _Planner:
         pieces: list[Region] = []
         for region in regions:
             if not self.is_local(region):
-                for piece in cut_region(region, max(1, max_bytes // spec.dtype.itemsize)):
+                for piece in cut_region(
+                    region, max(1, max_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES // spec.dtype.itemsize)
+                ):
                     self.holders[piece] = self.holders[region]
                     pieces.append(piece)
         runs = list(_split(pieces, [self.num_bytes(piece) for piece in pieces], max_bytes)) or [[]]
