@@ -125,7 +125,10 @@ class AutoBridge(BridgeAdapters):
         return provider.provide_distributed_model(**kwargs)
 
     def save_megatron_model(self, model: Model, path: str | Path) -> None:
-        """Write a Megatron checkpoint (`torch_dist`) of the weights to a new folder. Every rank must call it."""
+        """Write a Megatron checkpoint (`torch_dist`) of the weights to a new folder. Every rank must call it.
+
+        The folder appears only when it is complete. Raises `ConfigError` when it holds something, `StorageError`.
+        """
         save_checkpoint(model, Path(path).absolute())
 
     def load_megatron_model(self, path: str | Path, **kwargs: Any) -> list[MegatronModule]:

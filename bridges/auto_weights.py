@@ -171,7 +171,8 @@ class BridgeWeights:
         """Write a whole HF folder: weights, configuration, tokenizer and generation settings. Every rank must call it.
 
         The folder appears only when it is complete; an older export of the name is replaced. Files hold at most
-        `shard_bytes`. Raises `ConfigError` when the folder holds anything that no export wrote.
+        `shard_bytes`. Raises `ConfigError` when the folder holds anything that no export wrote, `StorageError` when the
+        disk refuses a write (`BridgeError` on ranks that were spared).
         """
         self._save(model, path, show_progress, shard_bytes, with_companions=True)
 

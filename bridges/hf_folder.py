@@ -8,7 +8,6 @@ dies leaves no folder that looks complete. The ranks of a job must share the fil
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -23,6 +22,7 @@ from weightcast.bridges.hf_export import gather_routes
 from weightcast.bridges.hf_source import COMPANION_FILES, CONFIG_FILE
 from weightcast.bridges.parcels import LiveRegions, Parcel, Routes, split_batches
 from weightcast.bridges.plan import Plan
+from weightcast.bridges.whole_folder import explain_disk, on_rank_zero, partial_of, start_empty, take_name
 from weightcast.sync.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import TensorSpec
@@ -68,10 +68,23 @@ def save_weights(
 
     `write_extras` is called on rank 0 with the folder under construction (configuration, tokenizer); `progress` with
     the number of tensors done since the last call. An older HF folder of the name is replaced. Raises `ConfigError`
-    when the folder holds anything else, on every rank.
+    when the folder holds anything else, and `StorageError` when the disk refuses a write; the other ranks then say that
+    one failed.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    _on_rank_zero(lambda: _make_room(folder, partial), f"making room for {folder}")
+    with explain_disk(folder):
+        _save(plan, folder, write_extras, progress, shard_bytes, batch_bytes)
+
+
+def _save(
+    plan: Plan,
+    folder: Path,
+    write_extras: Callable[[Path], None] | None,
+    progress: Callable[[int], None],
+    shard_bytes: int,
+    batch_bytes: int,
+) -> None:
+    partial = partial_of(folder)
+    on_rank_zero(lambda: _make_room(folder, partial), f"making room for {folder}")
     files = plan_files(plan.specs, shard_bytes, get_world_size())
     routes = gather_routes(plan)
     live = LiveRegions(plan.regions)
@@ -88,7 +101,7 @@ def save_weights(
             write_extras(partial)
         take_name(partial, folder)
 
-    _on_rank_zero(finish, f"finishing {folder}")
+    on_rank_zero(finish, f"finishing {folder}")
 
 
 def _gather_round(
@@ -130,9 +143,7 @@ def write_index(files: Sequence[ShardFile], folder: Path) -> None:
 
 def _make_room(folder: Path, partial: Path) -> None:
     check_room(folder)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    start_empty(partial)
 
 
 def check_room(folder: Path) -> None:
@@ -148,21 +159,3 @@ def check_room(folder: Path) -> None:
                 f"{folder} exists and holds {strange[0]}, which no export wrote; give a folder that is new, empty, or "
                 "an older export"
             )
-
-
-def take_name(partial: Path, folder: Path) -> None:
-    """Rename, since that is all or nothing; an older folder steps aside first and is deleted last."""
-    previous = folder.with_name(f".{folder.name}.previous")
-    if previous.exists():
-        shutil.rmtree(previous)
-    if folder.exists():
-        folder.rename(previous)
-    partial.rename(folder)
-    if previous.exists():
-        shutil.rmtree(previous)
-
-
-def _on_rank_zero(action: Callable[[], None], what: str) -> None:
-    with agreement(what):
-        if get_rank() == 0:
-            action()

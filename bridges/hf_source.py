@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -46,6 +46,8 @@ COMPANION_FILES = (
     "*.py",
 )
 CONFIG_FILE = "config.json"
+# What transformers raises for a type that it does not know, and for fields of values that it does not take.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 _PATTERNS = ("*.safetensors", "*.safetensors.index.json", CONFIG_FILE, *COMPANION_FILES)
 
 
@@ -77,16 +79,16 @@ class HFSource:
 
         What the hub answers is passed on as the `OSError` that its client raises; for a gated repository with a remedy.
         """
-        if self.is_folder and not (Path(self.name) / CONFIG_FILE).is_file():
-            raise ConfigError(f"{self.name} has no {CONFIG_FILE}; give a folder that save_pretrained wrote")
+        if self.is_folder:
+            _require_fields(Path(self.name) / CONFIG_FILE)
         try:
             with _remedy_for_gated(self.name):
                 return read_config(self.name, trust_remote_code=trust_remote_code, **self.hub_options)
-        except (ValueError, KeyError) as error:
+        except _UNREADABLE as error:
             raise ConfigError(
                 f"transformers {transformers.__version__} cannot read the {CONFIG_FILE} of {self.name}"
-                f"{self._origin()}: {error}; install a newer transformers, or pass trust_remote_code=True for code "
-                "that comes with the model"
+                f"{self._origin()}: {error}; install a newer transformers, pass trust_remote_code=True for "
+                "code that comes with the model, or download the file again if a field of it is wrong"
             ) from error
 
     def tensor_names(self) -> frozenset[str] | None:
@@ -130,6 +132,18 @@ class HFSource:
             return ""
 
 
+def _require_fields(path: Path) -> None:
+    """Raise `ConfigError` unless `path` is a file of fields in JSON."""
+    if not path.is_file():
+        raise ConfigError(f"{path.parent} has no {CONFIG_FILE}; give a folder that save_pretrained wrote")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} ({path.stat().st_size} bytes) is no JSON: {error}; download it again") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds a {type(fields).__name__}, not the fields of a model; download it again")
+
+
 @contextmanager
 def _remedy_for_gated(name: str) -> Iterator[None]:
     """Passes errors on; that of a gated repository says where to ask for access, and how to show that it was given."""
@@ -170,15 +184,15 @@ def specs_of_config(config: PretrainedConfig, dtype: torch.dtype | None = None) 
     """The tensors that a checkpoint of this configuration has, as transformers writes them; no memory is used.
 
     Tied tensors are listed once, as checkpoints store them, and experts one by one, although transformers stacks them
-    in memory. `dtype` defaults to the configuration's own; buffers keep their own.
+    in memory. `dtype` defaults to the configuration's own; buffers keep their own. Raises `ConfigError` for sizes of
+    which no model can be built.
     """
     named = dtype if dtype is not None else config.dtype
     wanted = named if isinstance(named, torch.dtype) else unnamed_dtype(config)
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     reads = type(config) in AutoModelForCausalLM._model_mapping
     model_class = AutoModelForImageTextToText if sees and not reads else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = model_class.from_config(config)
+    model = _build(model_class, config)
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -188,3 +202,15 @@ def specs_of_config(config: PretrainedConfig, dtype: torch.dtype | None = None) 
             state[name] = tensor.detach().to(wanted) if is_weight else tensor
     stored: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
     return tuple(TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items())
+
+
+def _build(model_class: Any, config: PretrainedConfig) -> Any:
+    """The model on the meta device."""
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ConfigError(
+            f"transformers {transformers.__version__} cannot build a {config.model_type} model of this configuration: "
+            f"{error}; correct the sizes in {CONFIG_FILE}"
+        ) from error

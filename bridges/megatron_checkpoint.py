@@ -1,13 +1,16 @@
 """Megatron's own checkpoints (`torch_dist`) of a model's weights, through `megatron.core.dist_checkpointing`.
 
 Every rank writes and reads its own shards, under the same global keys that plans use, so a checkpoint of one layout
-loads into any other. The program that saves needs `if __name__ == "__main__":`, because Megatron starts a helper
-process that imports it again.
+loads into any other. Like HF folders, a checkpoint is written beside its folder and takes the name when all ranks are
+done. The program that saves needs `if __name__ == "__main__":`, because Megatron starts a helper process that imports
+it again.
 
     save_checkpoint(model, Path("checkpoints/qwen3"))
     load_checkpoint(model_of_another_layout, Path("checkpoints/qwen3"))
 """
 
+import errno
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,23 +19,61 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from torch.distributed.checkpoint.api import CheckpointException
 
-from weightcast.bridges.exchange import agreement, get_rank
 from weightcast.bridges.shards import EXTRA_STATE_SUFFIX, SHARDING_METADATA, Model, unwrap_chunks
-from weightcast.sync.errors import CheckpointMismatch, ConfigError
+from weightcast.bridges.whole_folder import explain_disk, on_rank_zero, partial_of, refusal, start_empty
+from weightcast.sync.errors import CheckpointMismatch, ConfigError, StorageError
+
+# More than the largest of the files that Megatron writes beside the weights (2 KB in 0.16).
+_SMALL_FILES_BYTES = 64 * 1024
 
 
 def save_checkpoint(model: Model, folder: Path) -> None:
     """Write the weights of `model`, its list of chunks, to a new or empty `folder`. Every rank must call it.
 
-    Raises `ConfigError` on every rank when the folder holds something.
+    The folder appears only when it is complete. Raises `ConfigError` on every rank when it holds something, and
+    `StorageError` when the disk refuses a write.
     """
-    with agreement(f"making room for {folder}"):
-        if get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise ConfigError(f"{folder} is not empty; give a new folder for each Megatron checkpoint")
-    dist_checkpointing.save(_sharded_state(model), str(folder), content_metadata=dict(SHARDING_METADATA))
+    partial = partial_of(folder)
+    with explain_disk(folder):
+        on_rank_zero(lambda: _make_room(folder, partial), f"making room for {folder}")
+        try:
+            dist_checkpointing.save(_sharded_state(model), str(partial), content_metadata=dict(SHARDING_METADATA))
+        except CheckpointException as error:
+            if error.args[0] != "write":
+                raise
+            raise StorageError(refusal(folder, _say_who(error))) from error
+        # An empty folder of the name is replaced, and one that got something meanwhile is not.
+        on_rank_zero(lambda: _rename(partial, folder), f"finishing {folder}")
+
+
+def _make_room(folder: Path, partial: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; give a new folder for each Megatron checkpoint")
+    start_empty(partial)
+    # Megatron writes its first file on rank 0 alone while the others go on; a disk that is full already must show here,
+    # where all ranks agree.
+    probe = partial / "probe"
+    with probe.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, _SMALL_FILES_BYTES)
+    probe.unlink()
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        raise ConfigError(f"{folder} was filled while the checkpoint was written, which is in {partial}") from error
+
+
+def _say_who(error: CheckpointException) -> str:
+    """The failed ranks; Megatron tells rank 0 alone."""
+    return (
+        "; ".join(f"rank {rank}: {why[0]}" for rank, why in error.failures.items()) or "rank 0 says which rank failed"
+    )
 
 
 def load_checkpoint(model: Model, folder: Path) -> None:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from weightcast.bridges.auto import AutoBridge
-from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, ShardFile, check_room, plan_files, take_name, write_index
+from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, ShardFile, check_room, plan_files, write_index
 from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.standalone_blocks import add_digest, split_region
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
 from weightcast.bridges.standalone_import import ConversionReport
-from weightcast.bridges.standalone_journal import Journal, explain_disk
+from weightcast.bridges.standalone_journal import RESUMES, Journal
 from weightcast.bridges.standalone_mapped import MappedCheckpoint
 from weightcast.bridges.standalone_safetensors import SafetensorsWriter
 from weightcast.bridges.standalone_stores import hf_store
+from weightcast.bridges.whole_folder import explain_disk, partial_of, take_name
 from weightcast.sync.checkpoint_files import CheckpointFiles
 from weightcast.sync.digest import region_digest
 from weightcast.sync.errors import CheckpointMismatch
@@ -44,8 +45,8 @@ def export_checkpoint(
     check_room(folder)
     mapped = MappedCheckpoint.make(bridge, DistCheckpoint.open(checkpoint))
     files = plan_files(mapped.specs, shard_bytes, 1)
-    partial = folder.with_name(f".{folder.name}.partial")
-    with explain_disk(folder), progress_bar("exporting", len(mapped.specs), show_progress) as advance:
+    partial = partial_of(folder)
+    with explain_disk(folder, RESUMES), progress_bar("exporting", len(mapped.specs), show_progress) as advance:
         journal = Journal.open(partial, _about(mapped, files))
         resumed = len(journal.done)
         for file in files:

@@ -38,8 +38,9 @@ from weightcast.bridges.rule_table import RuleTable
 from weightcast.bridges.shards import SHARDING_METADATA
 from weightcast.bridges.standalone_blocks import add_digest, split_box, split_region
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
-from weightcast.bridges.standalone_journal import Journal, explain_disk
+from weightcast.bridges.standalone_journal import RESUMES, Journal
 from weightcast.bridges.standalone_mapped import MappedCheckpoint, table_of
+from weightcast.bridges.whole_folder import explain_disk, partial_of
 from weightcast.sync.checkpoint_files import CheckpointFiles, RegionReader
 from weightcast.sync.digest import region_digest
 from weightcast.sync.errors import CheckpointMismatch, ConfigError
@@ -78,8 +79,8 @@ def import_checkpoint(
     source = bridge.hf_checkpoint()
     table = table_of(bridge, source.specs)
     files = list(_plan_files(_read_boxes(bridge), file_bytes))
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
-    with explain_disk(folder), progress_bar("importing", 2 * len(files), show_progress) as advance:
+    partial = partial_of(folder.absolute())
+    with explain_disk(folder, RESUMES), progress_bar("importing", 2 * len(files), show_progress) as advance:
         journal = Journal.open(partial, _about(source, files))
         job = _Import(bridge, source, table, partial, files)
         resumed = len(journal.done)

@@ -9,21 +9,17 @@ is of. A line is written when its file is on disk; a line that was cut short is 
             journal.add(name, write(name))
 """
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightcast.sync.errors import StorageError
-
 JOURNAL_FILE = "journal.jsonl"
-# A full disk, a quota, a limit on the size of files, a disk that is mounted for reading alone.
-_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+RESUMES = "run it again, which goes on with what is finished"
+"""What to do after a conversion that the disk refused; for `explain_disk`."""
 
 
 @dataclass
@@ -69,24 +65,6 @@ class Journal:
         fresh = self.path.with_suffix(".new")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
         fresh.replace(self.path)
-
-
-@contextmanager
-def explain_disk(folder: Path) -> Iterator[None]:
-    """Say what is left and what to do when a write into `folder` or beside it fails, as `StorageError`.
-
-    torch's writer of archives gives a RuntimeError for it, which names the file of its source code.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        full = error.errno in _REFUSED if isinstance(error, OSError) else "inline_container" in str(error)
-        if not full:
-            raise
-        raise StorageError(
-            f"{folder} could not be written: {error}; nothing in its place looks whole: make room on the disk, or give "
-            "a folder on another one, and run it again, which goes on with what is finished"
-        ) from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

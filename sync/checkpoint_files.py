@@ -141,7 +141,10 @@ def open_file(path: Path) -> CheckpointFiles:
 
 
 def check_tensors(checkpoint: CheckpointFiles, expected: Sequence[TensorSpec], optional: Collection[str] = ()) -> None:
-    """Every expected tensor is there in its shape, and no other but the `optional` ones. Dtypes are not compared.
+    """Every expected tensor is there in its shape, and no other but the `optional` ones.
+
+    Dtypes are not compared, since values are cast; only whole numbers where weights belong are refused, because they
+    would be codes of some quantisation, and their cast nonsense.
 
     Raises `CheckpointMismatch` that names the tensor, the file and the remedy.
     """
@@ -157,6 +160,11 @@ def check_tensors(checkpoint: CheckpointFiles, expected: Sequence[TensorSpec], o
             raise CheckpointMismatch(
                 f"{spec.name} has shape {got} in {checkpoint.files[spec.name]}, the configuration wants {spec.shape}; "
                 "take the config.json and the weights of the same model"
+            )
+        if spec.dtype.is_floating_point and not found[spec.name].dtype.is_floating_point:
+            raise CheckpointMismatch(
+                f"{spec.name} has the dtype {found[spec.name].dtype} in {checkpoint.files[spec.name]}, the "
+                f"configuration wants weights in {spec.dtype}; save the checkpoint in a floating dtype"
             )
     for name in found:
         if name not in known:

@@ -14,6 +14,7 @@
       + DeadlineExceeded      (TimeoutError)  a wait that reached its limit
       + PeerLost              (ConnectionError) a publisher or engine that stopped answering
       + EngineError           (RuntimeError)  an engine that refused, failed or holds undefined weights
+      + StorageError          (OSError)       a disk that is full, or that refused a write
 
 Messages say what went wrong, what was got, what is allowed, and what to do.
 """

@@ -60,6 +60,8 @@ def find_bridge(hf: PretrainedConfig, bridges: Sequence[ModelBridge] = BUILT_IN)
     Raises UnsupportedModel, with the architectures that are supported, when none does or the configuration has none.
     """
     named = getattr(hf, "architectures", None) or []
+    if isinstance(named, str):
+        named = [named]
     for bridge in bridges:
         if any(name in bridge.architectures for name in named):
             return bridge

@@ -7,23 +7,23 @@ name when it is whole.
     merge_folder(Path("path/to/hf"), Path("my-lora"), Path("out/merged"))
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, check_room, plan_files, take_name, write_index
+from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, ShardFile, check_room, plan_files, write_index
 from weightcast.bridges.hf_source import HFSource, write_companions
 from weightcast.bridges.peft.folder import AdapterFolder, read_adapter
 from weightcast.bridges.peft.names import LORA_A, LORA_B, LORA_MAGNITUDE, peft_name
 from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.rule_table import name_some
 from weightcast.bridges.standalone_blocks import split_region
-from weightcast.bridges.standalone_journal import Journal
+from weightcast.bridges.standalone_journal import RESUMES, Journal
 from weightcast.bridges.standalone_safetensors import SafetensorsWriter
 from weightcast.bridges.standalone_stores import hf_store
+from weightcast.bridges.whole_folder import explain_disk, partial_of, take_name
 from weightcast.sync.checkpoint_files import CheckpointFiles, RegionReader, open_checkpoint
 from weightcast.sync.errors import CheckpointMismatch, UnsupportedModel
 from weightcast.sync.regions import Region, TensorSpec
@@ -47,15 +47,35 @@ def merge_folder(
 
     Memory is bounded by a block of 64 MiB, its sum in fp32, and one adapted weight's factors. Raises `ConfigError` when
     `out` holds anything else, `CheckpointMismatch` when the adapter is not of this base, `UnsupportedModel` when the
-    base's adapted weights are quantised.
+    base's adapted weights are quantised, `StorageError` when the disk refuses a write.
     """
     out = out.absolute()
     check_room(out)
     checkpoint, folder = open_checkpoint(base), read_adapter(adapter)
     adapted = _check_base(checkpoint, folder)
     files = plan_files(checkpoint.specs, shard_bytes, 1)
-    partial = out.with_name(f".{out.name}.partial")
-    journal = Journal.open(partial, _about(checkpoint, folder, files))
+    source = HFSource.make(base)
+    config = source.load_config()
+    partial = partial_of(out)
+    with explain_disk(out, RESUMES):
+        journal = Journal.open(partial, _about(checkpoint, folder, files))
+        _write_files(checkpoint, folder, adapted, files, journal, show_progress)
+        write_index(files, partial)
+        write_companions(config, source, partial)
+        journal.remove()
+        take_name(partial, out)
+    return MergeReport(len(checkpoint.specs), len(adapted), sum(spec.num_bytes for spec in checkpoint.specs))
+
+
+def _write_files(
+    checkpoint: CheckpointFiles,
+    folder: AdapterFolder,
+    adapted: Collection[str],
+    files: Sequence[ShardFile],
+    journal: Journal,
+    show_progress: bool,
+) -> None:
+    """Write the files that the journal lacks, beside it."""
     with (
         progress_bar("merging", len(checkpoint.specs), show_progress) as advance,
         folder.files.reader() as reader,
@@ -63,7 +83,7 @@ def merge_folder(
     ):
         for file in files:
             if file.name not in journal.done:
-                with SafetensorsWriter(partial / file.name, file.specs) as writer:
+                with SafetensorsWriter(journal.path.with_name(file.name), file.specs) as writer:
                     for spec in file.specs:
                         update = Update.read(folder, spec.name, reader) if spec.name in adapted else None
                         for region in split_region(spec):
@@ -71,11 +91,6 @@ def merge_folder(
                             writer.write(region, data if update is None else update.add_to(data, region))
                 journal.add(file.name, {})
             advance(len(file.specs))
-    write_index(files, partial)
-    write_companions(AutoConfig.from_pretrained(base), HFSource.make(base), partial)
-    journal.remove()
-    take_name(partial, out)
-    return MergeReport(len(checkpoint.specs), len(adapted), sum(spec.num_bytes for spec in checkpoint.specs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Saving adapters as a PEFT folder: gathered to rank 0, which writes them whole or not at all."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +8,11 @@ from safetensors.torch import save_file
 
 from weightcast.bridges.exchange import agreement, get_rank, send_parcels
 from weightcast.bridges.hf_export import gather_routes
-from weightcast.bridges.hf_folder import take_name
 from weightcast.bridges.parcels import LiveRegions
 from weightcast.bridges.peft.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from weightcast.bridges.peft.names import split_peft_name
 from weightcast.bridges.plan import Plan
+from weightcast.bridges.whole_folder import explain_disk, partial_of, start_empty, take_name
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import TensorSpec
 
@@ -26,7 +25,7 @@ def save_adapter(plan: Plan, folder: Path, config: AdapterConfig, base_names: Se
     """Write the adapters of `plan` to `folder`; every rank must call it, and the ranks share the file system.
 
     An older adapter of the name is replaced, in one step. `base_names` are the base model's tensors. Raises
-    `ConfigError` on every rank when the folder holds anything else.
+    `ConfigError` on every rank when the folder holds anything else, `StorageError` when the disk refuses a write.
     """
     check_room(folder)
     tensors: dict[str, torch.Tensor] = {}
@@ -34,7 +33,7 @@ def save_adapter(plan: Plan, folder: Path, config: AdapterConfig, base_names: Se
         tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in plan.specs}
     routes = gather_routes(plan)
     send_parcels({0: routes.parcels(plan.specs, to=0)}, LiveRegions(plan.regions), tensors)
-    with agreement(f"writing {folder}"):
+    with explain_disk(folder), agreement(f"writing {folder}"):
         if get_rank() == 0:
             _write(folder, tensors, config, target_modules(plan.specs, base_names))
 
@@ -63,10 +62,8 @@ def target_modules(specs: Sequence[TensorSpec], base_names: Sequence[str]) -> li
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], config: AdapterConfig, targets: list[str]) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial = partial_of(folder)
+    start_empty(partial)
     save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
     (partial / CONFIG_FILE).write_text(config.as_json(targets))
     take_name(partial, folder)

@@ -1,0 +1,166 @@
+"""Full disks and ranks that die: every rank is told, nothing that looks whole is left, and an older export stays."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tests.ranks import run_ranks
+
+from weightcast.bridges import AutoBridge
+from weightcast.sync.checkpoint_files import open_checkpoint
+from weightcast.sync.errors import CheckpointMismatch, WeightcastError
+
+
+def save(kind: str, source: str, out: str) -> None:
+    """Save the model of `source` over all ranks, split in its tensors."""
+    bridge = AutoBridge.from_hf_pretrained(source)
+    provider = bridge.to_megatron_provider()
+    provider.tensor_model_parallel_size = int(os.environ["WORLD_SIZE"])
+    provider.finalize()
+    model = provider.provide_distributed_model(wrap_with_ddp=False)
+    if kind == "megatron":
+        bridge.save_megatron_model(model, out)
+    else:
+        bridge.save_hf_pretrained(model, out, show_progress=False, shard_bytes=60_000)
+
+
+def save_on_a_full_disk(kind: str, source: str, out: str, limits: list[int | None]) -> str:
+    """`limits` are the bytes that a file of each rank may have; gives what the error says."""
+    limit = limits[int(os.environ["RANK"])]
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        save(kind, source, out)
+    except WeightcastError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    return "no error"
+
+
+def looks_whole(folder: Path) -> bool:
+    """Whether any loader would take `folder`."""
+    from megatron.core import dist_checkpointing
+
+    if dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        return True
+    try:
+        open_checkpoint(folder)
+    except CheckpointMismatch:
+        return False
+    return True
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.exists() else {}
+
+
+def write_older(kind: str, tiny_models: Path, out: Path) -> dict[str, bytes]:
+    """An older export of another model in `out`, which a new one replaces; Megatron checkpoints replace none."""
+    if kind == "hf":
+        shutil.copytree(tiny_models / "llama2", out)
+    return contents(out)
+
+
+WRITES, SPARED = "could not be written", "another rank; its own message says why"
+FULL: dict[str, tuple[str, list[int | None], list[str]]] = {
+    "hf, alone, weights": ("hf", [20_000], [WRITES]),
+    "hf, alone, its smallest file": ("hf", [100], [WRITES]),
+    "hf, first of two": ("hf", [20_000, None], [WRITES, SPARED]),
+    "hf, second of two": ("hf", [None, 20_000], [SPARED, WRITES]),
+    "megatron, alone": ("megatron", [20_000], [WRITES]),
+    "megatron, first of two": ("megatron", [100, None], [WRITES, SPARED]),
+    "megatron, second of two": ("megatron", [None, 20_000], [WRITES, WRITES]),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_full_disk_is_named_on_every_rank_and_leaves_nothing_whole(
+    case: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    kind, limits, expected = FULL[case]
+    source, out = tiny_models / "qwen3", tmp_path / "out"
+    older = write_older(kind, tiny_models, out)
+    said = run_ranks(save_on_a_full_disk, len(limits), kind, str(source), str(out), limits, process_group=False)
+    for text, part in zip(said, expected, strict=True):
+        assert part in text, said
+        assert ("make room on the disk" in text and "StorageError: " in text) == (part == WRITES), said
+    assert contents(out) == older
+    for folder in tmp_path.iterdir():
+        assert folder == out or not looks_whole(folder), folder
+    run_ranks(save, 1, kind, str(source), str(out), process_group=False)
+    assert looks_whole(out) and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 100 KiB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "none", str(disk)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting needs rights that this process lacks; the limits above stand for a full disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_a_disk_that_is_really_full(kind: str, tiny_models: Path, small_disk: Path) -> None:
+    out = small_disk / "out"
+    said = run_ranks(
+        save_on_a_full_disk, 2, kind, str(tiny_models / "qwen3"), str(out), [None, None], process_group=False
+    )
+    assert all("StorageError: " in text or SPARED in text for text in said), said
+    assert any("No space left on device" in text and "make room on the disk" in text for text in said), said
+    assert not out.exists() and not any(looks_whole(folder) for folder in small_disk.iterdir())
+
+
+def die_while_saving(kind: str, source: str, out: str, rank: int, file: str) -> None:
+    """Ends `rank` by SIGKILL when it opens the file of that name to write it, in a process of its own or not."""
+    process = os.getpid()
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).endswith(file) and arguments[1] not in (None, "r", "rb"):
+            os.kill(process, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if int(os.environ["RANK"]) == rank:
+        sys.addaudithook(watch)
+    save(kind, source, out)
+    dist.barrier()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "file", "earlier"),
+    [
+        ("hf", 0, "model.safetensors.index.json", "model-00001-of-00004.safetensors"),
+        ("hf", 0, "tokenizer.json", "config.json"),
+        ("megatron", 1, "__1_0.distcp", ""),
+        ("megatron", 0, ".metadata.tmp", "__1_0.distcp"),
+        ("megatron", 0, "metadata.json", ".metadata"),
+    ],
+)
+def test_a_rank_that_is_killed_leaves_nothing_whole(
+    kind: str, rank: int, file: str, earlier: str, tiny_models: Path, tmp_path: Path
+) -> None:
+    source, out, partial = tiny_models / "qwen3", tmp_path / "out", tmp_path / ".out.partial"
+    older = write_older(kind, tiny_models, out)
+    with pytest.raises(AssertionError, match=f"--- rank {rank} ---"):
+        run_ranks(die_while_saving, 2, kind, str(source), str(out), rank, file, process_group=False)
+    assert (partial / earlier).exists() and not (partial / file).exists()
+    assert contents(out) == older
+    run_ranks(save, 1, kind, str(source), str(out), process_group=False)
+    assert looks_whole(out) and [path.name for path in tmp_path.iterdir()] == ["out"]
+    if kind == "hf":
+        stored = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        assert stored.keys() == {spec.name for spec in open_checkpoint(source).specs}
