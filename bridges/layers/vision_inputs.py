@@ -48,7 +48,7 @@ class VisionInputs:
         )
         for kind, token, pixels, grids in kinds:
             if grids is None and pixels is not None:
-                raise ConfigError(f"pixels of an {kind} came without {kind}_grid_thw; pass it, on every pipeline stage")
+                raise ConfigError(f"{kind} pixels came without {kind}_grid_thw; pass it, on every pipeline stage")
             if grids is None and positions_given:
                 continue
             wanted = 0 if grids is None else int(grids.prod(-1).sum()) // hf.vision_config.spatial_merge_size**2

@@ -197,7 +197,7 @@ def test_text_alone_is_counted() -> None:
         ({"image_grid_thw": [[1, 4, 4]]}, "there are 0 image tokens .* makes 4"),
         ({"video_grid_thw": [[2, 2, 2]]}, r"there are 3 video tokens \(id 141\) and video_grid_thw makes 2"),
         ({}, "there are 3 video tokens .* makes 0"),
-        ({"pixel_values": [[0.0]]}, "pixels of an image came without image_grid_thw"),
+        ({"pixel_values": [[0.0]]}, "image pixels came without image_grid_thw"),
     ],
 )
 def test_vision_inputs_that_do_not_match_are_refused(given: dict[str, Any], message: str) -> None:
