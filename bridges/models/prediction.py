@@ -94,7 +94,10 @@ def agree(specs: Sequence[TensorSpec], stored: PretrainedConfig, wanted: Pretrai
 
     Added tensors are like those of the model's last layer, and come with the copies of what is shared.
     """
-    end, wanted_end = (hf.num_hidden_layers + num_prediction_layers(hf) for hf in (stored, wanted))
+    count, wanted_count = num_prediction_layers(stored), num_prediction_layers(wanted)
+    if count == wanted_count:
+        return tuple(specs)
+    end, wanted_end = stored.num_hidden_layers + count, wanted.num_hidden_layers + wanted_count
     left_out = {str(layer) for layer in range(wanted_end, end)}
     kept = [spec for spec in specs if (match := _LAYER.match(spec.name)) is None or match[1] not in left_out]
     added = [spec for layer in range(end, wanted_end) for spec in _specs_of_layer(wanted, specs, layer)]

@@ -65,6 +65,8 @@ def draw_case(rng: Random, max_ranks: int) -> Case:
         expert = rng.choice(divisors(stage_ranks // expert_tensor, 4))
         settings |= {EP: expert, ETP: expert_tensor}
         fields |= _draw_experts(rng, kind, num_layers, expert, tensor * expert_tensor)
+        # A list of stages would have to name them.
+        fields |= {"num_nextn_predict_layers": 0 if STAGES in cut else rng.choice([0, 1])}
     fields |= _draw_attention(rng, kind, tensor, fields["num_attention_heads"])
     return Case(kind, fields, settings, stage_ranks * pipeline, rng.choice([1, 2, 7, 128]))
 
@@ -99,7 +101,6 @@ def _draw_attention(rng: Random, kind: str, tensor: int, heads: int) -> dict[str
         "qk_nope_head_dim": rng.choice([2, 6]),
         "v_head_dim": rng.choice([3, 4]),
         "attention_bias": False,
-        "num_nextn_predict_layers": 0,
     }
 
 
