@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.bridges.tiny_models import write_tiny_model
 
+from weightcast.cli import main
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 120
 
@@ -133,9 +135,22 @@ def test_verify_names_what_differs(models: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_input_is_refused_in_one_message(arguments: tuple[str, ...], message: str, models: Path) -> None:
-    done = weightcast(*arguments, cwd=models)
-    assert done.returncode == 2, done.stderr
-    *_, last = done.stderr.splitlines()
-    assert last.startswith("weightcast: ") and message in last
-    assert "Traceback" not in done.stderr
+def test_wrong_input_is_refused_in_one_message(
+    arguments: tuple[str, ...],
+    message: str,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(sys, "argv", ["weightcast", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    *_, last = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and last.startswith("weightcast: ") and message in last
+
+
+def test_a_shell_sees_the_message_and_the_exit_code(models: Path) -> None:
+    done = weightcast("import", "qwen3", "qwen3", cwd=models)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("weightcast: qwen3 is not empty") and "Traceback" not in done.stderr

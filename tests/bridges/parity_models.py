@@ -115,12 +115,11 @@ MOE_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 
+# The long matrix (`layout_tables`) has every cut by itself as well; here are those that combine them.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
-    "tp2": {"tensor_model_parallel_size": 2},
     "tp2-sequence-parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "tp4": {"tensor_model_parallel_size": 4},
-    "pp2": {"pipeline_model_parallel_size": 2},
     "pp2-vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "cp4": {"context_parallel_size": 4},
@@ -136,14 +135,11 @@ GRADIENT_LAYOUTS = ("tp2-sequence-parallel", "tp4", "pp2-vpp2", "tp2-pp2", "cp2-
 # Without an expert tensor parallel size the experts are split like the rest of the model.
 MOE_LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
-    "tp2": {"tensor_model_parallel_size": 2},
     "tp2-sequence-parallel-etp1": {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,
         "expert_tensor_parallel_size": 1,
     },
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "ep2": {"expert_model_parallel_size": 2},
     "ep4": {"expert_model_parallel_size": 4},
     "ep2-pp2": {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "ep2-tp2-etp1": {

@@ -34,10 +34,8 @@ MODELS = (
 )
 LAYOUTS = (
     "tp1",
-    "tp2",
     "tp2-sequence-parallel",
     "tp4",
-    "pp2",
     "pp2-vpp2",
     "tp2-pp2",
     "cp4",
@@ -53,10 +51,7 @@ MOE_MODELS = (
 )
 MOE_LAYOUTS = (
     "tp1",
-    "tp2",
     "tp2-sequence-parallel-etp1",
-    "pp2",
-    "ep2",
     "ep4",
     "ep2-pp2",
     "ep2-tp2-etp1",
