@@ -33,7 +33,8 @@ def save_checkpoint(model: Model, folder: Path) -> None:
     """Write the weights of `model`, its list of chunks, to a new or empty `folder`. Every rank must call it.
 
     The folder appears only when it is complete. Raises `ConfigError` on every rank when it holds something, and
-    `StorageError` when the disk refuses a write.
+    `StorageError` when the disk refuses a write: on every rank, except that of Megatron's last two small files, which
+    rank 0 writes alone, only rank 0 learns while the others wait for it and fail when its process ends.
     """
     partial = partial_of(folder)
     with explain_disk(folder):
