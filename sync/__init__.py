@@ -8,9 +8,10 @@ It knows torch, zmq and msgpack; no Megatron, no engine.
 
 from weightcast.sync.arrival import Limits
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
-from weightcast.sync.messages import EngineReport, Span
-from weightcast.sync.publisher import PublishReport, WeightPublisher
+from weightcast.sync.publisher import Publication, WeightPublisher
+from weightcast.sync.records import EngineReport, SourceReport, Span
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
+from weightcast.sync.report import PublishReport
 from weightcast.sync.source import ModuleSource, WeightSource
 from weightcast.sync.subscriber import Update, UpdateStats, WeightSubscriber
 from weightcast.sync.transports.zmq_sockets import CurveKeys
@@ -25,8 +26,10 @@ __all__ = [
     "Limits",
     "Manifest",
     "ModuleSource",
+    "Publication",
     "PublishReport",
     "Region",
+    "SourceReport",
     "Span",
     "TensorSpec",
     "Update",

@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from weightcast.sync import HeldRegion, Limits, Region, TensorSpec, WeightPublisher, WeightSubscriber
 from weightcast.sync.errors import WeightcastError
-from weightcast.sync.messages import Span
+from weightcast.sync.records import Span
 
 # Patient enough for a busy machine, and quick to notice the dead.
 LIMITS = Limits(chunk_timeout_s=0.5, lost_after_s=4.0)
