@@ -63,6 +63,8 @@ class EngineReport:
     checksums_checked: int
     spans: tuple[Span, ...]
     reason: str
+    transport: str = "zmq"
+    num_repeats: int = 0
 
 
 def known_dtype(value: Any) -> torch.dtype:
@@ -91,7 +93,7 @@ SPAN = record(Span, text, real, real)
 SPANS = many(SPAN, MAX_SPANS)
 HASHES = schema.binary(MAX_CHUNKS * CHUNK_HASH_BYTES)
 OFFER = record(Offer, uint(MAX_SOURCES), text, many(REGION), HASHES)
-REPORT = record(EngineReport, text, text, real, real, uint(), uint(), SPANS, text)
+REPORT = record(EngineReport, text, text, real, real, uint(), uint(), SPANS, text, text, uint())
 
 
 @dataclass(frozen=True, slots=True)
