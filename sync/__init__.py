@@ -9,8 +9,10 @@ It knows torch, zmq and msgpack; no Megatron, no engine.
 from weightcast.sync.arrival import Limits
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
 from weightcast.sync.messages import EngineReport, Span
-from weightcast.sync.publisher import PublishReport, WeightPublisher
+from weightcast.sync.publisher import WeightPublisher
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
+from weightcast.sync.report import PublishReport, SourceReport
+from weightcast.sync.report_log import ReportLog
 from weightcast.sync.source import ModuleSource, WeightSource
 from weightcast.sync.subscriber import Update, UpdateStats, WeightSubscriber
 from weightcast.sync.transports.zmq_sockets import CurveKeys
@@ -27,6 +29,8 @@ __all__ = [
     "ModuleSource",
     "PublishReport",
     "Region",
+    "ReportLog",
+    "SourceReport",
     "Span",
     "TensorSpec",
     "Update",

@@ -11,7 +11,6 @@ into host memory (one extra copy of that share), so training may go on while lat
 """
 
 import time
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -21,9 +20,10 @@ from weightcast.sync.chunks import DEFAULT_CHUNK_BYTES, Chunk, check_chunk_bytes
 from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.errors import DeadlineExceeded, EngineError, VersionError
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
-from weightcast.sync.messages import PROTOCOL, EngineReport, Packed, Published, SourceHello, Span
+from weightcast.sync.messages import PROTOCOL, Packed, Published, SourceHello, Span
 from weightcast.sync.publisher_loop import PublisherLoop
 from weightcast.sync.regions import Region, check_unique_names
+from weightcast.sync.report import PublishReport
 from weightcast.sync.schema import MAX_UINT
 from weightcast.sync.snapshot import allocate_arena, pack_snapshot
 from weightcast.sync.source import WeightSource
@@ -32,25 +32,6 @@ from weightcast.sync.version import Version, fingerprint, new_epoch
 
 DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_LOST_AFTER_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class PublishReport:
-    """What became of a version. `num_bytes` counts what all engines received; `engines` says who holds it."""
-
-    version: Version
-    num_bytes: int
-    num_tensors: int
-    num_chunks: int
-    phases_s: dict[str, float]
-    """Seconds of `pack` (this rank's stall), `stage` (engines fetch) and `commit` (engines load)."""
-    engines: tuple[EngineReport, ...]
-    spans: tuple[Span, ...]
-
-    @property
-    def serving(self) -> tuple[str, ...]:
-        """The engines that serve this version."""
-        return tuple(engine.engine for engine in self.engines if engine.state == "serving")
 
 
 class WeightPublisher:
@@ -200,13 +181,16 @@ class WeightPublisher:
         phases_s = {"pack": pack.end_s - pack.start_s}
         phases_s |= {s.phase: s.end_s - s.start_s for s in published.spans if s.phase != "pack"}
         return PublishReport(
-            published.version,
-            published.num_bytes,
-            len(self._specs),
-            published.num_chunks,
-            phases_s,
-            published.engines,
-            published.spans,
+            version=published.version,
+            num_bytes=published.num_bytes,
+            num_tensors=len(self._specs),
+            num_chunks=published.num_chunks,
+            phases_s=phases_s,
+            spans=published.spans,
+            dense_bytes=self.num_bytes,
+            density=None,
+            sources=(),
+            engines=published.engines,
         )
 
     def close(self) -> None:
