@@ -12,6 +12,7 @@ from weightcast.sync.publisher import Publication, WeightPublisher
 from weightcast.sync.records import EngineReport, SourceReport, Span
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.report import PublishReport
+from weightcast.sync.report_log import ReportLog
 from weightcast.sync.source import ModuleSource, WeightSource
 from weightcast.sync.subscriber import Update, UpdateStats, WeightSubscriber
 from weightcast.sync.transports.zmq_sockets import CurveKeys
@@ -29,6 +30,7 @@ __all__ = [
     "Publication",
     "PublishReport",
     "Region",
+    "ReportLog",
     "SourceReport",
     "Span",
     "TensorSpec",

@@ -7,8 +7,8 @@ the version; how long that took is in the events.
         publisher.after_step(report)
 """
 
-import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
 from typing import Self
@@ -17,8 +17,7 @@ from weightcast.sync import PublishReport, Span, WeightPublisher, WeightSource
 from weightcast.trainer.config import PublishConfig
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.loop import StepReport
-
-logger = logging.getLogger(__name__)
+from weightcast.trainer.reporting import Reporting
 
 
 class StepPublisher:
@@ -33,12 +32,12 @@ class StepPublisher:
         self._config = publish
         self._events = events
         self._is_first_rank = source.rank == 0
-        self._publisher = WeightPublisher(source, publish.to, timeout_s=publish.timeout_s)
-        try:
+        with ExitStack() as stack:
+            # Reports are alike on all ranks, so one rank tells of them.
+            self._reporting = stack.enter_context(Reporting(publish)) if self._is_first_rank else None
+            self._publisher = stack.enter_context(WeightPublisher(source, publish.to, timeout_s=publish.timeout_s))
             self._publisher.wait_for_subscribers(publish.wait_for, publish.wait_timeout_s)
-        except BaseException:
-            self._publisher.close()
-            raise
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -46,7 +45,7 @@ class StepPublisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._publisher.close()
+        self._open.close()
 
     def is_due(self, step: int) -> bool:
         """Whether this step is published."""
@@ -88,11 +87,5 @@ class StepPublisher:
             stall_s=stall_s,
             engines=[asdict(engine) for engine in engines],
         )
-        if self._is_first_rank:
-            logger.info(
-                "version %d: %.1f MB to %d engine(s), trainer stalled for %.2f s",
-                step.step,
-                report.num_bytes / 1e6,
-                len(engines),
-                stall_s,
-            )
+        if self._reporting is not None:
+            self._reporting.take(report, stall_s)
