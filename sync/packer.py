@@ -20,7 +20,7 @@ import torch
 from weightcast.sync.chunk_delta import count_changes, encode_chunk, list_parts
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
-from weightcast.sync.digest import add_digests, region_digest
+from weightcast.sync.digest import add_digests, copy_with_digest
 from weightcast.sync.errors import SourceError
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.snapshot import MAX_DELTA_SHARE, ChunkState, Snapshot
@@ -119,8 +119,9 @@ class Packer:
             end = piece.start_byte + piece.num_bytes
             region, live = self._find(piece.region)
             target = view_piece(piece, self._dtypes[region.name], buffer)
-            target.copy_(live[_slices_within(piece.region, region)])
-            self._digests[region] = add_digests(self._digests[region], region_digest(target, piece.region))
+            source = live[_slices_within(piece.region, region)]
+            digest = copy_with_digest(target, source, piece.region, reread=True)
+            self._digests[region] = add_digests(self._digests[region], digest)
 
     def _walk_regions(self) -> Iterator[tuple[Region, torch.Tensor]]:
         for region in self._regions:

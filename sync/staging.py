@@ -19,7 +19,7 @@ from weightcast.sync.chunk_delta import parse_chunk, unpack_chunk
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_codec import apply_parsed, as_elements
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
-from weightcast.sync.digest import MASK, region_digest
+from weightcast.sync.digest import MASK, copy_with_digest, region_digest
 from weightcast.sync.errors import SourceError, WireError
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
@@ -134,9 +134,10 @@ class Staging:
         for piece in chunk.pieces:
             target = self._target(piece)
             came = view_piece(piece, target.dtype, body)
-            if target.data_ptr() != came.data_ptr():
-                target.copy_(came)
-            digests.append(region_digest(came, piece.region))
+            if target.data_ptr() == came.data_ptr():
+                digests.append(region_digest(came, piece.region))
+            else:
+                digests.append(copy_with_digest(target, came, piece.region))
         return tuple(digests)
 
     def _land_change(self, key: ChunkKey, header: ChunkHeader, body: ByteArray | None) -> tuple[int, ...]:

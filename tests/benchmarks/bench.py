@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import zmq
 from delta_codec import run_codec
+from digest import run_digest
 from engine_pause import run_pause
 from harness import TIMEOUT_S, Record, running_publisher, time_copy
 from rich.console import Console
@@ -111,6 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = run_staging(options.rounds, specs, f"ipc://{folder}/bench", options.tiny)
         records += run_codec(options.rounds, options.tiny)
+        records += run_digest(options.rounds, options.tiny)
         if not (options.skip_engine or options.tiny):
             records.append(run_pause(options.rounds, specs, Path(folder)))
     results = {"machine": describe_machine(), "records": [asdict(record) for record in records]}
