@@ -64,6 +64,11 @@ class ModelView:
         self.chunk_bytes = message.chunk_bytes
 
     @property
+    def num_sources(self) -> int:
+        """How many sources the publisher has."""
+        return 0 if self._layout is None else len(self._layout.offers)
+
+    @property
     def layouts(self) -> Mapping[int, SourceLayout]:
         """Every source's layout. Raises `WireError` when the publisher has given none, or one that cannot be."""
         if self._layouts is None:

@@ -20,13 +20,13 @@ from types import TracebackType
 import torch
 
 from weightcast.sync.arrival import Arrival, Limits
-from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, VersionError
+from weightcast.sync.errors import DeadlineExceeded, ModelMismatch, VersionError
 from weightcast.sync.fleet import Role
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.subscriber_loop import SubscriberLoop, raise_ended
 from weightcast.sync.subscription import Subscription
-from weightcast.sync.transports.reaches import KINDS, Reaches
+from weightcast.sync.transports.reaches import Reaches
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Version
 
@@ -110,8 +110,9 @@ class WeightSubscriber:
     told of released versions (for a process that drives an engine whose workers are the receivers); it commits each,
     since `publish` waits for it.
 
-    `transport` is "auto" (memory that this host may read where a source exposes some, otherwise connections), "zmq" for
-    connections alone, or one kind of memory, which is then used wherever it can be.
+    `transport` is "auto" (memory that this host may read where a source exposes some, otherwise connections: by where
+    the sources are, and what was measured), "zmq" for connections alone, or one kind of memory; where that cannot be
+    had, versions are refused with the reason.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class WeightSubscriber:
         self._wall_offset_s = time.time() - time.monotonic()
         limits = Limits() if limits is None else limits
         self._subscription = Subscription(self.engine, role, expect, limits, self._wall_offset_s)
-        reaches = Reaches(_choose_kinds(transport), limits.chunk_timeout_s)
+        reaches = Reaches(transport, limits.chunk_timeout_s)
         self._loop = SubscriberLoop(self._subscription, address, keys, reaches, limits.links)
 
     @property
@@ -198,15 +199,3 @@ class WeightSubscriber:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _choose_kinds(transport: str) -> tuple[str, ...]:
-    """The kinds of memory that a receiver may read."""
-    if transport == "auto":
-        return KINDS
-    if transport == "zmq":
-        return ()
-    if transport not in KINDS:
-        allowed = ", ".join(("auto", "zmq", *KINDS))
-        raise ConfigError(f"transport={transport!r} is not known; use one of {allowed}")
-    return (transport,)

@@ -13,8 +13,8 @@ import zmq
 
 from weightcast.sync.arrival import Effect, Request, Tell
 from weightcast.sync.delta_format import ByteArray
-from weightcast.sync.errors import AddressError, PeerLost, WeightcastError, WireError
-from weightcast.sync.messages import Announce, decode, encode
+from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
+from weightcast.sync.messages import Announce, Staged, decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports import zmq_sockets
@@ -122,11 +122,20 @@ class SubscriberLoop:
             if len(frames) != 1:
                 raise WireError(f"a message of {len(frames)} frames; one was expected")
             message = decode(frames[0])
-            if isinstance(message, Announce):
-                self._subscription.reached = self._reaches.renew(message.tickets)
+            refusal = self._reach(message) if isinstance(message, Announce) else ""
             self._carry_out(self._subscription.receive(message, time.monotonic()))
+            if refusal:
+                self._carry_out(self._subscription.give_up(refusal))
         except WireError as error:
             logger.warning("engine %s ignored a message of its publisher: %s", self._subscription.engine, error)
+
+    def _reach(self, announce: Announce) -> str:
+        """Choose the way to each source; why there is none."""
+        try:
+            self._subscription.reached = self._reaches.renew(announce.tickets, self._subscription.model.num_sources)
+        except ReachError as error:
+            return f"engine {self._subscription.engine!r}: {error}"
+        return ""
 
     def _take_chunks(self, socket: zmq.Socket[bytes]) -> None:
         for _ in range(_CHUNKS_A_TURN):
@@ -150,8 +159,7 @@ class SubscriberLoop:
         except (OSError, WeightcastError) as error:
             engine = self._subscription.engine
             logger.warning("engine %s cannot read from source rank %d any more: %s", engine, rank, error)
-            if self._reaches.get(rank) is not None:
-                self._reaches.close_rank(rank)
+            self._reaches.give_up(rank, str(error))
             return self._subscription.stop_reaching(rank, time.monotonic())
         return self._subscription.land(rank, header, body, time.monotonic(), is_hashed=False)
 
@@ -177,6 +185,8 @@ class SubscriberLoop:
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Tell):
+                if isinstance(effect.message, Staged):
+                    self._reaches.note_rate(effect.message.transport, effect.message.num_bytes, effect.message.stage_s)
                 self._tell(encode(effect.message))
             elif isinstance(effect, Request) and not self._ask(effect):
                 return

@@ -126,7 +126,7 @@ def _parse_phase(fields: dict[str, Any]) -> Phase:
         "start_s": real,
         "end_s": real,
     }
-    found = {}
+    found: dict[str, Any] = {}
     for name, take in checks.items():
         if name not in fields and name not in ("version", "epoch"):
             raise WireError(f"a phase without {name!r}; a phase has {', '.join(_PHASE_FIELDS)}")
@@ -137,7 +137,9 @@ def _parse_phase(fields: dict[str, Any]) -> Phase:
     if found["end_s"] < found["start_s"]:
         raise WireError(f"a phase that ends at {found['end_s']} before it starts at {found['start_s']}")
     args = {name: value for name, value in fields.items() if name not in checks and _is_scalar(value)}
-    return Phase(*found.values(), args)
+    return Phase(
+        found["process"], found["phase"], found["version"], found["epoch"], found["start_s"], found["end_s"], args
+    )
 
 
 def _is_scalar(value: object) -> bool:

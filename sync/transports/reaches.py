@@ -3,8 +3,8 @@
     arena = make_arena(("shared_memory",), num_bytes)       # private memory where the machine has none of these
     arena.tickets                                           # for the announcement
 
-    reaches = Reaches(("shared_memory",), timeout_s=2)
-    reaches.renew(announce.tickets)                         # {source rank: kind} of those that opened
+    reaches = Reaches("auto", timeout_s=2)
+    reaches.renew(announce.tickets, num_sources)            # {source rank: kind} of those that are read so
 
 Each kind is a module beside this one, with `expose(num_bytes)` and `reach(ticket, timeout_s)`; it is imported when
 somebody asks for it.
@@ -18,6 +18,7 @@ from weightcast.sync.errors import ConfigError, WeightcastError
 from weightcast.sync.records import Ticket
 from weightcast.sync.snapshot import allocate_arena
 from weightcast.sync.transports.base import ByteArray, Exposed, Reach
+from weightcast.sync.transports.choose import Choice, Context, Offers, blend_rate, choose_reach
 
 logger = logging.getLogger(__name__)
 
@@ -63,50 +64,89 @@ def make_arena(kinds: Sequence[str], num_bytes: int) -> Arena:
 
 
 class Reaches:
-    """What an engine has open of its sources' memory. `kinds` lists those that it may use, the best first."""
+    """What an engine has open of its sources' memory, and which way it takes to each.
 
-    def __init__(self, kinds: Sequence[str], timeout_s: float) -> None:
-        self._kinds = check_kinds(kinds)
+    `wanted` is "auto", "zmq" or one kind; `timeout_s` bounds every read.
+    """
+
+    def __init__(self, wanted: str, timeout_s: float) -> None:
+        if wanted not in ("auto", "zmq", *KINDS):
+            allowed = ", ".join(("auto", "zmq", *KINDS))
+            raise ConfigError(f"transport={wanted!r} is not known; use one of {allowed}")
+        self._wanted = wanted
         self._timeout_s = timeout_s
-        self._open: dict[int, tuple[Ticket, Reach]] = {}
-        self._refused: set[Ticket] = set()
+        self._open: dict[Ticket, Reach] = {}
+        self._failed: dict[Ticket, str] = {}
+        self._rates: dict[str, float] = {}
+        self._choices: dict[int, Choice] = {}
 
-    def renew(self, tickets: Sequence[Ticket]) -> dict[int, str]:
-        """Open what is new and close what is gone; the kind by which each source rank can be reached."""
-        by_rank: dict[int, list[Ticket]] = {}
+    def renew(self, tickets: Sequence[Ticket], num_sources: int) -> dict[int, str]:
+        """Open what is new and close what is gone; the kind by which each source rank is read, of those that are.
+
+        Raises `ReachError` when the one kind that is wanted cannot be had.
+        """
+        for ticket in [ticket for ticket in self._open if ticket not in tickets]:
+            self._open.pop(ticket).close()
+        self._failed = {ticket: why for ticket, why in self._failed.items() if ticket in tickets}
         for ticket in tickets:
-            if ticket.kind in self._kinds:
-                by_rank.setdefault(ticket.rank, []).append(ticket)
-        for rank in [rank for rank, (ticket, _) in self._open.items() if ticket not in by_rank.get(rank, ())]:
-            self.close_rank(rank)
-        self._refused.intersection_update(tickets)
-        for rank, offered in by_rank.items():
-            for ticket in sorted(offered, key=lambda ticket: self._kinds.index(ticket.kind)):
-                if rank not in self._open and ticket not in self._refused:
-                    self._try(ticket)
-        return {rank: ticket.kind for rank, (ticket, _) in self._open.items()}
+            if self._wanted in ("auto", ticket.kind) and ticket not in self._open and ticket not in self._failed:
+                self._try(ticket)
+        for rank in range(num_sources):
+            self._choose(rank, [ticket for ticket in tickets if ticket.rank == rank])
+        return {rank: choice.kind for rank, choice in self._choices.items() if choice.kind != "zmq"}
 
     def _try(self, ticket: Ticket) -> None:
         try:
+            if ticket.kind not in KINDS:
+                raise ConfigError(f"no such kind of memory: {ticket.kind}")
             module = importlib.import_module(f"weightcast.sync.transports.{ticket.kind}")
-            self._open[ticket.rank] = (ticket, module.reach(ticket.data, self._timeout_s))
+            self._open[ticket] = module.reach(ticket.data, self._timeout_s)
         except (ImportError, OSError, WeightcastError) as error:
             # Once a ticket: every version names it again.
-            self._refused.add(ticket)
-            logger.info("source rank %d is not reached by %s: %s", ticket.rank, ticket.kind, error)
+            self._failed[ticket] = str(error)
+
+    def _choose(self, rank: int, tickets: Sequence[Ticket]) -> None:
+        open_kinds = {ticket.kind for ticket in tickets if ticket in self._open}
+        is_near = bool(open_kinds & {"shared_memory", "cuda_ipc"})
+        before = self._choices.get(rank)
+        context = Context(
+            same_host=is_near,
+            same_uid=is_near,
+            same_gpu="cuda_ipc" in open_kinds,
+            rates=self._rates,
+            current=None if before is None else before.kind,
+            failed={ticket.kind: self._failed[ticket] for ticket in tickets if ticket in self._failed},
+            wanted=self._wanted,
+        )
+        offers = Offers({ticket.kind for ticket in tickets}, open_kinds | {"zmq"})
+        choice = self._choices[rank] = choose_reach(offers, context)
+        if before is None or choice.kind != before.kind:
+            logger.info("from source rank %d by %s", rank, choice)
+
+    def note_rate(self, kind: str, num_bytes: int, seconds: float) -> None:
+        """A version that came by one kind took so long."""
+        rate = blend_rate(self._rates.get(kind), num_bytes, seconds)
+        if rate is not None:
+            self._rates[kind] = rate
 
     def get(self, rank: int) -> Reach | None:
-        """A source's memory, if it is open."""
-        found = self._open.get(rank)
-        return None if found is None else found[1]
+        """A source's memory, of the kind that was chosen."""
+        choice = self._choices.get(rank)
+        found = (
+            reach
+            for ticket, reach in self._open.items()
+            if choice and (ticket.rank, ticket.kind) == (rank, choice.kind)
+        )
+        return next(found, None)
 
-    def close_rank(self, rank: int) -> None:
-        """Let go of a source's memory, and do not try this ticket again."""
-        ticket, reach = self._open.pop(rank)
-        self._refused.add(ticket)
-        reach.close()
+    def give_up(self, rank: int, reason: str) -> None:
+        """Let go of a source's memory, and do not try these tickets again."""
+        for ticket in [ticket for ticket in self._open if ticket.rank == rank]:
+            self._open.pop(ticket).close()
+            self._failed[ticket] = reason
 
     def close(self) -> None:
         """Let go of everything."""
-        for rank in list(self._open):
-            self.close_rank(rank)
+        for reach in self._open.values():
+            reach.close()
+        self._open.clear()
