@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -124,6 +125,11 @@ def _write_mine(files: Sequence[ShardFile], tensors: Mapping[str, torch.Tensor],
         for file in files:
             if file.writer == get_rank():
                 save_file(dict(tensors), folder / file.name, metadata={"format": "pt"})
+
+
+def describe_files(files: Sequence[ShardFile]) -> list[Any]:
+    """What is to be in which file, in JSON's types."""
+    return [[file.name, [[spec.name, str(spec.dtype), list(spec.shape)] for spec in file.specs]] for file in files]
 
 
 def write_index(files: Sequence[ShardFile], folder: Path) -> None:

@@ -9,7 +9,6 @@ it again.
     load_checkpoint(model_of_another_layout, Path("checkpoints/qwen3"))
 """
 
-import errno
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch.distributed.checkpoint.api import CheckpointException
 
 from weightcast.bridges.shards import EXTRA_STATE_SUFFIX, SHARDING_METADATA, Model, unwrap_chunks
-from weightcast.bridges.whole_folder import explain_disk, on_rank_zero, partial_of, refusal, start_empty
-from weightcast.sync.errors import CheckpointMismatch, ConfigError, StorageError
+from weightcast.bridges.whole_folder import (
+    check_new,
+    explain_disk,
+    on_rank_zero,
+    partial_of,
+    refusal,
+    start_empty,
+    take_new_name,
+)
+from weightcast.sync.errors import CheckpointMismatch, StorageError
 
 # Well above Megatron's first file, common.pt, which without an optimizer has 1.3 KB (megatron-core 0.16).
 _SMALL_FILES_BYTES = 64 * 1024
@@ -46,12 +53,11 @@ def save_checkpoint(model: Model, folder: Path) -> None:
                 raise
             raise StorageError(refusal(folder, _say_who(error))) from error
         # An empty folder of the name is replaced, and one that got something meanwhile is not.
-        on_rank_zero(lambda: _rename(partial, folder), f"finishing {folder}")
+        on_rank_zero(lambda: take_new_name(partial, folder), f"finishing {folder}")
 
 
 def _make_room(folder: Path, partial: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; give a new folder for each Megatron checkpoint")
+    check_new(folder)
     start_empty(partial)
     # Megatron writes its first file on rank 0 alone while the others go on; a disk that is full already must show here,
     # where all ranks agree.
@@ -59,15 +65,6 @@ def _make_room(folder: Path, partial: Path) -> None:
     with probe.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, _SMALL_FILES_BYTES)
     probe.unlink()
-
-
-def _rename(partial: Path, folder: Path) -> None:
-    try:
-        partial.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        raise ConfigError(f"{folder} was filled while the checkpoint was written, which is in {partial}") from error
 
 
 def _say_who(error: CheckpointException) -> str:

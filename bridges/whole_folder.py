@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from weightcast.bridges.exchange import agreement, get_rank
-from weightcast.sync.errors import StorageError
+from weightcast.sync.errors import ConfigError, StorageError
 
 # A full disk, a quota, a limit on the size of files, a disk that is mounted for reading alone, one that fails.
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -46,6 +46,22 @@ def take_name(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     if previous.exists():
         shutil.rmtree(previous)
+
+
+def check_new(folder: Path) -> None:
+    """Raise `ConfigError` unless there is no `folder`, or an empty one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; give a new folder for each Megatron checkpoint")
+
+
+def take_new_name(partial: Path, folder: Path) -> None:
+    """Rename; an empty folder of the name is replaced. Raises `ConfigError` when something came into it meanwhile."""
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise ConfigError(f"{folder} was filled while the checkpoint was written, which is in {partial}") from error
 
 
 def on_rank_zero(action: Callable[[], None], what: str) -> None:
