@@ -69,8 +69,8 @@ def save_weights(
 
     `write_extras` is called on rank 0 with the folder under construction (configuration, tokenizer); `progress` with
     the number of tensors done since the last call. An older HF folder of the name is replaced. Raises `ConfigError`
-    when the folder holds anything else, and `StorageError` when the disk refuses a write; the other ranks then say that
-    one failed.
+    when the folder holds anything else (a `BridgeError` on the ranks that did not look), and `StorageError` on every
+    rank when the disk refuses a write.
     """
     with explain_disk(folder):
         _save(plan, folder, write_extras, progress, shard_bytes, batch_bytes)
