@@ -114,7 +114,7 @@ class Update:
         """The update of the base's tensor `weight`."""
         magnitude = reader.read_whole(peft_name(weight, LORA_MAGNITUDE)).float() if folder.config.use_dora else None
         factor_in, factor_out = (reader.read_whole(peft_name(weight, tensor)).float() for tensor in (LORA_A, LORA_B))
-        return Update(factor_in, factor_out, folder.config.scaling, magnitude)
+        return Update(factor_in, factor_out, folder.settings[weight].scaling, magnitude)
 
     def add_to(self, rows: torch.Tensor, region: Region) -> torch.Tensor:
         """`rows`, some whole rows of the weight, with their update, in their dtype."""
@@ -138,7 +138,7 @@ def _check_base(base: CheckpointFiles, folder: AdapterFolder) -> set[str]:
         )
     shapes = {spec.name: spec.shape for spec in folder.files.specs}
     for name in adapted:
-        wanted = _wanted_shapes(specs[name], folder.config.r)
+        wanted = _wanted_shapes(specs[name], folder.settings[name].rank)
         for tensor, shape in wanted.items():
             got = shapes.get(peft_name(name, tensor), shape)
             if got != shape:
