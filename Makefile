@@ -3,7 +3,7 @@
 #   make demo [ENGINE=transformers|vllm] [MODEL=folder-or-hub-id] [DATA=file.txt] [STEPS=6] [TP=ranks] [OUT=out/demo]
 #   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
 #   make test | test-quick | lint | test-all | bench | clean
-#   make test-latest [PYTHON312=python] [LATEST_TRANSFORMERS=5.23.0]   the bridges with the newest Megatron-Core
+#   make test-latest [PYTHON312=python] [LATEST_TRANSFORMERS=5.23.0]   bridges and trainer with the newest Megatron-Core
 
 GIVEN = $(if $(TP), --tp '$(TP)')$(if $(MODEL), --model '$(MODEL)')$(if $(DATA), --data '$(DATA)')
 
@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 PYTHON312 ?=
 LATEST_MEGATRON ?= 0.19.2
 LATEST_TRANSFORMERS ?= 5.19.0
-LATEST_TESTS ?= tests/bridges
+LATEST_TESTS ?= tests/bridges tests/trainer
 
 VENV := .venv
 PY := $(VENV)/bin/python
