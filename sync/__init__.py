@@ -8,7 +8,7 @@ It knows torch, zmq and msgpack; no Megatron, no engine.
 
 from weightcast.sync.arrival import Limits
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
-from weightcast.sync.publisher import Publication, WeightPublisher
+from weightcast.sync.publisher import DeltaMode, Publication, WeightPublisher
 from weightcast.sync.records import EngineReport, SourceReport, Span
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.report import PublishReport
@@ -20,6 +20,7 @@ from weightcast.sync.version import Manifest, Version
 
 __all__ = [
     "CurveKeys",
+    "DeltaMode",
     "EngineReport",
     "EngineStatus",
     "FleetPolicy",

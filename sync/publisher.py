@@ -75,9 +75,8 @@ class WeightPublisher:
     ) -> None:
         check_chunk_bytes(chunk_bytes)
         if delta not in get_args(DeltaMode) or history < 0:
-            raise ConfigError(
-                f"delta={delta!r} with history={history}: use one of {', '.join(get_args(DeltaMode))}, and 0 or more"
-            )
+            allowed = ", ".join(get_args(DeltaMode))
+            raise ConfigError(f"delta={delta!r} with history={history}: use one of {allowed}, and 0 or more versions")
         self._share = Share(source, history, expose)
         self._timeout_s = timeout_s
         self._last_number = -1
