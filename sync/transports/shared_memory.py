@@ -5,8 +5,8 @@
 
 The arena has no name in the file system. A thread of the source hands a read-only descriptor of it to whoever is of
 the same user (or an allowed one), reaches the socket in a folder of that user's own, and knows the ticket's token. So
-nobody can put something else in its place, and when a process is killed nothing stays but that folder, which the next
-source of the user removes.
+nobody can put something else in its place, and when a process is killed nothing stays but that folder and its dead
+socket, which the next source of the user removes.
 """
 
 import hmac
