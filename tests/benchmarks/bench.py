@@ -25,6 +25,7 @@ from harness import TIMEOUT_S, Record, running_publisher, time_copy
 from rich.console import Console
 from rich.table import Table
 from shapes import TINY, qwen3_specs
+from shared_memory import run_shared_memory
 
 import weightcast
 from weightcast.sync import TensorSpec, Update, WeightSubscriber
@@ -113,6 +114,7 @@ def main() -> None:
         records = run_staging(options.rounds, specs, f"ipc://{folder}/bench", options.tiny)
         records += run_codec(options.rounds, options.tiny)
         records += run_digest(options.rounds, options.tiny)
+        records += run_shared_memory(options.rounds, options.tiny)
         if not (options.skip_engine or options.tiny):
             records.append(run_pause(options.rounds, specs, Path(folder)))
     results = {"machine": describe_machine(), "records": [asdict(record) for record in records]}
