@@ -99,8 +99,7 @@ def _match_sources(packs: Sequence[Span], sources: Sequence[SourceReport]) -> li
 def _source_figures(source: SourceReport | None) -> dict[str, Scalar]:
     if source is None:
         return {}
-    return {
-        "dense_bytes": source.dense_bytes,
-        "delta_bytes": source.delta_bytes,
-        "changed_elements": source.changed_elements,
-    }
+    figures: dict[str, Scalar] = {"dense_bytes": source.dense_bytes, "delta_bytes": source.delta_bytes}
+    if source.changed_elements is not None:
+        figures["changed_elements"] = source.changed_elements
+    return figures
