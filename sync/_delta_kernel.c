@@ -135,6 +135,19 @@ static size_t found_bytes(const found_t *found, size_t itemsize)
         }                                                                                                             \
     }
 
+/* The elements at places that are known already: the way back from a delta, without another search. */
+#define DEFINE_FOLLOW(BITS)                                                                                           \
+    static void follow_##BITS(found_t *found, const uint8_t *base, const uint8_t *new_, const uint8_t *gaps,          \
+                              size_t num_gaps)                                                                        \
+    {                                                                                                                 \
+        size_t index = 0;                                                                                             \
+        for (size_t gap = 0; gap < num_gaps; gap++) {                                                                 \
+            index += gaps[gap];                                                                                       \
+            if (gaps[gap] != SKIP)                                                                                    \
+                add_##BITS(found, base, new_, index++);                                                               \
+        }                                                                                                             \
+    }
+
 #define NO_ATTRIBUTES
 #ifdef HAS_X86
 #define DEFINE_ENCODERS(BITS)                                                                                         \
@@ -145,7 +158,7 @@ static size_t found_bytes(const found_t *found, size_t itemsize)
 #define DEFINE_ENCODERS(BITS) DEFINE_ENCODE(BITS, plain, NO_ATTRIBUTES, find_differences_plain)
 #endif
 
-#define DEFINE_ALL(BITS) DEFINE_ADD(BITS) DEFINE_ENCODERS(BITS) DEFINE_APPLY(BITS)
+#define DEFINE_ALL(BITS) DEFINE_ADD(BITS) DEFINE_ENCODERS(BITS) DEFINE_FOLLOW(BITS) DEFINE_APPLY(BITS)
 DEFINE_ALL(8)
 DEFINE_ALL(16)
 DEFINE_ALL(32)
@@ -187,6 +200,17 @@ EXPORTED int weightcast_delta_encode(int level, size_t itemsize, const uint8_t *
     case 2: ENCODE_AT(16);
     case 4: ENCODE_AT(32);
     default: ENCODE_AT(64);
+    }
+}
+
+EXPORTED void weightcast_delta_follow(size_t itemsize, const uint8_t *base, const uint8_t *new_, const uint8_t *gaps,
+                                      size_t num_gaps, found_t *found)
+{
+    switch (itemsize) {
+    case 1: follow_8(found, base, new_, gaps, num_gaps); break;
+    case 2: follow_16(found, base, new_, gaps, num_gaps); break;
+    case 4: follow_32(found, base, new_, gaps, num_gaps); break;
+    default: follow_64(found, base, new_, gaps, num_gaps);
     }
 }
 

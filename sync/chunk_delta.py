@@ -17,7 +17,7 @@ import torch
 
 from weightcast.sync.chunks import Chunk
 from weightcast.sync.delta_codec import apply_parsed, as_elements, find_delta, reverse_delta
-from weightcast.sync.delta_format import ByteArray, Delta, ElementArray, parse_delta
+from weightcast.sync.delta_format import HEADER_BYTES, ByteArray, Delta, ElementArray, parse_delta
 from weightcast.sync.delta_wire import pack_delta, unpack_delta
 from weightcast.sync.errors import WireError
 
@@ -72,15 +72,13 @@ def encode_chunk(
 
     The gaps between pieces are the same in both (zero). `pack` adds the entropy-coded form.
     """
-    if np.array_equal(base, new):
-        return SAME
     forward, reverse, packed = [], [], []
     left_bytes, num_changes = max_bytes, 0
     for part in parts:
         old, now = part.elements(base), part.elements(new)
         left_bytes -= _LENGTH.size
-        delta = find_delta(old, now, max(0, left_bytes))
-        if delta is None:
+        delta = find_delta(old, now, max(HEADER_BYTES, left_bytes))
+        if delta is None or (delta.num_changes and delta.num_bytes > left_bytes):
             return None
         num_changes += delta.num_changes
         if not delta.num_changes:
@@ -92,6 +90,8 @@ def encode_chunk(
         reverse.append(back_bytes)
         if pack:
             packed.append(pack_delta(delta_bytes, old) if delta_bytes else b"")
+    if not num_changes:
+        return SAME
     return ChunkDelta(_join(forward), _join(reverse), _join(packed) if pack else None, num_changes)
 
 

@@ -51,8 +51,10 @@ def find_delta(
     return delta_kernel.encode(base, new, limit) if with_kernel else _encode_numpy(base, new, limit)
 
 
-def reverse_delta(delta: Delta, base: ElementArray, new: ElementArray) -> Delta:
+def reverse_delta(delta: Delta, base: ElementArray, new: ElementArray, *, use_kernel: bool | None = None) -> Delta:
     """The delta from `new` back to `base`, given the one from `base` to `new`. Pure."""
+    if use_kernel if use_kernel is not None else delta_kernel.is_available():
+        return delta_kernel.follow(delta, new, base)
     positions = delta.positions()
     return _make(delta.gaps, new[positions], base[positions], delta.num_elements)
 

@@ -35,6 +35,8 @@ def _load() -> ctypes.CDLL | None:
     library.weightcast_delta_encode.argtypes = [ctypes.c_int, size, pointer, pointer, size, ctypes.POINTER(_Found)]
     library.weightcast_delta_apply.argtypes = [size, pointer, pointer, size, pointer, pointer, pointer, size]
     library.weightcast_delta_apply.restype = None
+    library.weightcast_delta_follow.argtypes = [size, pointer, pointer, pointer, size, ctypes.POINTER(_Found)]
+    library.weightcast_delta_follow.restype = None
     return library
 
 
@@ -62,6 +64,19 @@ def encode(base: ElementArray, new: ElementArray, max_bytes: int, level: str | N
         number, new.itemsize, base.ctypes.data, new.ctypes.data, len(new), ctypes.byref(found)
     ):
         return None
+    return arrays.cut(found, len(new))
+
+
+def follow(delta: Delta, base: ElementArray, new: ElementArray) -> Delta:
+    """The delta from `base` to `new`, which differ where `delta` has its changes: without another search."""
+    assert base.flags.c_contiguous and new.flags.c_contiguous and base.dtype == new.dtype and len(base) == len(new)
+    gaps = np.ascontiguousarray(delta.gaps)
+    # Every change may turn out to be an exception.
+    arrays = _Room(delta.num_changes * (base.itemsize + 4) + len(gaps), len(new), new.dtype)
+    found = arrays.describe(0)
+    _library().weightcast_delta_follow(
+        new.itemsize, base.ctypes.data, new.ctypes.data, gaps.ctypes.data, len(gaps), ctypes.byref(found)
+    )
     return arrays.cut(found, len(new))
 
 

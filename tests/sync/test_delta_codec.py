@@ -15,7 +15,7 @@ from tests.sync.parts import PROPERTY
 
 from weightcast.sync import delta_kernel
 from weightcast.sync.compiled import LEVELS
-from weightcast.sync.delta_codec import apply_delta, as_elements, encode_delta
+from weightcast.sync.delta_codec import apply_delta, as_elements, encode_delta, find_delta, reverse_delta
 from weightcast.sync.delta_format import ELEMENT_TYPES, HEADER_BYTES, Delta, ElementArray, parse_delta
 from weightcast.sync.delta_torch import apply_on_device, encode_on_device
 from weightcast.sync.delta_wire import pack_delta, unpack_delta
@@ -68,6 +68,17 @@ def test_a_torn_apply_is_healed_by_another(
     torn = np.where(np.random.default_rng(seed).random(len(base)) < 0.5, base, new)
     apply_delta(payload, torn, use_kernel=use_kernel)
     assert torn.tobytes() == new.tobytes()
+
+
+@pytest.mark.parametrize("use_kernel", PATHS)
+@PROPERTY
+@given(states=two_states())
+def test_the_way_back_is_what_a_search_would_find(use_kernel: bool, states: tuple[ElementArray, ElementArray]) -> None:
+    base, new = states
+    delta = find_delta(base, new)
+    assert delta is not None
+    back = reverse_delta(delta, base, new, use_kernel=use_kernel)
+    assert back.to_bytes() == encode_delta(new, base)
 
 
 @PROPERTY
