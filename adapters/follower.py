@@ -28,7 +28,7 @@ _RETRY_S = 0.2  # after an error that is not one version's (a publisher that is 
 
 
 class EngineFollower:
-    """Commits the versions of one subscriber, of a publisher or a store, to one engine. One thread calls `run` or `step`.
+    """Commits the versions of one subscriber (to a publisher or a store) to one engine. One thread calls `run`, `step`.
 
     `pause_mode` says what happens to requests that run when a version is swapped in, and `pause_timeout_s` how long
     a pause may take before the version is given up for late. `events` is a file for JSON lines of phases.

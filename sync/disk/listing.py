@@ -1,6 +1,7 @@
 """What a store of versions holds, for people: `weightcast versions FOLDER [--check]`."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,8 +63,11 @@ def list_versions(place: "str | Path | Store", *, check: bool = False, key: byte
 
     Checking takes the memory of one model.
     """
-    store = open_store(place)
-    hashing = Hashing(key)
+    with closing(open_store(place)) as store:
+        return _list(store, check, Hashing(key))
+
+
+def _list(store: Store, check: bool, hashing: Hashing) -> StoreListing:
     catalog = Catalog(store, hashing, host_limits())
     infos = catalog.refresh()
     by_version = {info.version: info for info in infos}

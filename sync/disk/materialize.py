@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,15 +64,25 @@ def materialize(
     """
     if out.exists():
         raise ConfigError(f"{out} exists; give a new folder")
-    store = open_store(place)
-    hashing = Hashing(key)
-    catalog = Catalog(store, hashing, host_limits())
+    with closing(open_store(place)) as store:
+        catalog = Catalog(store, Hashing(key), host_limits())
+        return _materialize(catalog, Hashing(key), out, version, config_from, file_bytes)
+
+
+def _materialize(
+    catalog: Catalog,
+    hashing: Hashing,
+    out: Path,
+    version: Version | int | None,
+    config_from: Path | None,
+    file_bytes: int,
+) -> MaterializeReport:
     infos = catalog.refresh()
     target = pick_version(catalog, infos, version)
     steps = route_to(target, {info.version: info for info in infos})
     if steps is None:
         raise VersionError(
-            f"version {target} of {store.url} cannot be assembled: no anchor leads to it. `weightcast versions "
+            f"version {target} of {catalog.store.url} cannot be assembled: no anchor leads to it. `weightcast versions "
             "--check` says what is damaged; choose another version"
         )
     partial = out.with_name(f".{out.name}.partial")

@@ -75,6 +75,8 @@ class DiskPublisher:
         check_unique_names(self._specs)
         self._model_bytes = sum(spec.num_bytes for spec in self._specs)
         self._delta, self._anchor_every, self._keep, self._timeout_s = delta, anchor_every, keep, timeout_s
+        if config_from is not None:
+            find_extra_files(config_from)  # a wrong folder is refused now, not at the first anchor
         self._config_from = config_from
         self._hashing = Hashing(key)
         self._settings = PartSettings(

@@ -55,7 +55,7 @@ class Hasher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Hashing:
-    """How files are hashed: xxh3-128 (29 GB/s a core, finds accidents) or, with a key, BLAKE2b (1 GB/s, stops forgers)."""
+    """How files are hashed: xxh3-128 (29 GB/s, finds accidents) or with a key BLAKE2b (1 GB/s, stops forgers)."""
 
     key: bytes | None = None
 

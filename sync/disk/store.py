@@ -80,7 +80,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what was opened."""
+        """Let go of what was opened; a later call opens it again."""
         ...
 
 
