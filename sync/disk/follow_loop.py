@@ -154,8 +154,10 @@ class FollowLoop:
                 return True
             raise
         with self.lock:
-            self.ready = (route[-1].version, stats)
-            self._errors.clear()  # of versions that this one makes good
+            staged = route[-1].version
+            self.ready = (staged, stats)
+            # The store is in reach again. Damage is told all the same, once, though there was a way around it.
+            self._errors = deque(error for error in self._errors if not isinstance(error, StorageError))
             self.lock.notify_all()
         return True
 

@@ -170,15 +170,16 @@ class DiskSubscriber:
 
         Raises `DeadlineExceeded` when none was ready in `timeout_s` (staging goes on), `DamagedVersion` when one cannot
         be used, `ModelMismatch` when it is of another model, `StorageError` when the store cannot be read. After an
-        error the engine goes on with what it has, and the next call waits for what can be had.
+        error the engine goes on with what it has, and the next call gives the newest that can be had.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._loop.lock:
             if self._loop.taken is not None:
                 raise VersionError(f"version {self._loop.taken} is still being loaded; commit() or reject() it first")
+            self._loop.raise_error()
             while self._loop.ready is None:
-                self._loop.raise_error()
                 self._sleep_until(deadline_s, timeout_s)
+                self._loop.raise_error()
             version, stats = self._loop.ready
             tensors, specs = self._loop.take()
             return DiskUpdate(self._loop, version, specs, stats, tensors)
