@@ -15,7 +15,7 @@ from weightcast.sync.disk.manifest_checks import ModelLimits, check_manifest
 from weightcast.sync.disk.naming import MANIFEST, parse_version_folder, version_folder
 from weightcast.sync.disk.records import MAX_RECORD_BYTES, MAX_TENSORS, Hashing, Unfinished, VersionManifest, unseal
 from weightcast.sync.disk.routes import VersionInfo
-from weightcast.sync.disk.store import Store, read_file
+from weightcast.sync.disk.store import Store, raise_passing, read_file
 from weightcast.sync.errors import DamagedVersion, WireError
 from weightcast.sync.version import Version
 
@@ -104,7 +104,10 @@ class Catalog:
             check_manifest(manifest, version, self._hashing, self._limits)
         except (FileNotFoundError, NotADirectoryError, Unfinished):
             return None
-        except (OSError, WireError) as error:
+        except OSError as error:
+            raise_passing(f"{self.store.url}/{version_folder(version)}/{MANIFEST}", error)
+            raise damage(self.store, version, MANIFEST, str(error)) from error
+        except WireError as error:
             raise damage(self.store, version, MANIFEST, str(error)) from error
         return manifest, self._hashing.of(raw)
 

@@ -11,7 +11,7 @@ import torch
 from weightcast.sync.disk.catalog import Catalog
 from weightcast.sync.disk.naming import ENGINES, engine_file
 from weightcast.sync.disk.records import EngineStatus, Hashing, seal
-from weightcast.sync.disk.routes import Step, VersionInfo, find_route
+from weightcast.sync.disk.routes import Route, Step, VersionInfo, find_route
 from weightcast.sync.disk.staged import BitsDiffer, StagedCopy, StageStats, StepFailed
 from weightcast.sync.errors import ModelMismatch, StorageError, VersionError, WeightcastError
 from weightcast.sync.regions import TensorSpec
@@ -136,38 +136,38 @@ class FollowLoop:
                 self._doing = self._describe_store(infos, above)
                 return False
             before, self.ready = self.ready, None  # the copy is worked on
-            self._doing = f"version {route[-1].version} is being staged in {len(route)} steps"
+            self._doing = f"version {route.target} is being staged in {len(route.steps)} steps"
         try:
             stats = self._copy.follow(route, infos)
-        except (StepFailed, ModelMismatch) as error:
-            was_removed = isinstance(error, StepFailed) and self._catalog.is_removed(error.step.version)
-            if not was_removed:
-                self._spoil(error, route)
+        except Exception as error:
             with self.lock:
                 # A delta whose files are damaged leaves the copy, and what was ready, as it was.
                 if before is not None and self._copy.version == before[0]:
                     self.ready = before
-            if was_removed:  # by the publisher, which keeps only the newest: there is another way
-                return True
-            if isinstance(error, BitsDiffer) and route[0].kind == "delta":
-                logger.warning("%s: %s; assembled anew from an anchor", self._engine, error)
+            if self._can_go_on(error, route):
                 return True
             raise
         with self.lock:
-            staged = route[-1].version
-            self.ready = (staged, stats)
+            self.ready = (route.target, stats)
             # The store is in reach again. Damage is told all the same, once, though there was a way around it.
             self._errors = deque(error for error in self._errors if not isinstance(error, StorageError))
             self.lock.notify_all()
         return True
 
-    def _spoil(self, error: StepFailed | ModelMismatch, route: Sequence[Step]) -> None:
+    def _can_go_on(self, error: Exception, route: Route) -> bool:
+        """Mark what is not to be used again; whether there is another way, so that nobody need be told."""
+        if isinstance(error, StepFailed) and self._catalog.is_removed(error.step.version):
+            return True  # by the publisher, which keeps only the newest
+        if isinstance(error, BitsDiffer) and route.is_upon_held:
+            # What the copy held may have been at fault: nothing is blamed before an anchor was tried.
+            logger.warning("%s: %s; assembled anew from an anchor", self._engine, error)
+            return True
         with self.lock:
             if isinstance(error, ModelMismatch):
-                self._spoiled |= {Step(route[-1].version, "dense"), Step(route[-1].version, "delta")}
-            elif not (isinstance(error, BitsDiffer) and route[0].kind == "delta"):
+                self._spoiled |= {Step(route.target, "dense"), Step(route.target, "delta")}
+            elif isinstance(error, StepFailed):
                 self._spoiled.add(error.step)
-            # Otherwise what the copy held may have been at fault, so nothing is blamed before an anchor was tried.
+        return False
 
     def _note(self, infos: Sequence[VersionInfo]) -> None:
         """Remember what was seen, and tell of each damaged manifest that might have been of use, once."""

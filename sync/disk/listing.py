@@ -13,8 +13,9 @@ from rich.text import Text
 
 from weightcast.sync.disk.catalog import Catalog, host_limits, is_hf_folder
 from weightcast.sync.disk.naming import ENGINES, version_folder
+from weightcast.sync.disk.reading import OpenFiles
 from weightcast.sync.disk.records import MAX_RECORD_BYTES, EngineStatus, Hashing, Unfinished, unseal
-from weightcast.sync.disk.routes import Step, VersionInfo, route_to
+from weightcast.sync.disk.routes import Route, Step, VersionInfo, route_to
 from weightcast.sync.disk.staged import StagedCopy
 from weightcast.sync.disk.store import Store, open_store, read_file
 from weightcast.sync.errors import DamagedVersion, WireError
@@ -36,7 +37,7 @@ class VersionRow:
     delta_bytes: int
     num_files: int
     created_s: float
-    route: tuple[Step, ...] | None
+    route: Route | None
     """How an engine that holds nothing gets there; None: it cannot."""
     faults: tuple[str, ...] = ()
 
@@ -103,17 +104,28 @@ def _check(
             elif not info.is_anchor:
                 copy.held = None
                 faults.append(
-                    f"version {info.version} was not checked: its base {info.base.version} is not whole or gone"
+                    f"version {info.version} was not checked: its base {info.base.version} is damaged or gone"
                 )
         if info.is_anchor:
             faults += _try_step(copy, Step(info.version, "dense"), infos)
+            faults += _check_extra_files(catalog, hashing, info.version)
         checked.append(replace(row, faults=tuple(faults)))
     return checked
 
 
+def _check_extra_files(catalog: Catalog, hashing: Hashing, version: Version) -> list[str]:
+    """Configuration, tokenizer and index, which no piece lies in."""
+    try:
+        manifest = catalog.manifest(version)
+        OpenFiles(catalog.store, manifest, hashing, manifest.find_extra_files()).close()
+    except DamagedVersion as error:
+        return [str(error)]
+    return []
+
+
 def _try_step(copy: StagedCopy, step: Step, infos: Sequence[VersionInfo]) -> list[str]:
     try:
-        copy.follow([step], infos)
+        copy.follow(Route(step.version, (step,)), infos)
     except DamagedVersion as error:
         return [str(error)]
     return []
@@ -159,8 +171,8 @@ def _state(row: VersionRow, listing: StoreListing) -> str:
         return "damaged" if row.faults else "whole"
     if row.route is None:
         return "nothing"
-    deltas = len(row.route) - 1
-    return f"anchor {row.route[0].version.number}" + (f" + {deltas} deltas" if deltas else "")
+    deltas = len(row.route.steps) - 1
+    return f"anchor {row.route.steps[0].version.number}" + (f" + {deltas} deltas" if deltas else "")
 
 
 def as_json(listing: StoreListing) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from weightcast.sync.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from weightcast.sync.digest import region_digest
 from weightcast.sync.disk.catalog import Catalog, damage, host_limits
 from weightcast.sync.disk.extra_files import find_extra_files
-from weightcast.sync.disk.naming import MANIFEST, version_folder
+from weightcast.sync.disk.naming import MANIFEST
 from weightcast.sync.disk.placing import place_piece
 from weightcast.sync.disk.reading import OpenFiles
 from weightcast.sync.disk.records import Hashing, StoredPiece, VersionManifest
 from weightcast.sync.disk.routes import Step, VersionInfo, route_to
-from weightcast.sync.disk.store import FolderStore, Store, explain_writes, open_store, read_file
+from weightcast.sync.disk.store import FolderStore, Store, explain_writes, open_store
 from weightcast.sync.disk.tensor_files import Buffer, group_by_bytes, lay_out_header
 from weightcast.sync.errors import ConfigError, DamagedVersion, VersionError, WireError
 from weightcast.sync.regions import TensorSpec
@@ -79,8 +79,8 @@ def _materialize(
 ) -> MaterializeReport:
     infos = catalog.refresh()
     target = pick_version(catalog, infos, version)
-    steps = route_to(target, {info.version: info for info in infos})
-    if steps is None:
+    route = route_to(target, {info.version: info for info in infos})
+    if route is None:
         raise VersionError(
             f"version {target} of {catalog.store.url} cannot be assembled: no anchor leads to it. `weightcast versions "
             "--check` says what is damaged; choose another version"
@@ -90,7 +90,7 @@ def _materialize(
         if partial.exists():
             shutil.rmtree(partial)
         with ExitStack() as stack:
-            replay = _Replay(catalog, hashing, steps, stack)
+            replay = _Replay(catalog, hashing, route.steps, stack)
             report = _write_folder(replay, out, partial, config_from, file_bytes)
         partial.rename(out)
         _sync_folder(out.parent)
@@ -160,14 +160,10 @@ class _Replay:
     def extra_files(self) -> dict[str, bytes]:
         """Configuration and tokenizer, as they lie in the anchor."""
         manifest = self.manifests[0]
-        used = {piece.file for piece in (*manifest.dense, *manifest.delta)}
-        extras = {}
-        for number, file in enumerate(manifest.files):
-            if number not in used and file.name != INDEX_FILE:
-                data = read_file(self.store, version_folder(manifest.version), file.name, file.num_bytes)
-                if self.hashing.of(data) != file.hash:
-                    raise damage(self.store, manifest.version, file.name, "the file was altered")
-                extras[file.name] = data
+        numbers = manifest.find_extra_files()
+        with OpenFiles(self.store, manifest, self.hashing, numbers) as files:
+            extras = {manifest.files[number].name: files.read_whole(number) for number in numbers}
+        extras.pop(INDEX_FILE, None)
         return extras
 
 

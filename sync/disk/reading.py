@@ -10,7 +10,7 @@ from types import TracebackType
 from weightcast.sync.disk.catalog import damage
 from weightcast.sync.disk.naming import version_folder
 from weightcast.sync.disk.records import Hashing, StoredFile, StoredPiece, VersionManifest
-from weightcast.sync.disk.store import Store, StoreFile
+from weightcast.sync.disk.store import Store, StoreFile, raise_passing
 from weightcast.sync.errors import DamagedVersion
 
 _BLOCK_BYTES = 4 << 20
@@ -45,13 +45,17 @@ class OpenFiles:
     def _damage(self, file: StoredFile, why: str) -> DamagedVersion:
         return damage(self._store, self._manifest.version, file.name, why)
 
+    def _explain(self, file: StoredFile, error: OSError) -> DamagedVersion:
+        raise_passing(f"{self._store.url}/{version_folder(self._manifest.version)}/{file.name}", error)
+        return self._damage(file, f"the file cannot be read: {error.strerror or error}")
+
     def _open_checked(self, stored: StoredFile) -> StoreFile:
         try:
             file = self._store.open(version_folder(self._manifest.version), stored.name, stored.num_bytes)
         except FileNotFoundError as error:
             raise self._damage(stored, "the file is missing") from error
         except OSError as error:
-            raise self._damage(stored, f"the file cannot be read: {error.strerror or error}") from error
+            raise self._explain(stored, error) from error
         try:
             if file.num_bytes != stored.num_bytes:
                 how = "cut short" if file.num_bytes < stored.num_bytes else "another"
@@ -80,7 +84,7 @@ class OpenFiles:
         try:
             got = file.read_into(start, buffer)
         except OSError as error:
-            raise self._damage(stored, f"the file cannot be read: {error.strerror or error}") from error
+            raise self._explain(stored, error) from error
         if got != len(buffer):
             raise self._damage(stored, f"the file ends {len(buffer) - got} bytes early")
 
@@ -89,6 +93,13 @@ class OpenFiles:
         assert len(buffer) == piece.num_bytes
         self._keep_going()
         self._read(self._open[piece.file], self._manifest.files[piece.file], piece.start_byte, buffer)
+
+    def read_whole(self, number: int) -> bytes:
+        """All of a file, which is small."""
+        stored = self._manifest.files[number]
+        data = bytearray(stored.num_bytes)
+        self._read(self._open[number], stored, 0, memoryview(data))
+        return bytes(data)
 
     def close(self) -> None:
         """Close all files."""

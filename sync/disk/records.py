@@ -155,6 +155,11 @@ class VersionManifest:
     dense: tuple[StoredPiece, ...] = checked(many(PIECE))
     delta: tuple[StoredPiece, ...] = checked(many(PIECE))
 
+    def find_extra_files(self) -> list[int]:
+        """The numbers of the files that hold no tensors: configuration, tokenizer, index."""
+        used = {piece.file for piece in (*self.dense, *self.delta)}
+        return [number for number in range(len(self.files)) if number not in used]
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

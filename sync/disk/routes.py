@@ -40,6 +40,19 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """How to get to a version. Without steps, it is what the engine's copy has already."""
+
+    target: Version
+    steps: tuple[Step, ...]
+
+    @property
+    def is_upon_held(self) -> bool:
+        """Whether it goes on from what the copy has, rather than from an anchor."""
+        return not self.steps or self.steps[0].kind == "delta"
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """What an engine has in its staged copy: a version, and the seal of the manifest that it came from."""
 
@@ -64,8 +77,8 @@ def needs_anchor(chain: Chain | None, anchor_every: int, model_bytes: int) -> bo
 
 def find_route(
     infos: Sequence[VersionInfo], held: Held | None, above: Version | None, spoiled: Collection[Step] = ()
-) -> tuple[Step, ...] | None:
-    """The steps to the newest version above `above` that can be reached without `spoiled` ones; None: there is none.
+) -> Route | None:
+    """The route to the newest version above `above` that can be reached without `spoiled` ones; None: there is none.
 
     From `held` by deltas, or from an anchor; of the two, whichever reads fewer bytes.
     """
@@ -73,8 +86,8 @@ def find_route(
     for target in sorted(by_version, reverse=True):
         if above is not None and target <= above:
             return None
-        if (steps := route_to(target, by_version, held, spoiled)) is not None:
-            return steps
+        if (route := route_to(target, by_version, held, spoiled)) is not None:
+            return route
     return None
 
 
@@ -83,15 +96,15 @@ def route_to(
     infos: Mapping[Version, VersionInfo],
     held: Held | None = None,
     spoiled: Collection[Step] = (),
-) -> tuple[Step, ...] | None:
-    """The steps of fewest bytes to `target`; None when it cannot be reached."""
+) -> Route | None:
+    """The route of fewest bytes to `target`; None when it cannot be reached."""
     best: tuple[int, tuple[Step, ...]] | None = None
     info: VersionInfo | None = infos[target]
     deltas: tuple[Step, ...] = ()
     delta_bytes = 0
     while info is not None:
         if held is not None and (held.version, held.seal) == (info.version, info.seal):
-            return deltas if best is None or delta_bytes < best[0] else best[1]
+            return Route(target, deltas if best is None or delta_bytes < best[0] else best[1])
         enter = Step(info.version, "dense")
         cost_bytes = delta_bytes + info.dense_bytes
         if info.is_anchor and enter not in spoiled and (best is None or cost_bytes < best[0]):
@@ -101,10 +114,10 @@ def route_to(
             break
         deltas, delta_bytes = (follow, *deltas), delta_bytes + info.delta_bytes
         if held is not None and (held.version, held.seal) == (info.base.version, info.base.seal):
-            return deltas if best is None or delta_bytes < best[0] else best[1]
+            return Route(target, deltas if best is None or delta_bytes < best[0] else best[1])
         before = infos.get(info.base.version)
         info = before if before is not None and before.seal == info.base.seal else None
-    return None if best is None else best[1]
+    return None if best is None else Route(target, best[1])
 
 
 def find_needed(infos: Sequence[VersionInfo], keep: int) -> set[Version]:
@@ -114,5 +127,5 @@ def find_needed(infos: Sequence[VersionInfo], keep: int) -> set[Version]:
     for version in sorted(by_version, reverse=True)[:keep]:
         needed.add(version)
         route = route_to(version, by_version)
-        needed.update(step.version for step in route or ())
+        needed.update(step.version for step in (route.steps if route is not None else ()))
     return needed

@@ -23,7 +23,7 @@ from weightcast.sync.disk.naming import MANIFEST
 from weightcast.sync.disk.placing import place_piece
 from weightcast.sync.disk.reading import OpenFiles
 from weightcast.sync.disk.records import Hashing, StoredPiece, VersionManifest
-from weightcast.sync.disk.routes import Held, Step, VersionInfo
+from weightcast.sync.disk.routes import Held, Route, Step, VersionInfo
 from weightcast.sync.errors import DamagedVersion, ModelMismatch, WireError
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version, find_model_differences
@@ -76,27 +76,26 @@ class StagedCopy:
         self._leases: dict[str, weakref.ref[ByteArray]] = {}
         self._num_bytes = self._num_checks = 0
 
-    def follow(self, route: Sequence[Step], infos: Sequence[VersionInfo]) -> StageStats:
+    def follow(self, route: Route, infos: Sequence[VersionInfo]) -> StageStats:
         """Take all steps, then check every tensor's digest.
 
-        `route` has a step at least; `infos` are those that it was found in. Raises `StepFailed`, `ModelMismatch` when
+        `infos` are those that the route was found in. Raises `StepFailed`, `ModelMismatch` when
         the version is not of the expected model. `held` says what the copy has after an error.
         """
         started_s, started_at_s = time.monotonic(), time.time()
         self._num_bytes = self._num_checks = 0
         seals = {info.version: info.seal for info in infos}
-        for step in route:
+        for step in route.steps:
             manifest = self._open_step(step)
             held = Held(step.version, seals[step.version])
             if step.kind == "dense":
                 self._take_anchor(step, manifest, held)
             else:
                 self._take_delta(step, manifest, held)
-        self._check_digests(manifest, route)
+        last = route.steps[-1] if route.steps else Step(route.target, "delta")
+        self._check_digests(self._open_step(last), last)
         stage_s = time.monotonic() - started_s
-        return StageStats(
-            self._num_bytes, stage_s, self._num_checks, started_at_s, started_at_s + stage_s, tuple(route)
-        )
+        return StageStats(self._num_bytes, stage_s, self._num_checks, started_at_s, started_at_s + stage_s, route.steps)
 
     def _open_step(self, step: Step) -> VersionManifest:
         try:
@@ -173,7 +172,7 @@ class StagedCopy:
                     damage(self._catalog.store, step.version, name, f"the delta of {spec.name}: {error}"), step
                 ) from error
 
-    def _check_digests(self, manifest: VersionManifest, route: Sequence[Step]) -> None:
+    def _check_digests(self, manifest: VersionManifest, step: Step) -> None:
         digests = np.frombuffer(manifest.digests, "<u8")
         for spec, digest in zip(self.specs, digests, strict=True):
             self._keep_going()
@@ -183,7 +182,7 @@ class StagedCopy:
                 self.held = None
                 why = f"tensor {spec.name} has the digest {got:#x} once assembled, {int(digest):#x} was written"
                 error = damage(self._catalog.store, manifest.version, MANIFEST, why)
-                raise BitsDiffer(error, route[-1])
+                raise BitsDiffer(error, step)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, in HF order, on the copy's own memory; while one is alive its memory is not written to."""

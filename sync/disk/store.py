@@ -25,6 +25,16 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _TEMPORARY = ".tmp-"
 
 
+# Of the network, of this host, or of its temporary folder: no fault of the file, and worth another look.
+_PASSING = frozenset(
+    (
+        *(errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETDOWN),
+        *(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENOSPC, errno.ENOMEM, errno.EMFILE),
+        *(errno.ENFILE, errno.EINTR),
+    )
+)
+
+
 class StoreFile(Protocol):
     """A file open for reading; what it holds does not change while it is open."""
 
@@ -125,6 +135,15 @@ def explain_writes(where: str) -> Iterator[None]:
         raise StorageError(
             f"{where} could not be written: {error.strerror or error}; every earlier version is as it was. Make room, "
             "allow the write, or give a store on another disk, and publish the next version"
+        ) from error
+
+
+def raise_passing(where: str, error: OSError) -> None:
+    """Raise `StorageError` for an error of reading that may pass; return for one that is the file's own."""
+    if error.errno in _PASSING or isinstance(error, ConnectionError | TimeoutError):
+        raise StorageError(
+            f"{where} cannot be read now: {error.strerror or error}; it is tried again. If it stays so, mend the "
+            "network, or make room in this host's temporary folder"
         ) from error
 
 

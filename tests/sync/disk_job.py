@@ -67,7 +67,7 @@ def make_writer(store: Any, delta: str) -> tuple[Callable[[int], Any], dict[str,
 
 
 def sweep(folder: Path, delta: str) -> None:
-    """Publishes versions 1 to 4, and then forks: one child dies at call 0 of the fifth and sixth, the next at call 1, ...
+    """Publishes versions 1 to 4, and forks: one child dies at call 0 of the fifth and sixth, the next at call 1, ...
 
     Each child has a copy of the folder. Prints one line for each: the last call, and which versions were published.
     """

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from tests.ranks import ROOT
 from tests.sync.disk_job import count_calls, make_writer
 from tests.sync.disk_parts import QUICK, clone, disk_publishers, folder_of, publish_all, step, take
@@ -31,7 +32,7 @@ def quick_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def states() -> dict[int, dict[str, object]]:
+def states() -> dict[int, dict[str, torch.Tensor]]:
     """What versions 1 to 6 of the victim hold."""
     tensors = make_model(1, 16)
     made = {}
@@ -46,12 +47,21 @@ def states() -> dict[int, dict[str, object]]:
 def test_a_writer_killed_at_any_call_leaves_the_last_whole_version(delta: str, quick_folder: Path) -> None:
     tmp_path = quick_folder
     command = [sys.executable, "-m", "tests.sync.disk_job", "sweep", str(tmp_path), delta]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+    }
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines[-1]["said"] == ["published", "published"] and not lines[-1]["killed"], done.stderr
-    assert len(lines) > 40 and {line["said"][-1] for line in lines[:-1]} >= {"mkdir", "open", "write", "fsync", "rename"}
+    assert len(lines) > 40 and {line["said"][-1] for line in lines[:-1]} >= {
+        "mkdir",
+        "open",
+        "write",
+        "fsync",
+        "rename",
+    }
     wanted = states()
     for line in lines:
         root, published = tmp_path / str(line["at"]), line["said"].count("published")
@@ -64,7 +74,7 @@ def test_a_writer_killed_at_any_call_leaves_the_last_whole_version(delta: str, q
         with DiskSubscriber(root, limits=QUICK) as subscriber:
             update = subscriber.wait(WAIT_S)
             assert update.version.number == numbers[-1]
-            assert_same_bits(dict(update), wanted[numbers[-1]])  # type: ignore[arg-type]
+            assert_same_bits(dict(update), wanted[numbers[-1]])
         if line["at"] % 5 == 0:  # the next life of the trainer takes over and clears away
             publish, tensors = make_writer(root, delta)
             publish(7)
@@ -74,7 +84,9 @@ def test_a_writer_killed_at_any_call_leaves_the_last_whole_version(delta: str, q
                 take(subscriber, tensors, 7)
 
 
-def test_files_are_synced_before_they_are_named_and_folders_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_they_are_named_and_folders_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
     publish, _ = make_writer(tmp_path, "auto")
     publish(1)
@@ -109,7 +121,10 @@ def test_a_full_disk_says_so_and_costs_no_earlier_version(limit_bytes: int, tmp_
         publisher.publish(1)
         before = clone(tensors)
         step(tensors, 1)
-        with file_limit(limit_bytes), pytest.raises(StorageError, match="could not be written: File too large; .* Make room"):
+        with (
+            file_limit(limit_bytes),
+            pytest.raises(StorageError, match=r"could not be written: File too large; .* Make room"),
+        ):
             publisher.publish(2)
         assert [row.version.number for row in list_versions(tmp_path, check=True).versions] == [1]
         assert not list(tmp_path.rglob(".tmp-*")) and not list(tmp_path.rglob("*-00000002/*.safetensors"))

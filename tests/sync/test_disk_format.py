@@ -44,9 +44,7 @@ DENSE = (
 DELTA = (StoredPiece(0, (1, 0), (2, 6), "delta", 1, 40, 30), StoredPiece(1, (), (), "zdelta", 1, 70, 30))
 BASE = Base(BEFORE, b"\3" * 16)
 LIMITS = ModelLimits(1 << 20, 100)
-MANIFEST = VersionManifest(
-    1, "xxh3_128", VERSION, True, BASE, 1.5, SPECS, bytes(16), FILES, dense=DENSE, delta=DELTA
-)
+MANIFEST = VersionManifest(1, "xxh3_128", VERSION, True, BASE, 1.5, SPECS, bytes(16), FILES, dense=DENSE, delta=DELTA)
 RECORDS: list[Any] = [
     MANIFEST,
     Part(VERSION, 3, True, bytes(24), FILES, DENSE, DELTA, 0.25, 0.5, 12),
@@ -135,7 +133,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "too few bytes": ({"dense": (piece(num_bytes=23), *DENSE[1:])}, "dense piece of 12 elements .* has 23 bytes"),
     "a delta in the anchor": ({"dense": (piece(encoding="delta"), *DENSE[1:])}, "dense part has deltas"),
     "a delta larger than any": (
-        {"delta": (replace(DELTA[0], num_bytes=9000, start_byte=0),), "files": (FILES[0], replace(FILES[1], num_bytes=9000))},
+        {
+            "delta": (replace(DELTA[0], num_bytes=9000, start_byte=0),),
+            "files": (FILES[0], replace(FILES[1], num_bytes=9000)),
+        },
         "delta piece of 12 elements of a.weight has 9000 bytes",
     ),
     "deltas of more than there is": ({"delta": (DELTA[0],) * 3}, "change more elements of a.weight than it has"),
@@ -168,7 +169,8 @@ def test_folder_names_tell_the_version(epoch: int, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "1-2", "run-1", "0000000000001-1", "00000000000001-00000001", "1764150000000-00000001.tmp", "a-b", "٣" * 13]
+    "name",
+    ["", "1-2", "run-1", "0000000000001-1", "00000000000001-00000001", "1764150000000-00000001.tmp", "a-b", "٣" * 13],
 )
 def test_other_names_are_no_versions(name: str) -> None:
     assert naming.parse_version_folder(name) is None and naming.parse_run_folder(name) is None
@@ -183,7 +185,8 @@ def test_version_names_sort_as_versions() -> None:
 def test_the_library_reads_files_that_are_laid_out_here(tmp_path: Path) -> None:
     tensors = make_model(3)
     entries = [
-        Entry(name, tensor.dtype, tuple(tensor.shape), bits(tensor).numpy().tobytes()) for name, tensor in tensors.items()
+        Entry(name, tensor.dtype, tuple(tensor.shape), bits(tensor).numpy().tobytes())
+        for name, tensor in tensors.items()
     ]
     laid_out = lay_out_file(entries)
     path = tmp_path / "x.safetensors"

@@ -58,7 +58,11 @@ def test_reports_count_what_lies_on_disk(tmp_path: Path) -> None:
             (number,) = {report.version.number}
             stored = [path for path in folder_of(tmp_path, number).iterdir() if path.name != "manifest.weightcast"]
             assert report.num_bytes == sum(path.stat().st_size for path in stored) and report.num_files == len(stored)
-            assert report.place == str(folder_of(tmp_path, number)) and set(report.phases_s) == {"pack", "write", "meet"}
+            assert report.place == str(folder_of(tmp_path, number)) and set(report.phases_s) == {
+                "pack",
+                "write",
+                "meet",
+            }
         unchanged = publisher.publish(3)
         assert (unchanged.num_bytes, unchanged.num_files, unchanged.density) == (0, 0, 0.0)
 
@@ -186,7 +190,9 @@ def test_a_subscriber_that_comes_first_waits_for_the_store(tmp_path: Path) -> No
     root = tmp_path / "not" / "there"
     tensors = make_model(6, ROWS)
     with DiskSubscriber(root, engine="early", limits=QUICK) as subscriber:
-        with pytest.raises(DeadlineExceeded, match=r"'early' waited 0.1 s .* no whole version yet: start the publisher"):
+        with pytest.raises(
+            DeadlineExceeded, match=r"'early' waited 0.1 s .* no whole version yet: start the publisher"
+        ):
             subscriber.wait(0.1)
         with DiskPublisher(TensorSource(tensors), root) as publisher:
             publisher.publish(1)
@@ -237,7 +243,9 @@ def test_a_store_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
         DiskSubscriber(tmp_path, expect=expect, limits=QUICK) as subscriber,
     ):
         publisher.publish(1)
-        with pytest.raises(ModelMismatch, match=r"version 1 .* another model: embed.weight: not expected.*; mine: expected"):
+        with pytest.raises(
+            ModelMismatch, match=r"version 1 .* another model: embed.weight: not expected.*; mine: expected"
+        ):
             subscriber.wait(WAIT_S)
         with pytest.raises(DeadlineExceeded):
             subscriber.wait(0.1)
@@ -250,7 +258,9 @@ def test_old_versions_go_when_nothing_needs_them(tmp_path: Path) -> None:
         for number in range(1, 11):
             removed += [version.number for version in publisher.publish(number).removed]
             step(tensors, number)
-            left = sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir() if not path.name.startswith("run"))
+            left = sorted(
+                int(path.name.split("-")[1]) for path in tmp_path.iterdir() if not path.name.startswith("run")
+            )
             assert removed == [n for n in range(1, number + 1) if n not in left]
             # Versions 1, 5, 9 are anchors: the two newest, and all from the anchor that the older of them needs.
             first = max(n for n in (1, 5, 9) if n <= max(1, number - 1))
@@ -268,13 +278,11 @@ def test_an_anchor_is_an_hf_folder_and_any_version_becomes_one(tmp_path: Path) -
         anchor = folder_of(root, 1)
         checkpoint = open_checkpoint(anchor)
         with checkpoint.reader() as reader:
-            assert_same_bits(
-                {name: reader.read_whole(name) for name in model.state_dict()}, dict(model.state_dict())
-            )
+            assert_same_bits({name: reader.read_whole(name) for name in model.state_dict()}, dict(model.state_dict()))
         assert (anchor / "config.json").read_text() == '{"model_type": "own"}'
         first = clone(model.state_dict())
         with torch.no_grad():
-            model[0].weight[3] += 1
+            next(model.parameters())[3] += 1
         publisher.publish(2)
     assert not (folder_of(root, 2) / "model.safetensors.index.json").exists()
     done = materialize(root, tmp_path / "two", file_bytes=2000)

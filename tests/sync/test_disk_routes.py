@@ -1,4 +1,4 @@
-"""Which versions are anchors, how an engine gets to a newer one, and that pruning leaves every kept one within reach."""
+"""Which versions are anchors, how an engine gets to a newer one, and that pruning leaves the kept ones in reach."""
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,9 @@ def seal_of(version: Version) -> bytes:
     return f"{version.epoch % 100}/{version.number}".encode()
 
 
-def info(number: int, kind: str, base: int | None = None, dense: int = 1000, delta: int = 10, epoch: int = EPOCH) -> VersionInfo:
+def info(
+    number: int, kind: str, base: int | None = None, dense: int = 1000, delta: int = 10, epoch: int = EPOCH
+) -> VersionInfo:
     """`kind`: "a" for an anchor, "d" for a delta, "ad" for both."""
     version = Version(epoch, number)
     upon = Version(epoch, number - 1 if base is None else base)
@@ -31,7 +33,7 @@ def info(number: int, kind: str, base: int | None = None, dense: int = 1000, del
 
 
 def steps(*names: str, epoch: int = EPOCH) -> tuple[Step, ...]:
-    """"a3" enters version 3 by its anchor, "d4" goes on to 4."""
+    """ "a3" enters version 3 by its anchor, "d4" goes on to 4."""
     return tuple(Step(Version(epoch, int(name[1:])), "dense" if name[0] == "a" else "delta") for name in names)
 
 
@@ -53,9 +55,14 @@ ROUTES: dict[str, tuple[list[VersionInfo], Held | None, int | None, tuple[Step, 
     "a spoiled anchor is passed by deltas": (STORE, held(3), 3, steps("a4"), steps("d4", "d5")),
     "a spoiled anchor at the start": (STORE, None, None, steps("a4"), steps("a1", "d2", "d3", "d4", "d5")),
     "no way": (STORE, None, None, steps("a4", "a1"), None),
+    "has it already": (STORE, held(3), 2, steps("d4", "a4", "d5"), ()),
     "only older ones within reach": (STORE, None, 4, steps("d5"), None),
     "long deltas lose to an anchor": (
-        [info(1, "a"), info(2, "d", delta=600), info(3, "ad", delta=600)], held(1), 1, (), steps("a3"),
+        [info(1, "a"), info(2, "d", delta=600), info(3, "ad", delta=600)],
+        held(1),
+        1,
+        (),
+        steps("a3"),
     ),
     "a later epoch wins": ([*STORE, info(1, "a", epoch=EPOCH + 9)], held(5), 5, (), steps("a1", epoch=EPOCH + 9)),
     "a base that is gone": ([info(1, "a"), info(3, "d", base=2)], None, None, (), steps("a1")),
@@ -65,7 +72,11 @@ ROUTES: dict[str, tuple[list[VersionInfo], Held | None, int | None, tuple[Step, 
 @pytest.mark.parametrize("case", ROUTES)
 def test_routes(case: str) -> None:
     infos, has, above, spoiled, expected = ROUTES[case]
-    assert find_route(infos, has, None if above is None else Version(EPOCH, above), spoiled) == expected
+    route = find_route(infos, has, None if above is None else Version(EPOCH, above), spoiled)
+    assert (None if route is None else route.steps) == expected
+    if route is not None:
+        assert route.target == (route.steps[-1].version if route.steps else has.version)  # type: ignore[union-attr]
+        assert route.is_upon_held == (not route.steps or route.steps[0].kind == "delta")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +114,7 @@ def test_what_is_kept_can_still_be_reached(infos: list[VersionInfo], keep: int) 
     by_version = {item.version: item for item in left}
     for item in infos[-keep:]:
         route = route_to(item.version, by_version)
-        assert route is not None and route[0].kind == "dense" and route[-1].version == item.version
+        assert route is not None and route.steps[0].kind == "dense" and route.target == item.version
     assert find_needed(left, keep) == needed
 
 
@@ -113,18 +124,19 @@ def test_routes_are_walks_along_sound_edges(infos: list[VersionInfo], data: st.D
     by_version = {item.version: item for item in infos}
     start = data.draw(st.sampled_from([None, *by_version]))
     has = None if start is None else Held(start, seal_of(start))
-    every = [Step(version, kind) for version in by_version for kind in ("dense", "delta")]  # type: ignore[arg-type]
+    every = [Step(version, kind) for version in by_version for kind in ("dense", "delta")]
     spoiled = data.draw(st.sets(st.sampled_from(every), max_size=4))
     route = find_route(infos, has, start, spoiled)
     if route is None:
         return
-    assert not set(route) & spoiled
+    assert not set(route.steps) & spoiled
     at = start
-    for taken in route:
+    for taken in route.steps:
         item = by_version[taken.version]
         if taken.kind == "dense":
-            assert item.is_anchor and taken is route[0]
+            assert item.is_anchor and taken is route.steps[0]
         else:
             assert item.base is not None and item.base.version == at
         at = taken.version
-    assert start is None or route[-1].version > start
+    assert at == route.target
+    assert start is None or route.target > start
