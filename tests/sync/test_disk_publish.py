@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -401,3 +402,29 @@ def test_wrong_use(tmp_path: Path) -> None:
         assert report.is_anchor and not report.has_delta  # what the failed one packed is no base
     with pytest.raises(ConfigError, match="must be above 0"):
         type(QUICK)(poll_s=0.0)
+
+
+@pytest.mark.slow
+def test_each_side_keeps_one_copy(tmp_path: Path) -> None:
+    tensors = make_model(1, 1_200_000)
+    model_bytes = sum(spec.num_bytes for spec in make_specs(tensors))
+    assert model_bytes > 190e6
+    process = psutil.Process()
+    with (
+        DiskPublisher(TensorSource(tensors), tmp_path, keep=1, anchor_every=3) as publisher,
+        DiskSubscriber(tmp_path, limits=QUICK) as subscriber,
+    ):
+        before_bytes = process.memory_info().rss
+        peaks = []
+        for number in range(1, 5):
+            publisher.publish(number)
+            update = subscriber.wait(3 * WAIT_S)
+            assert_same_bits(dict(update), tensors)
+            update.commit()
+            del update
+            gc.collect()
+            peaks.append((process.memory_info().rss - before_bytes) / model_bytes)
+            # In place: a step's own temporary copies are the test's.
+            tensors["embed.weight"].view(torch.int16)[::50, 7] += 1
+    # The source's copy of its share, and the engine's staged copy.
+    assert max(peaks) < 2.5, peaks

@@ -172,6 +172,7 @@ def hear(process: "subprocess.Popen[str]") -> Any:
     return json.loads(process.stdout.readline())
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_one_is_killed(tmp_path: Path) -> None:
     wanted = make_model(1, 300)
     with (
