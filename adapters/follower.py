@@ -18,8 +18,9 @@ from weightcast.adapters.engine import Engine, PauseMode
 from weightcast.adapters.lifecycle import Event, Failed, FollowerState, Loaded, Paused, Prepared, Refused, Resumed
 from weightcast.adapters.lifecycle import advance as advance_state
 from weightcast.adapters.timeline import EventLog
-from weightcast.sync import Span, Update, WeightSubscriber
+from weightcast.sync import Span
 from weightcast.sync.errors import DeadlineExceeded, EngineError, ModelMismatch, WeightcastError
+from weightcast.sync.following import VersionSubscriber, VersionUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _RETRY_S = 0.2  # after an error that is not one version's (a publisher that is 
 
 
 class EngineFollower:
-    """Commits the versions of one subscriber to one engine. One thread calls `run` or `step`.
+    """Commits the versions of one subscriber (to a publisher or a store) to one engine. One thread calls `run`, `step`.
 
     `pause_mode` says what happens to requests that run when a version is swapped in, and `pause_timeout_s` how long
     a pause may take before the version is given up for late. `events` is a file for JSON lines of phases.
@@ -36,7 +37,7 @@ class EngineFollower:
     def __init__(
         self,
         engine: Engine,
-        subscriber: WeightSubscriber,
+        subscriber: VersionSubscriber,
         *,
         pause_mode: PauseMode = "wait",
         pause_timeout_s: float = 60.0,
@@ -84,7 +85,7 @@ class EngineFollower:
             raise EngineError(f"{self._engine.name} is poisoned ({self._state.last_error}); restart the engine")
         return self.take(self._subscriber.wait(timeout_s))
 
-    def take(self, update: Update) -> bool:
+    def take(self, update: VersionUpdate) -> bool:
         """Commit one update: prepare, pause, load, resume. False when it was refused."""
         version = update.version
         if update.stats.num_bytes > 0:  # not an observer's; the subscriber itself reports this span to the fleet
@@ -106,7 +107,7 @@ class EngineFollower:
         logger.info("%s serves version %s after a pause of %.1f ms", self._engine.name, version, pause_s * 1e3)
         return True
 
-    def _swap(self, update: Update) -> bool:
+    def _swap(self, update: VersionUpdate) -> bool:
         """Pause, load and resume; False when the update was refused and the old version serves again."""
         version = update.version
         try:
@@ -132,7 +133,7 @@ class EngineFollower:
         self._advance(Resumed())
         return True
 
-    def _refuse(self, update: Update, error: Exception) -> bool:
+    def _refuse(self, update: VersionUpdate, error: Exception) -> bool:
         self._advance(Refused(update.version, str(error)))
         logger.error("%s refuses version %s and serves on: %s", self._engine.name, update.version, error)
         self._log.note("refused", update.version, reason=str(error))
@@ -140,7 +141,7 @@ class EngineFollower:
         update.reject(str(error))
         return False
 
-    def _poison(self, update: Update, error: Exception) -> EngineError:
+    def _poison(self, update: VersionUpdate, error: Exception) -> EngineError:
         reason = f"loading version {update.version} broke off: {error!r}"
         self._advance(Failed(reason))
         logger.error("%s stays paused, its weights are undefined: %s", self._engine.name, reason)

@@ -3,10 +3,17 @@
     WeightPublisher(source, address).publish(version)        on every trainer rank
     WeightSubscriber(address).wait(timeout_s)                in every engine-side process
 
+    DiskPublisher(source, folder).publish(version)           the same through a store of versions, with no link between
+    DiskSubscriber(folder).wait(timeout_s)                   the two sides: a folder, or an object store
+
 It knows torch, zmq and msgpack; no Megatron, no engine.
 """
 
 from weightcast.sync.arrival import Limits
+from weightcast.sync.disk.materialize import MaterializeReport, materialize
+from weightcast.sync.disk.publisher import DiskPublisher
+from weightcast.sync.disk.reports import DiskReport
+from weightcast.sync.disk.subscriber import DiskLimits, DiskSubscriber, DiskUpdate
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
 from weightcast.sync.publisher import DeltaMode, Publication, WeightPublisher
 from weightcast.sync.records import EngineReport, SourceReport, Span
@@ -21,12 +28,18 @@ from weightcast.sync.version import Manifest, Version
 __all__ = [
     "CurveKeys",
     "DeltaMode",
+    "DiskLimits",
+    "DiskPublisher",
+    "DiskReport",
+    "DiskSubscriber",
+    "DiskUpdate",
     "EngineReport",
     "EngineStatus",
     "FleetPolicy",
     "HeldRegion",
     "Limits",
     "Manifest",
+    "MaterializeReport",
     "ModuleSource",
     "Publication",
     "PublishReport",
@@ -41,4 +54,5 @@ __all__ = [
     "WeightPublisher",
     "WeightSource",
     "WeightSubscriber",
+    "materialize",
 ]

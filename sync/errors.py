@@ -5,6 +5,7 @@
       + ModelMismatch         (ValueError)    two sides speak of different models
       + VersionError          (ValueError)    a version that does not rise, or is not held
       + WireError             (ValueError)    a frame that is malformed, oversized or altered
+        - DamagedVersion                      a stored version with a file that is missing, cut short or altered
       + AddressError          (ValueError)    an address that cannot be used (in use, malformed, not loopback)
       + BridgeError           (ValueError)    a model, checkpoint or layout that a bridge cannot map
         - UnsupportedModel                    no bridge for this architecture, or for this field of its config
@@ -39,6 +40,10 @@ class VersionError(WeightcastError, ValueError):
 
 class WireError(WeightcastError, ValueError):
     """A message or chunk that is malformed, oversized, truncated or altered."""
+
+
+class DamagedVersion(WireError):
+    """A stored version cannot be used: a file of it is missing, cut short, altered, or of something else."""
 
 
 class AddressError(WeightcastError, ValueError):

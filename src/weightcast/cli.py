@@ -224,6 +224,7 @@ def inspect_(
 
 
 @app.command()
+<<<<<<< HEAD
 def trace(
     events: Annotated[
         list[Path], typer.Argument(help="Event files and reports of a run (JSON lines), or folders of them.")
@@ -254,6 +255,56 @@ def trace(
         typer.echo(f"without a time, left out: {recording.num_figures} lines of figures")
     if recording.num_unfinished:
         typer.echo(f"still being written, left out: the last line of {recording.num_unfinished} files")
+=======
+def versions(
+    place: Annotated[str, typer.Argument(help="Folder or URL of a store of versions.")],
+    check: Annotated[bool, typer.Option("--check", help="Read every file, assemble and check every version.")] = False,
+    key_file: Annotated[Path | None, typer.Option(help="File with the key that versions are sealed with.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+) -> None:
+    """List the versions that a trainer wrote: anchors, deltas, bytes; exit code 1 when something is damaged."""
+    import json
+
+    from rich.console import Console
+
+    from weightcast.sync.disk.listing import as_json, list_versions, render
+
+    listing = list_versions(place, check=check, key=_read_key(key_file))
+    Console().print(render(listing))
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(listing), indent=1) + "\n")
+    if listing.faults:
+        raise typer.Exit(FAILED)
+
+
+@app.command("materialize")
+def materialize_(
+    place: Annotated[str, typer.Argument(help="Folder or URL of a store of versions.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the Hugging Face model.")],
+    version: Annotated[int | None, typer.Option(help="Number of the version; the newest if none is given.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Hugging Face folder whose configuration goes with it.")] = None,
+    shard_bytes: Annotated[int, typer.Option(help="Most bytes of tensors in a file.", min=1)] = 5 * 10**9,
+    key_file: Annotated[Path | None, typer.Option(help="File with the key that versions are sealed with.")] = None,
+) -> None:
+    """Write one stored version as a Hugging Face folder: regions put together, deltas applied, every tensor checked."""
+    from weightcast.sync.disk.materialize import materialize
+
+    key = _read_key(key_file)
+    done = materialize(place, out, version=version, config_from=config, file_bytes=shard_bytes, key=key)
+    typer.echo(
+        f"{out}: version {done.version}, {done.num_tensors} tensors, {done.num_bytes} bytes in {done.num_files} files, "
+        f"from an anchor and {len(done.steps) - 1} deltas"
+    )
+
+
+def _read_key(path: Path | None) -> bytes | None:
+    from weightcast.sync.errors import ConfigError
+
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the key file {path} cannot be read: {error.strerror}") from error
+>>>>>>> edc10ecd86f86a0e7eef1ccf203df6fa7fd5d687
 
 
 def main() -> None:
