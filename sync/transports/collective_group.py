@@ -94,18 +94,24 @@ class Rendezvous:
         self._ask("set", _GENERATION, str(roster.generation))
 
     def await_roster(self, after: int, deadline: float) -> Roster:
-        """The newest roster of a generation beyond `after`. `DeadlineExceeded` when the host proposes none in time."""
+        """The newest roster of a generation beyond `after`. `DeadlineExceeded` when the host proposes none in time.
+
+        One that leaves this member out is waited past by a newcomer (`after` is 0), and `PeerLost` for a member. So is
+        one that a process of the same name has met in: this one was started again, and belongs to the next.
+        """
         while True:
             if self._ask("check", [_GENERATION]):
                 generation = int(self._ask("get", _GENERATION))
                 if generation > after and (roster := self.find(f"roster/{generation}", Roster)) is not None:
-                    if self.name not in roster.names():
+                    was_here = not after and self._ask("check", [f"ready/{generation}/{self.name}"])
+                    if self.name in roster.names() and not was_here:
+                        return roster
+                    if after:
                         raise PeerLost(
                             f"{self.name} is not in generation {generation} of {', '.join(roster.names())}; it was "
                             "taken for lost. Have source rank 0 rebuild with it, or receive over another transport"
                         )
-                    return roster
-            self._pause(deadline, f"for a roster after generation {after}", "source rank 0")
+            self._pause(deadline, f"for a roster after generation {after} with its name in it", "source rank 0's")
 
     def await_all(
         self, keys: dict[str, str], kind: type[Kind], deadline: float, what: str, watch: Watch | None = None

@@ -190,9 +190,8 @@ class CollectiveSource(AbstractContextManager["CollectiveSource"]):
         if self._live is not None:
             self._live.close()
             self._live = None
-        self._roster = self._roster.without(set(self.lost)) if self._rendezvous.is_host else self._roster.next()
-        if engines is not None:
-            self._roster = replace(self._roster, engines=tuple(engines))
+        roster = self._roster.without(set(self.lost)) if self._rendezvous.is_host else self._roster.next()
+        self._roster = roster if engines is None else replace(roster, engines=tuple(engines))
         self.lost = ()
         self.connect(timeout_s)
         return self._roster

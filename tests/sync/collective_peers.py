@@ -10,7 +10,6 @@ A peer runs a function of this module or a test's; what the function says throug
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -134,10 +133,3 @@ def be_source(
                     return
                 source.rebuild()
 
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
-    """Fail when the condition does not come true in time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)

@@ -19,7 +19,6 @@ from tests.sync.collective_peers import (
     cut_source,
     name_bits,
     peers,
-    wait_until,
 )
 from tests.sync.parts import make_model, random_bits
 
@@ -372,5 +371,17 @@ def test_engines_may_join_at_a_rebuilding() -> None:
         assert engines[1].hear() == {"version": 2, "bits": name_bits(tensors)}
 
 
-def test_the_fixture_waits() -> None:
-    wait_until(lambda: True)
+def test_an_engine_that_was_started_again_is_taken_in_at_the_next_generation() -> None:
+    tensors = make_model(14, ROWS)
+    with making_source(tensors, 2) as source, engines_of(source, 2, 2) as engines:
+        source.broadcast(1)
+        assert [engine.hear()["version"] for engine in engines] == [1, 1]
+        engines[1].end()
+        with peers((be_engine, source.address, "engine-1", 1)) as (again,):
+            with pytest.raises(PeerLost, match="generation 1"):
+                source.broadcast(2)
+            assert engines[0].hear()["error"] == "PeerLost"
+            engines[0].tell("rejoin")
+            source.rebuild(engines=("engine-0", "engine-1"))
+            source.broadcast(3)
+            assert again.hear() == engines[0].hear() == {"version": 3, "bits": name_bits(tensors)}
