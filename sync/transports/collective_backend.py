@@ -117,13 +117,12 @@ def _await_listener(host: str, port: int, deadline: float) -> None:
 class BroadcastGroup:
     """A process group whose rank 0 sends to all others. Used by one thread; `close` it once it is broken."""
 
-    def __init__(self, backend: Any, kind: str, device: torch.device, extra: tuple[Any, ...] = ()) -> None:
+    def __init__(self, backend: Any, kind: str, device: torch.device) -> None:
         self.kind = kind
         self.device = device
         self.rank = int(backend.rank())
         self.size = int(backend.size())
         self._backend: Any = backend
-        self._extra = extra
 
     @classmethod
     def build(
@@ -182,8 +181,7 @@ class BroadcastGroup:
         backend, self._backend = self._backend, None
         if backend is None:
             return
-        holder = [backend, *self._extra, *pending]
-        self._extra = ()
+        holder = [backend, *pending]
         del backend
         threading.Thread(target=_bury, args=(holder,), daemon=True, name="weightcast-closes-group").start()
 

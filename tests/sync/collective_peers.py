@@ -117,7 +117,12 @@ def be_engine(pipe: Connection, address: str, engine: str, versions: int, **opti
 
 
 def be_source(
-    pipe: Connection, address: str, tensors: dict[str, torch.Tensor], rank: int, world_size: int, numbers: list[int],
+    pipe: Connection,
+    address: str,
+    tensors: dict[str, torch.Tensor],
+    rank: int,
+    world_size: int,
+    numbers: list[int],
     **options: Any,
 ) -> None:
     """Broadcast this rank's share of each version, as the other sources do at the same time."""
@@ -132,4 +137,3 @@ def be_source(
                 if pipe.recv() != "rebuild":
                     return
                 source.rebuild()
-

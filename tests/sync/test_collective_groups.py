@@ -78,7 +78,8 @@ class Ends:
                 results[index] = error
 
         jobs: list[tuple[int, Callable[[], None]]] = [
-            (index, lambda index=index: receive(index)) for index in range(len(self.receivers))  # type: ignore[misc]
+            (index, lambda index=index: receive(index))
+            for index in range(len(self.receivers))  # type: ignore[misc]
         ]
         threads = [threading.Thread(target=guard, args=job) for job in [*jobs, (-1, send)]]
         for thread in threads:
@@ -227,9 +228,7 @@ def test_something_else_than_a_header_is_refused() -> None:
     plan = plan_buckets(SIZES, 8192)
     with ends() as both:
         noise = torch.full((4096,), 7, dtype=torch.uint8)
-        results = both.run(
-            lambda: both.groups[0].wait(both.groups[0].broadcast(noise, soon()), soon(), no_watch), plan
-        )
+        results = both.run(lambda: both.groups[0].wait(both.groups[0].broadcast(noise, soon()), soon(), no_watch), plan)
         assert isinstance(results[0], WireError) and "does not begin with a header" in str(results[0])
 
 
