@@ -11,7 +11,7 @@ backend is made directly on a store, as torch makes it inside, and every operati
 
 Facts, seen with torch 2.13: a killed peer makes Gloo's operations fail at once; a stopped one leaves them waiting for
 their timeout, which an operation may have for itself; `abort` of Gloo does nothing, and dropping the last reference to
-a group waits for its operations. Hence `close` leaves that to a thread of its own. torch's NCCL watchdog by default
+a group waits for its operations. Hence `close` leaves that to a thread of its own where some are under way. torch's NCCL watchdog by default
 ends the whole process when an operation times out, which must not happen to a trainer: these groups have it off.
 
 Collectives are neither encrypted nor authenticated. They belong on a private network.
@@ -37,6 +37,7 @@ BACKENDS = ("gloo", "nccl")
 # How often a wait looks up to see whether a peer is lost.
 SLICE_S = 0.25
 _NCCL_POLL_S = 0.0005
+_BURY_POLL_S = 0.05
 # What torch's NCCL groups read when they are made (torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp).
 _QUIET_NCCL = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -123,6 +124,7 @@ class BroadcastGroup:
         self.rank = int(backend.rank())
         self.size = int(backend.size())
         self._backend: Any = backend
+        self._pending: list[tuple[Any, torch.Tensor]] = []
 
     @classmethod
     def build(
@@ -144,9 +146,11 @@ class BroadcastGroup:
         options.asyncOp = True
         options.timeout = timedelta(seconds=max(0.001, deadline - time.monotonic()))
         try:
-            return self._backend.broadcast([tensor], options)
+            work = self._backend.broadcast([tensor], options)
         except RuntimeError as error:
             raise PeerLost(f"the group is broken: {_first_line(error)}") from None
+        self._pending.append((work, tensor))
+        return work
 
     def wait(self, work: Any, deadline: float, watch: Watch) -> None:
         """Until the broadcast is done here. Calls `watch` now and then, which may raise.
@@ -157,6 +161,7 @@ class BroadcastGroup:
             watch()
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded("a broadcast did not end in time")
+        self._pending = [pair for pair in self._pending if pair[0] is not work]
 
     def _is_done(self, work: Any, slice_s: float) -> bool:
         try:
@@ -176,20 +181,25 @@ class BroadcastGroup:
                 return False
             raise PeerLost(f"a broadcast failed: {_first_line(error)}") from None
 
-    def close(self, *pending: Any) -> None:
-        """Give the group up, with the broadcasts that are still `pending`. Does not wait; any thread may call."""
-        backend, self._backend = self._backend, None
-        if backend is None:
+    def close(self) -> None:
+        """Give the group up. Does not wait for broadcasts that are still under way, nor for the other ranks."""
+        holder = [self._backend, *self._pending]
+        works = [work for work, _ in self._pending]
+        self._backend, self._pending = None, []
+        if holder[0] is None:
             return
-        holder = [backend, *pending]
-        del backend
-        threading.Thread(target=_bury, args=(holder,), daemon=True, name="weightcast-closes-group").start()
+        if all(work.is_completed() for work in works):
+            return
+        threading.Thread(target=_bury, args=(holder, works), daemon=True, name="weightcast-closes-group").start()
 
 
-def _bury(holder: list[Any]) -> None:
-    """Drop a group: its destructor waits (without Python's lock) for operations that have not timed out yet."""
-    if hasattr(holder[0], "abort"):
+def _bury(holder: list[Any], works: list[Any]) -> None:
+    """Keep a group, and the memory that it sends from, until its broadcasts have timed out: it would wait for them."""
+    if holder[0].name() != "gloo":
         holder[0].abort()
+    while not all(work.is_completed() for work in works):
+        time.sleep(_BURY_POLL_S)
+    works.clear()
     holder.clear()
 
 

@@ -85,24 +85,24 @@ class NamedSender:
         try:
             self._group.wait(work, deadline, watch)
         except BaseException:
-            self._group.close(work, packed)
+            self._group.close()
             raise
 
     def send_all(self, buckets: Sequence[NamedBucket], find: Find, deadline: float, watch: Watch) -> int:
         """Pack and send bucket after bucket, the next packed while the one before is on its way; the bytes sent."""
-        under_way: tuple[Any, torch.Tensor] | None = None
+        under_way: Any = None
         try:
             for bucket in buckets:
                 packed = self.pack(bucket, find)
                 if under_way is not None:
-                    self._group.wait(under_way[0], deadline, watch)
+                    self._group.wait(under_way, deadline, watch)
                 if bucket.is_single and self._group.kind == "nccl":
                     packed = packed.view(bucket.specs[0].dtype)
-                under_way = self._group.broadcast(packed, deadline), packed
+                under_way = self._group.broadcast(packed, deadline)
             if under_way is not None:
-                self._group.wait(under_way[0], deadline, watch)
+                self._group.wait(under_way, deadline, watch)
         except BaseException:
-            self._group.close(under_way)
+            self._group.close()
             raise
         return sum(bucket.num_bytes for bucket in buckets)
 

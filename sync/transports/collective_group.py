@@ -15,6 +15,7 @@ Everything in the store is our own checked form. The store is neither encrypted 
 
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -58,6 +59,8 @@ class Rendezvous:
         self._beat()
         self._thread = threading.Thread(target=self._keep_beating, daemon=True, name=f"weightcast-beat-{name}")
         self._thread.start()
+        # At exit too: Python ends a daemon thread that comes back from torch's C++ then, and the process with it.
+        self._end = weakref.finalize(self, _end_beating, self._stop, self._thread)
 
     @classmethod
     def host(cls, address: str, name: str, *, timeout_s: float, lost_after_s: float) -> "Rendezvous":
@@ -201,8 +204,12 @@ class Rendezvous:
 
     def close(self) -> None:
         """Stop the heartbeat: from now on this member counts as lost."""
-        self._stop.set()
-        self._thread.join(1.0)
+        self._end()
+
+
+def _end_beating(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    thread.join(1.0)
 
 
 class LiveGroups(AbstractContextManager["LiveGroups"]):

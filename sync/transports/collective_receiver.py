@@ -54,7 +54,6 @@ class BucketReceiver:
         self._generation = generation
         self._buffers: list[torch.Tensor] = []
         self._host = torch.empty(0, dtype=torch.uint8)
-        self._works: list[tuple[Any, torch.Tensor]] = []
 
     def receive(
         self, plan: BucketPlan, take: TakeChunk, deadline: float, watch: Watch, version: Version | None = None
@@ -99,7 +98,7 @@ class BucketReceiver:
         """Begin to receive a bucket's header and payload."""
         raw = self._empty(HEADER_BYTES)
         data = self._buffers[bucket.index % NUM_BUFFERS][: bucket.num_bytes]
-        return self._post(raw, deadline), raw, self._post(data, deadline), data
+        return self._group.broadcast(raw, deadline), raw, self._group.broadcast(data, deadline), data
 
     def _finish_bucket(
         self,
@@ -113,12 +112,12 @@ class BucketReceiver:
         watch: Watch,
         version: Version,
     ) -> tuple[Header, npt.NDArray[np.uint8]]:
-        self._wait(header_work, deadline, watch)
+        self._group.wait(header_work, deadline, watch)
         header = self._check(raw, Kind.BUCKET, plan, version)
         expected = (bucket.index, bucket.num_bytes, len(bucket.slots))
         if (header.index, header.num_bytes, len(header.hashes)) != expected:
             raise self._refuse(header, f"bucket {bucket.index} of {bucket.num_bytes} bytes was planned")
-        self._wait(data_work, deadline, watch)
+        self._group.wait(data_work, deadline, watch)
         if self._group.device.type == "cpu":
             return header, data.numpy()
         host = self._host[: bucket.num_bytes]
@@ -142,7 +141,7 @@ class BucketReceiver:
         seal = b""
         if header.num_bytes:
             raw = self._empty(header.num_bytes)
-            self._wait(self._post(raw, deadline), deadline, watch)
+            self._group.wait(self._group.broadcast(raw, deadline), deadline, watch)
             seal = raw.cpu().numpy().tobytes()
         if xxhash.xxh3_128_digest(seal) != header.hashes[0]:
             raise self._refuse(header, "the seal does not have the hash that was announced: its bytes were altered")
@@ -152,7 +151,7 @@ class BucketReceiver:
         self, kind: Kind, plan: BucketPlan, deadline: float, watch: Watch, version: Version | None
     ) -> Header:
         raw = self._empty(HEADER_BYTES)
-        self._wait(self._post(raw, deadline), deadline, watch)
+        self._group.wait(self._group.broadcast(raw, deadline), deadline, watch)
         return self._check(raw, kind, plan, version)
 
     def _check(self, raw: torch.Tensor, kind: Kind, plan: BucketPlan, version: Version | None) -> Header:
@@ -174,16 +173,6 @@ class BucketReceiver:
     def _empty(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._group.device)
 
-    def _post(self, into: torch.Tensor, deadline: float) -> Any:
-        work = self._group.broadcast(into, deadline)
-        self._works.append((work, into))
-        return work
-
-    def _wait(self, work: Any, deadline: float, watch: Watch) -> None:
-        self._group.wait(work, deadline, watch)
-        self._works = [pair for pair in self._works if pair[0] is not work]
-
     def abandon(self) -> None:
-        """Close the group, with what is still under way."""
-        self._group.close(*self._works)
-        self._works = []
+        """Close the group."""
+        self._group.close()

@@ -37,7 +37,8 @@ def plan_vllm_packed(specs: Sequence[TensorSpec], buffer_bytes: int = VLLM_BUFFE
     """vLLM's `packed` rule: tensors are appended, in order, until their bytes exceed `buffer_bytes`; then they go.
 
     So a bucket is larger than the buffer by up to a tensor, and nothing is aligned. Both sides must have the same
-    `buffer_bytes`, which `vllm_init_info` tells the workers.
+    `buffer_bytes`, which `vllm_init_info` tells the workers. Raises `ConfigError` where a tensor would lie at no
+    multiple of its element size, which vLLM cannot view: give the specs in the order of `sort_by_itemsize`.
     """
     check_unique_names(specs)
     if buffer_bytes < 1:
@@ -53,7 +54,25 @@ def plan_vllm_packed(specs: Sequence[TensorSpec], buffer_bytes: int = VLLM_BUFFE
             held, num_bytes = [], 0
     if held:
         buckets.append(NamedBucket(tuple(held), num_bytes))
+    for bucket in buckets:
+        _check_aligned(bucket)
     return tuple(buckets)
+
+
+def sort_by_itemsize(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """By falling element size, else in their order: wherever a bucket begins, all its tensors are aligned."""
+    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+
+
+def _check_aligned(bucket: NamedBucket) -> None:
+    at = 0
+    for spec in bucket.specs:
+        if at % spec.dtype.itemsize:
+            raise ConfigError(
+                f"{spec.name} ({dtype_name(spec.dtype)}) would begin at byte {at} of a packed buffer, where its receiver "
+                "cannot view it; plan and announce sort_by_itemsize(specs)"
+            )
+        at += spec.num_bytes
 
 
 def plan_singles(specs: Sequence[TensorSpec]) -> tuple[NamedBucket, ...]:
@@ -91,7 +110,7 @@ def plan_sglang_buckets(
 
 
 def _by_itemsize(specs: list[TensorSpec], num_bytes: int) -> NamedBucket:
-    return NamedBucket(tuple(sorted(specs, key=lambda spec: -spec.dtype.itemsize)), num_bytes)
+    return NamedBucket(tuple(sort_by_itemsize(specs)), num_bytes)
 
 
 def vllm_init_info(

@@ -51,7 +51,7 @@ class BucketSender:
         self._group = group
         self._source_rank = source_rank
         self._generation = generation
-        self._works: deque[tuple[Any, torch.Tensor]] = deque()
+        self._works: deque[Any] = deque()
         self._host: list[torch.Tensor] = []
         self._device: list[torch.Tensor] = []
 
@@ -156,16 +156,16 @@ class BucketSender:
         self._post(torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(self._group.device), deadline)
 
     def _post(self, data: torch.Tensor, deadline: float) -> None:
-        self._works.append((self._group.broadcast(data, deadline), data))
+        self._works.append(self._group.broadcast(data, deadline))
 
     def _drain(self, num_left: int, deadline: float, watch: Watch) -> None:
         while len(self._works) > num_left:
-            self._group.wait(self._works[0][0], deadline, watch)
+            self._group.wait(self._works[0], deadline, watch)
             self._works.popleft()
 
     def abandon(self) -> None:
-        """Close the group, with what is still under way."""
-        self._group.close(*self._works)
+        """Close the group."""
+        self._group.close()
         self._works.clear()
 
 

@@ -126,6 +126,8 @@ class TensorAssembler:
             tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
         self._tensors = {spec.name: _check_target(spec, tensors.get(spec.name)) for spec in specs}
         self._missing = {(rank, chunk.index) for rank, chunks in self._chunks.items() for chunk in chunks}
+        self._left_elements = {spec.name: spec.numel for spec in specs}
+        self._digests = {spec.name: 0 for spec in specs}
         self._lock = threading.Lock()
         self.num_bytes = 0
 
@@ -148,8 +150,14 @@ class TensorAssembler:
             self.num_bytes += len(buffer)
         chunk = self._chunks[rank][index]
         for piece, data in zip(chunk.pieces, view_pieces(chunk, self._dtypes, buffer), strict=True):
-            tensor = self._tensors[piece.region.name]
-            (tensor if piece.region.shape == tuple(tensor.shape) else tensor[piece.region.slices]).copy_(data)
+            name = piece.region.name
+            tensor = self._tensors[name]
+            (tensor if data.shape == tensor.shape else tensor[piece.region.slices]).copy_(data)
+            with self._lock:
+                self._left_elements[name] -= data.numel()
+                is_whole = not self._left_elements[name]
+            if is_whole:  # of the tensor, not of the chunk: it vouches for what the engine gets
+                self._digests[name] = region_digest(tensor, self._specs[name].whole())
 
     def finish(self, seals: Mapping[int, bytes]) -> dict[str, torch.Tensor]:
         """All tensors, in HF order. `seals` has each source's digests.
@@ -163,8 +171,7 @@ class TensorAssembler:
                 f"{rank}; the version is refused"
             )
         expected = self._add_digests(seals)
-        for name, spec in self._specs.items():
-            got = region_digest(self._tensors[name], spec.whole())
+        for name, got in self._digests.items():
             if got != expected[name]:
                 raise WireError(
                     f"tensor {name!r} has the digest {got:#x} after assembly, {expected[name]:#x} was announced by its "

@@ -17,6 +17,7 @@ from weightcast.sync.transports.collective_rules import (
     plan_vllm_packed,
     sglang_init_payload,
     sglang_update_payload,
+    sort_by_itemsize,
     vllm_init_info,
     vllm_update_info,
 )
@@ -89,6 +90,7 @@ def test_sglang_tensors_are_aligned_within_buckets_and_none_is_lost(specs: list[
 @PROPERTY
 @given(SPECS, st.integers(1, 2000))
 def test_vllm_buckets_hold_every_tensor_in_order(specs: list[TensorSpec], buffer_bytes: int) -> None:
+    specs = sort_by_itemsize(specs)
     buckets = plan_vllm_packed(specs, buffer_bytes)
     assert [spec for bucket in buckets for spec in bucket.specs] == specs
     assert all(bucket.num_bytes > buffer_bytes for bucket in buckets[:-1])
