@@ -1,5 +1,6 @@
 """Digests add up over any cut, and see what changed."""
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,3 +86,21 @@ def test_rows_longer_than_a_table_of_weights_add_up() -> None:
 def test_an_empty_tensor_has_digest_zero(dtype: str) -> None:
     assert digest(torch.empty(0, 3, dtype=DTYPES[dtype])) == 0
     assert digest(torch.zeros(3, 3, dtype=DTYPES[dtype])) == 0
+
+
+@PROPERTY
+@given(
+    st.sampled_from([torch.uint8, torch.bfloat16, torch.float32, torch.float64]),
+    st.lists(st.integers(1, 9), max_size=3).map(tuple),
+    st.integers(1, 20),
+)
+def test_small_whole_tensors_have_the_sum_of_their_rows(dtype: torch.dtype, lead: tuple[int, ...], lanes: int) -> None:
+    """The table for small tensors against the general way, which regions that do not begin at zero still go."""
+    spec = TensorSpec("t", dtype, (*lead, lanes * 8 // dtype.itemsize))
+    data = random_bits(dtype, spec.shape, 3)
+    parts = [Region("t", (*index, 0), (*(1 for _ in lead), spec.shape[-1])) for index in np.ndindex(*lead)]
+    sums = [region_digest(data[part.slices].contiguous(), part) for part in parts]
+    assert region_digest(data, spec.whole()) == add_digests(*sums)
+    if lead:
+        moved = Region("t", (1, *(0 for _ in lead)), spec.shape)
+        assert region_digest(data, moved) != region_digest(data, spec.whole())
