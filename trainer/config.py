@@ -180,6 +180,14 @@ class PublishConfig:
     """Seconds to wait for them."""
     timeout_s: float = 600.0
     """Seconds that one version may take until the fleet serves it."""
+    quantize: str = "none"
+    """`none`; `fp8_block` (FP8 with a scale for each 128 x 128, as DeepSeek's and Qwen's checkpoints); or `fp8_tensor`
+    (one scale a matrix): what vLLM would make of the weights itself, made here, at half the bytes."""
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    """Modules to publish as they are besides embeddings, norms, routers and output layers: names, parts of them in
+    whole words, or patterns with `*`."""
+    engine_config: str | None = None
+    """File for what an engine must be told to read FP8, as JSON for its `--hf-overrides` or `config.json`."""
 
 
 @dataclass(slots=True, kw_only=True)

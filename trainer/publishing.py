@@ -1,7 +1,7 @@
 """A version of the weights after a step: publishing from inside the training loop.
 
 The version's number is the step. Every rank publishes its own regions, and training goes on when the fleet serves
-the version; how long that took is in the events.
+the version; how long that took is in the events. A quantised source (`quantizing.py`) takes its largest weights first.
 
     with StepPublisher(bridge.weight_source(model), cfg.publish, events) as publisher:
         publisher.after_step(report)
@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from weightcast.sync import PublishReport, Span, WeightPublisher, WeightSource
+from weightcast.sync.quantized_source import QuantizedSource
 from weightcast.trainer.config import PublishConfig
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.loop import StepReport
@@ -33,6 +34,7 @@ class StepPublisher:
         self._config = publish
         self._events = events
         self._is_first_rank = source.rank == 0
+        self._quantized = source if isinstance(source, QuantizedSource) else None
         self._publisher = WeightPublisher(source, publish.to, timeout_s=publish.timeout_s)
         try:
             self._publisher.wait_for_subscribers(publish.wait_for, publish.wait_timeout_s)
@@ -55,6 +57,9 @@ class StepPublisher:
     def after_step(self, step: StepReport) -> None:
         """Publish the version of `step` and record what became of it. Every rank calls it."""
         start_s = time.monotonic()
+        if self._quantized is not None:
+            with self._events.phase("publish.quantize", version=step.step):
+                self._quantized.prepare()
         report = self._publisher.publish(version=step.step, timeout_s=self._config.timeout_s)
         stall_s = time.monotonic() - start_s
         for span in self._own_spans(report):

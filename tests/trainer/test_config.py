@@ -146,6 +146,10 @@ def test_layout_is_worked_out() -> None:
         (["checkpoint.save_interval=5"], 1, "say where to save"),
         (["publish.wait_for=1"], 1, "publish.to is not"),
         (["publish.to=tcp://127.0.0.1:0"], 2, "name a port that is free"),
+        (["publish.quantize=int4"], 1, "publish.quantize='int4' is not one of: none, fp8_block, fp8_tensor"),
+        (["publish.quantize=fp8_block"], 1, "publish.quantize is set and publish.to is not"),
+        (["publish.modules_to_not_convert=[mlp.down_proj]"], 1, "are for quantised publishing"),
+        (["publish.engine_config=x.json"], 1, "are for quantised publishing"),
         (["dataset.files=[/nowhere/a.txt]"], 1, "there is no file '/nowhere/a.txt'"),
     ],
 )

@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.ranks import find_free_port
+from tests.sync.parts import TensorSource, bits
 from tests.trainer.runs import words_for
 
 from weightcast.sync import WeightSubscriber
+from weightcast.sync.quantize_rules import Fp8Scheme
+from weightcast.sync.quantized_source import QuantizedSource
 
 STEPS = 3
 
@@ -113,6 +116,49 @@ def test_other_ranks_tell_of_their_own_work(published: tuple[dict[int, dict[str,
     assert {record["process"] for record in records} == {"trainer-1"}
     names = [record["phase"] for record in records if record.get("version") == 2 and "phase" in record]
     assert names == ["forward_backward", "optimizer", "step", "publish.pack"]
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "fp8_tensor"])
+def test_fp8_from_two_ranks_is_the_exported_model_quantised(
+    kind: str, gemma3_bf16: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    address = f"tcp://127.0.0.1:{find_free_port()}"
+    words = [
+        *words_for(gemma3_bf16, texts, tmp_path / "cache"),
+        "model.tensor_model_parallel_size=2",
+        "train.train_iters=2",
+        f"publish.to={address}",
+        "publish.wait_for=1",
+        f"publish.quantize={kind}",
+        "publish.modules_to_not_convert=[layers.1.mlp]",
+        f"publish.engine_config={tmp_path / 'engine.json'}",
+        f"checkpoint.export_hf={tmp_path / 'export'}",
+        f"logger.events={tmp_path / 'events.jsonl'}",
+    ]
+    trainer = start(2, words, tmp_path / "log")
+    try:
+        with WeightSubscriber(address, engine="test-engine") as subscriber:
+            for _ in range(2):
+                update = subscriber.wait(timeout_s=120)
+                found = {name: tensor.clone() for name, tensor in update}
+                update.commit()
+            assert trainer.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    finally:
+        trainer.kill()
+        trainer.wait()
+    exported = TensorSource(load_file(tmp_path / "export" / "model.safetensors"))
+    whole = QuantizedSource(exported, Fp8Scheme(kind=kind, keep=("layers.1.mlp",)))
+    whole.prepare()
+    expected = {item.region.name: item.live() for item in whole.held()}
+    assert found.keys() == expected.keys()
+    assert "model.layers.0.mlp.down_proj.weight" in whole.plan.quantized
+    assert "model.layers.1.mlp.down_proj.weight" not in whole.plan.quantized
+    for name, tensor in expected.items():
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+    told = json.loads((tmp_path / "engine.json").read_text())
+    assert told == whole.engine_config()
+    assert "model.layers.1.mlp.down_proj" in told["quantization_config"]["modules_to_not_convert"]
+    assert "publish.quantize" in {record.get("phase") for record in read_events(tmp_path / "events.jsonl.1")}
 
 
 @pytest.mark.parametrize(
