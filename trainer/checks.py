@@ -13,11 +13,13 @@ from typing import get_args
 
 from weightcast.sync import DeltaMode
 from weightcast.sync.errors import ConfigError
+from weightcast.sync.quantize_rules import KINDS
 from weightcast.trainer.config import ConfigContainer
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 MIXED_PRECISION = (None, "bf16_mixed", "fp32")
 OPTIMIZERS = ("adam",)
+QUANTIZE = ("none", *KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,14 @@ def _check_publish(config: ConfigContainer, world_size: int) -> None:
         raise ConfigError(f"publish.wait_for={publish.wait_for} is a number of engines, 0 or more")
     if publish.wait_for and publish.to is None:
         raise ConfigError("publish.wait_for is set and publish.to is not: say at which address engines subscribe")
+    _check_choice("publish.quantize", publish.quantize, QUANTIZE)
+    if publish.quantize != "none" and publish.to is None:
+        raise ConfigError("publish.quantize is set and publish.to is not: say at which address engines subscribe")
+    if publish.quantize == "none" and (publish.modules_to_not_convert or publish.engine_config is not None):
+        raise ConfigError(
+            "publish.modules_to_not_convert and publish.engine_config are for quantised publishing: set "
+            "publish.quantize to fp8_block or fp8_tensor, or leave them out"
+        )
     if publish.to is not None and publish.to.endswith(":0") and world_size > 1:
         raise ConfigError(f"publish.to={publish.to!r}: all ranks need the same address, so name a port that is free")
     if publish.delta not in get_args(DeltaMode):

@@ -38,6 +38,7 @@ from weightcast.trainer.gpt_step import ForwardStep, forward_step
 from weightcast.trainer.loop import StepReport, train
 from weightcast.trainer.overrides import load_config
 from weightcast.trainer.publishing import StepPublisher
+from weightcast.trainer.quantizing import quantize_source
 from weightcast.trainer.state import TrainState, build_state, make_provider
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def pretrain(
         publisher = None
         if cfg.publish.to is not None:
             assert bridge is not None
-            publisher = stack.enter_context(StepPublisher(bridge.weight_source(state.model), cfg.publish, events))
+            source = quantize_source(bridge.weight_source(state.model), cfg.publish, bridge.hf_config)
+            publisher = stack.enter_context(StepPublisher(source, cfg.publish, events))
         reports = train(
             state, forward_step_func, batches, events, lambda step: _after_step(step, state, publisher, events)
         )

@@ -13,10 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.ranks import find_free_port
+from tests.sync.parts import TensorSource, bits
 from tests.trainer.runs import words_for
 
 from weightcast.sync import WeightSubscriber
+<<<<<<< HEAD
 from weightcast.sync.report_log import read_reports
+=======
+from weightcast.sync.quantize_rules import Fp8Scheme
+from weightcast.sync.quantized_source import QuantizedSource
+>>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
 
 STEPS = 3
 
@@ -117,6 +123,7 @@ def test_other_ranks_tell_of_their_own_work(published: tuple[dict[int, dict[str,
     assert names == ["forward_backward", "optimizer", "step", "publish.pack"]
 
 
+<<<<<<< HEAD
 def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: list[Path], tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{find_free_port()}"
     words = [
@@ -133,11 +140,37 @@ def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: l
                 assert update.version.number == number
                 last = {name: tensor.clone() for name, tensor in update}
                 time.sleep(0.3)
+=======
+@pytest.mark.parametrize("kind", ["fp8_block", "fp8_tensor"])
+def test_fp8_from_two_ranks_is_the_exported_model_quantised(
+    kind: str, gemma3_bf16: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    address = f"tcp://127.0.0.1:{find_free_port()}"
+    words = [
+        *words_for(gemma3_bf16, texts, tmp_path / "cache"),
+        "model.tensor_model_parallel_size=2",
+        "train.train_iters=2",
+        f"publish.to={address}",
+        "publish.wait_for=1",
+        f"publish.quantize={kind}",
+        "publish.modules_to_not_convert=[layers.1.mlp]",
+        f"publish.engine_config={tmp_path / 'engine.json'}",
+        f"checkpoint.export_hf={tmp_path / 'export'}",
+        f"logger.events={tmp_path / 'events.jsonl'}",
+    ]
+    trainer = start(2, words, tmp_path / "log")
+    try:
+        with WeightSubscriber(address, engine="test-engine") as subscriber:
+            for _ in range(2):
+                update = subscriber.wait(timeout_s=120)
+                found = {name: tensor.clone() for name, tensor in update}
+>>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
                 update.commit()
             assert trainer.wait(timeout=60) == 0, (tmp_path / "log").read_text()
     finally:
         trainer.kill()
         trainer.wait()
+<<<<<<< HEAD
     exported = load_file(tmp_path / "export" / "model.safetensors")
     assert all(torch.equal(tensor, exported[name]) for name, tensor in last.items())
     reports = list(read_reports(tmp_path / "reports.jsonl"))
@@ -146,6 +179,21 @@ def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: l
     rows = [record for record in read_events(tmp_path / "events.jsonl.0") if record.get("event") == "version"]
     # The first version is begun at once; the others wait for the engine, which takes its time over the one before.
     assert rows[0]["stall_s"] < 0.3 <= rows[0]["stage_s"] + reports[0].phases_s["commit"]
+=======
+    exported = TensorSource(load_file(tmp_path / "export" / "model.safetensors"))
+    whole = QuantizedSource(exported, Fp8Scheme(kind=kind, keep=("layers.1.mlp",)))
+    whole.prepare()
+    expected = {item.region.name: item.live() for item in whole.held()}
+    assert found.keys() == expected.keys()
+    assert "model.layers.0.mlp.down_proj.weight" in whole.plan.quantized
+    assert "model.layers.1.mlp.down_proj.weight" not in whole.plan.quantized
+    for name, tensor in expected.items():
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+    told = json.loads((tmp_path / "engine.json").read_text())
+    assert told == whole.engine_config()
+    assert "model.layers.1.mlp.down_proj" in told["quantization_config"]["modules_to_not_convert"]
+    assert "publish.quantize" in {record.get("phase") for record in read_events(tmp_path / "events.jsonl.1")}
+>>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
 
 
 @pytest.mark.parametrize(
