@@ -48,9 +48,7 @@ EXERCISED = {
         ),
         "tests/test_cli.py::test_import_export_verify_and_inspect",
     ),
-<<<<<<< HEAD
     "python -m weightcast trace out/demo/events --out trace.json": "tests/demo/test_demo.py::test_make_demo",
-=======
     **dict.fromkeys(
         (
             "python -m weightcast versions path/to/versions --check",
@@ -58,7 +56,6 @@ EXERCISED = {
         ),
         "tests/sync/test_disk_listing.py::test_versions_lists_checks_and_names_what_is_damaged",
     ),
->>>>>>> edc10ecd86f86a0e7eef1ccf203df6fa7fd5d687
     "python -m weightcast merge path/to/hf path/to/adapter out/merged": "tests/test_cli.py::test_merge_of_an_adapter",
     # `make test` is what runs this file, and `make setup` is what it ran before.
     "make test": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",

@@ -180,7 +180,6 @@ class PublishConfig:
     """Seconds to wait for them."""
     timeout_s: float = 600.0
     """Seconds that one version may take until the fleet serves it."""
-<<<<<<< HEAD
     overlap: bool = False
     """Train on as soon as a version is packed, while engines fetch and load it. Its report, and its failure, come with
     the next version or at the end of the run; otherwise each step waits until the fleet serves."""
@@ -193,7 +192,6 @@ class PublishConfig:
     """Port on which rank 0 answers Prometheus at `/metrics` (0: a free one, which is logged); null answers nobody."""
     metrics_host: str = "127.0.0.1"
     """Address of this machine for `metrics_port`. Whoever reaches it may read the metrics."""
-=======
     quantize: str = "none"
     """`none`; `fp8_block` (FP8 with a scale for each 128 x 128, as DeepSeek's and Qwen's checkpoints); or `fp8_tensor`
     (one scale a matrix): what vLLM would make of the weights itself, made here, at half the bytes."""
@@ -202,7 +200,6 @@ class PublishConfig:
     whole words, or patterns with `*`."""
     engine_config: str | None = None
     """File for what an engine must be told to read FP8, as JSON for its `--hf-overrides` or `config.json`."""
->>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
 
 
 @dataclass(slots=True, kw_only=True)

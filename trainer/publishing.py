@@ -1,12 +1,8 @@
 """A version of the weights after a step: publishing from inside the training loop.
 
-<<<<<<< HEAD
 The version's number is the step. Every rank publishes its own regions. Training goes on when the fleet serves the
-version or, with `publish.overlap`, when the version is packed; for how long it stood still is in the events.
-=======
-The version's number is the step. Every rank publishes its own regions, and training goes on when the fleet serves
-the version; how long that took is in the events. A quantised source (`quantizing.py`) takes its largest weights first.
->>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
+version or, with `publish.overlap`, when the version is packed; for how long it stood still is in the events. A
+quantised source (`quantizing.py`) takes its largest weights first.
 
     with StepPublisher(bridge.weight_source(model), cfg.publish, events) as publisher:
         publisher.after_step(report)
@@ -18,12 +14,8 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Self, cast
 
-<<<<<<< HEAD
 from weightcast.sync import DeltaMode, Publication, PublishReport, Span, WeightPublisher, WeightSource
-=======
-from weightcast.sync import PublishReport, Span, WeightPublisher, WeightSource
 from weightcast.sync.quantized_source import QuantizedSource
->>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
 from weightcast.trainer.config import PublishConfig
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.loop import StepReport
@@ -42,7 +34,7 @@ class StepPublisher:
         self._config = publish
         self._events = events
         self._is_first_rank = source.rank == 0
-<<<<<<< HEAD
+        self._quantized = source if isinstance(source, QuantizedSource) else None
         self._pending: tuple[StepReport, Publication, float] | None = None
         with ExitStack() as stack:
             # Reports are alike on all ranks, so one rank tells of them.
@@ -51,11 +43,6 @@ class StepPublisher:
                 source, publish.to, timeout_s=publish.timeout_s, delta=cast(DeltaMode, publish.delta)
             )
             self._publisher = stack.enter_context(publisher)
-=======
-        self._quantized = source if isinstance(source, QuantizedSource) else None
-        self._publisher = WeightPublisher(source, publish.to, timeout_s=publish.timeout_s)
-        try:
->>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
             self._publisher.wait_for_subscribers(publish.wait_for, publish.wait_timeout_s)
             self._open = stack.pop_all()
 
@@ -76,8 +63,10 @@ class StepPublisher:
     def after_step(self, step: StepReport) -> None:
         """Publish the version of `step` and record what became of it. Every rank calls it."""
         start_s = time.monotonic()
-<<<<<<< HEAD
         self._finish()
+        if self._quantized is not None:
+            with self._events.phase("publish.quantize", version=step.step):
+                self._quantized.prepare()
         publication = self._publisher.begin(version=step.step, timeout_s=self._config.timeout_s)
         if self._config.overlap:
             self._pending = step, publication, time.monotonic() - start_s
@@ -92,13 +81,6 @@ class StepPublisher:
             self._tell(step, publication.wait(), stall_s)
 
     def _tell(self, step: StepReport, report: PublishReport, stall_s: float) -> None:
-=======
-        if self._quantized is not None:
-            with self._events.phase("publish.quantize", version=step.step):
-                self._quantized.prepare()
-        report = self._publisher.publish(version=step.step, timeout_s=self._config.timeout_s)
-        stall_s = time.monotonic() - start_s
->>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
         for span in self._own_spans(report):
             self._events.phase_ran(f"publish.{span.phase}", version=step.step, start_s=span.start_s, end_s=span.end_s)
         self._record(step, report, stall_s)

@@ -224,7 +224,6 @@ def inspect_(
 
 
 @app.command()
-<<<<<<< HEAD
 def trace(
     events: Annotated[
         list[Path], typer.Argument(help="Event files and reports of a run (JSON lines), or folders of them.")
@@ -255,7 +254,8 @@ def trace(
         typer.echo(f"without a time, left out: {recording.num_figures} lines of figures")
     if recording.num_unfinished:
         typer.echo(f"still being written, left out: the last line of {recording.num_unfinished} files")
-=======
+
+
 def versions(
     place: Annotated[str, typer.Argument(help="Folder or URL of a store of versions.")],
     check: Annotated[bool, typer.Option("--check", help="Read every file, assemble and check every version.")] = False,
@@ -304,7 +304,6 @@ def _read_key(path: Path | None) -> bytes | None:
         return None if path is None else path.read_bytes()
     except OSError as error:
         raise ConfigError(f"the key file {path} cannot be read: {error.strerror}") from error
->>>>>>> edc10ecd86f86a0e7eef1ccf203df6fa7fd5d687
 
 
 def main() -> None:

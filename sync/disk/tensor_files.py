@@ -15,12 +15,12 @@ from typing import TypeAlias
 
 import torch
 
-from weightcast.sync.checkpoint_files import SAFETENSORS_DTYPES
+from weightcast.sync.checkpoint_files import HEADER_DTYPES
 
 Buffer: TypeAlias = "bytes | memoryview"
 # Readers map files into memory and view them in place.
 _ALIGNMENT_BYTES = 8
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in HEADER_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

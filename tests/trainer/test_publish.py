@@ -17,12 +17,9 @@ from tests.sync.parts import TensorSource, bits
 from tests.trainer.runs import words_for
 
 from weightcast.sync import WeightSubscriber
-<<<<<<< HEAD
-from weightcast.sync.report_log import read_reports
-=======
 from weightcast.sync.quantize_rules import Fp8Scheme
 from weightcast.sync.quantized_source import QuantizedSource
->>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
+from weightcast.sync.report_log import read_reports
 
 STEPS = 3
 
@@ -123,7 +120,6 @@ def test_other_ranks_tell_of_their_own_work(published: tuple[dict[int, dict[str,
     assert names == ["forward_backward", "optimizer", "step", "publish.pack"]
 
 
-<<<<<<< HEAD
 def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: list[Path], tmp_path: Path) -> None:
     address = f"tcp://127.0.0.1:{find_free_port()}"
     words = [
@@ -140,7 +136,21 @@ def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: l
                 assert update.version.number == number
                 last = {name: tensor.clone() for name, tensor in update}
                 time.sleep(0.3)
-=======
+                update.commit()
+            assert trainer.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    finally:
+        trainer.kill()
+        trainer.wait()
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in last.items())
+    reports = list(read_reports(tmp_path / "reports.jsonl"))
+    assert [report.version.number for report in reports] == [1, 2, 3]
+    assert reports[0].density is None and all(0 < (report.density or 0) <= 1 for report in reports[1:])
+    rows = [record for record in read_events(tmp_path / "events.jsonl.0") if record.get("event") == "version"]
+    # The first version is begun at once; the others wait for the engine, which takes its time over the one before.
+    assert rows[0]["stall_s"] < 0.3 <= rows[0]["stage_s"] + reports[0].phases_s["commit"]
+
+
 @pytest.mark.parametrize("kind", ["fp8_block", "fp8_tensor"])
 def test_fp8_from_two_ranks_is_the_exported_model_quantised(
     kind: str, gemma3_bf16: Path, texts: list[Path], tmp_path: Path
@@ -164,22 +174,11 @@ def test_fp8_from_two_ranks_is_the_exported_model_quantised(
             for _ in range(2):
                 update = subscriber.wait(timeout_s=120)
                 found = {name: tensor.clone() for name, tensor in update}
->>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
                 update.commit()
             assert trainer.wait(timeout=60) == 0, (tmp_path / "log").read_text()
     finally:
         trainer.kill()
         trainer.wait()
-<<<<<<< HEAD
-    exported = load_file(tmp_path / "export" / "model.safetensors")
-    assert all(torch.equal(tensor, exported[name]) for name, tensor in last.items())
-    reports = list(read_reports(tmp_path / "reports.jsonl"))
-    assert [report.version.number for report in reports] == [1, 2, 3]
-    assert reports[0].density is None and all(0 < (report.density or 0) <= 1 for report in reports[1:])
-    rows = [record for record in read_events(tmp_path / "events.jsonl.0") if record.get("event") == "version"]
-    # The first version is begun at once; the others wait for the engine, which takes its time over the one before.
-    assert rows[0]["stall_s"] < 0.3 <= rows[0]["stage_s"] + reports[0].phases_s["commit"]
-=======
     exported = TensorSource(load_file(tmp_path / "export" / "model.safetensors"))
     whole = QuantizedSource(exported, Fp8Scheme(kind=kind, keep=("layers.1.mlp",)))
     whole.prepare()
@@ -193,7 +192,6 @@ def test_fp8_from_two_ranks_is_the_exported_model_quantised(
     assert told == whole.engine_config()
     assert "model.layers.1.mlp.down_proj" in told["quantization_config"]["modules_to_not_convert"]
     assert "publish.quantize" in {record.get("phase") for record in read_events(tmp_path / "events.jsonl.1")}
->>>>>>> 1c5eabaa128876f354c7a8ac78ab0d3c10067298
 
 
 @pytest.mark.parametrize(
