@@ -165,7 +165,7 @@ def time_checks(specs: Sequence[TensorSpec], tensors: Mapping[str, torch.Tensor]
 
 def synchronize() -> None:
     """Wait for a GPU's work, where there is one in use."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 

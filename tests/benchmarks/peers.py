@@ -45,7 +45,8 @@ class Peer:
         )
         self._lines: Queue[str] = Queue()
         assert self._process.stdout is not None
-        threading.Thread(target=_pump, args=(self._process.stdout, self._lines), daemon=True).start()
+        self._pump = threading.Thread(target=_pump, args=(self._process.stdout, self._lines), daemon=True)
+        self._pump.start()
 
     @property
     def pid(self) -> int:
@@ -96,12 +97,14 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._pump.join(_CLOSE_S)
         self._errors.close()
 
 
 def _pump(stream: IO[str], lines: "Queue[str]") -> None:
-    for line in stream:
-        lines.put(line)
+    with stream:
+        for line in stream:
+            lines.put(line)
     lines.put("")
 
 

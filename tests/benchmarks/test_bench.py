@@ -128,10 +128,14 @@ def test_a_quick_run_writes_results_page_and_plots_and_keeps_the_records_of_othe
     assert changed.returncode == 1 and "is not of the results" in changed.stdout
 
 
-def test_few_rounds_and_unknown_cases_are_refused() -> None:
-    assert "at least 5" in run_bench("--rounds", "3").stderr
-    unknown = run_bench("--cases", "shm_vs_memcopy")
-    assert unknown.returncode == 2 and "shm_vs_memcpy" in unknown.stderr
+def test_few_rounds_and_unknown_cases_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse(["--rounds", "3"])
+    assert "at least 5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.parse(["--cases", "shm_vs_memcopy"])
+    assert "known are shm_vs_memcpy" in capsys.readouterr().err
+    assert [case.name for case in bench.parse(["--cases", "two_sources,vs_ray"]).chosen] == ["two_sources", "vs_ray"]
 
 
 def failing(error: Exception) -> Case:
@@ -170,7 +174,7 @@ def test_targets_and_ratios() -> None:
 
 def test_a_renewed_file_keeps_what_was_measured_on_this_machine_only() -> None:
     first, second = CPU_CASES[:2]
-    machine: dict[str, str | int | float] = {"cpu": "a", "cores": 2, "memory_gb": 1.0}
+    machine: dict[str, str | int | float] = {"cpu": "a", "cores": 2, "memory_gb": 1.0, "system": "Linux"}
     measured = make_record(second, Reading([1.0], [1.0], "s"), "2026-01-01 00:00", "old")
     former = results.Results(machine, {}, [measured])
     skipped = make_empty_record(second, "not run", "needs root", "2026-02-02 00:00", "new")

@@ -36,7 +36,9 @@ def join(name: str, address: str, rank: int) -> None:
     backend_options = torch_rpc.TensorPipeRpcBackendOptions(
         num_worker_threads=4, rpc_timeout=TIMEOUT_S, init_method=f"tcp://{address}"
     )
-    torch_rpc.init_rpc(name, rank=rank, world_size=2, rpc_backend_options=backend_options)
+    torch_rpc.init_rpc(  # type: ignore[no-untyped-call]
+        name, rank=rank, world_size=2, rpc_backend_options=backend_options
+    )
 
 
 class RpcSender:

@@ -90,7 +90,7 @@ class SocketReceiver:
                 if self._verify:
                     self._receive_checked(piece)
                 else:
-                    self._stream.receive_into(memoryview(piece))
+                    self._stream.receive_into(piece.data)
             if self._verify:
                 expected = bytearray(_DIGEST.size)
                 self._stream.receive_into(memoryview(expected))
@@ -102,7 +102,7 @@ class SocketReceiver:
         expected = bytearray(16)
         self._stream.receive_into(memoryview(expected))
         buffer = self._buffer[: len(piece)]
-        self._stream.receive_into(memoryview(buffer))
+        self._stream.receive_into(buffer.data)
         if xxhash.xxh3_128_digest(buffer.data) != expected:
             raise RuntimeError("a piece was altered")
         np.copyto(piece, buffer)
