@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,6 +55,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--cases {', '.join(unknown)} unknown; known are {', '.join(case.name for case in table)}")
     options.chosen = [case for case in table if not wanted or case.name in wanted]
     options.out = options.out or (QUICK_FOLDER if options.quick else HERE)
+    if options.quick and options.out.resolve() == HERE:
+        parser.error(f"--quick --out {options.out}: figures of small models do not belong there; name another folder")
     return options
 
 
@@ -63,7 +66,8 @@ def run_case(case: Case, settings: Settings, commit: str) -> Record:
     if lack := find_lack(case.needs):
         return make_empty_record(case, "not run", lack, measured_at, commit)
     try:
-        return make_record(case, case.measure(settings), measured_at, commit)
+        record = make_record(case, case.measure(settings), measured_at, commit)
+        return replace(record, note=f"quick, no figure; {record.note}") if settings.quick else record
     except CaseError as error:
         return make_empty_record(case, "failed", str(error), measured_at, commit)
     except Exception as error:

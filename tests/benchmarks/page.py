@@ -92,14 +92,16 @@ def _note(record: Record) -> str:
 
 def _describe_dates(records: list[Record]) -> str:
     """Which records are of when and of what."""
+    rounds = sorted({record.rounds for record in records if record.rounds})
+    counted = f" Medians of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds." if rounds else ""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.measured_at.split()[0], record.commit), []).append(record)
     if len(groups) == 1:
         ((date, commit),) = groups
-        return f"Measured on {date} (UTC) at commit {commit}."
+        return f"Measured on {date} (UTC) at commit {commit}.{counted}"
     parts = [
         f"{date} at {commit}: {', '.join(f'`{record.case}`' for record in group)}"
         for (date, commit), group in sorted(groups.items())
     ]
-    return "Measured (UTC) on " + "; ".join(parts) + "."
+    return "Measured (UTC) on " + "; ".join(parts) + f".{counted}"
