@@ -4,7 +4,7 @@
 #   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
 #   make test | test-quick | lint | test-all | clean
 #   make bench | bench-gpu [BENCH_ARGS='--cases shm_vs_memcpy --rounds 9']   tests/benchmarks/README.md says what it is
-#   make test-latest [PYTHON312=python] [LATEST_TRANSFORMERS=5.23.0]   the bridges with the newest Megatron-Core
+#   make test-latest [PYTHON312=python] [LATEST_TRANSFORMERS=5.23.0]   bridges and trainer with the newest Megatron-Core
 
 GIVEN = $(if $(TP), --tp '$(TP)')$(if $(MODEL), --model '$(MODEL)')$(if $(DATA), --data '$(DATA)')
 
@@ -21,7 +21,7 @@ BENCH_ARGS ?=
 PYTHON312 ?=
 LATEST_MEGATRON ?= 0.19.2
 LATEST_TRANSFORMERS ?= 5.19.0
-LATEST_TESTS ?= tests/bridges
+LATEST_TESTS ?= tests/bridges tests/trainer
 
 VENV := .venv
 PY := $(VENV)/bin/python

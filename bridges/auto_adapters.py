@@ -13,7 +13,9 @@ from weightcast.bridges.peft.folder import AdapterConfig, read_adapter
 from weightcast.bridges.peft.load import load_adapter, recipe_of_folder
 from weightcast.bridges.peft.merge import require_merged, show_when_merged
 from weightcast.bridges.peft.plan import build_adapter_plan, require_recipe
+from weightcast.bridges.peft.rules import weight_settings
 from weightcast.bridges.peft.save import save_adapter
+from weightcast.bridges.peft.settings import UpdateSettings
 from weightcast.bridges.plan import Plan
 from weightcast.bridges.rules import Rule
 from weightcast.bridges.shards import Model, unwrap_chunks
@@ -58,9 +60,14 @@ class BridgeAdapters(BridgeWeights):
         anything else, `UnmappedTensor` for adapters that PEFT has no names for.
         """
         name = base_model if base_model is not None else self._source.name if self._source is not None else None
-        config = AdapterConfig.of_recipe(require_recipe(model), name)
-        base_names = [spec.name for spec in self._base_in_memory()[1]]
+        recipe, base_names = require_recipe(model), [spec.name for spec in self._base_in_memory()[1]]
+        config = AdapterConfig.of_recipe(recipe, name, self._adapter_settings(model))
         save_adapter(self.adapter_plan(model), Path(path).absolute(), config, base_names)
+
+    def _adapter_settings(self, model: Model) -> dict[str, UpdateSettings]:
+        """The rank and scaling of each weight of the whole model that has an adapter, by PEFT's names."""
+        rules, _ = self.of_model(model)._base_in_memory()
+        return weight_settings(rules, unwrap_chunks(model)[0].config.num_layers, require_recipe(model))
 
     def load_hf_adapter(self, model: Model, path: str | Path) -> None:
         """Fill the adapters of `model` from a PEFT folder; a model without any gets those that hold it exactly.
@@ -74,5 +81,6 @@ class BridgeAdapters(BridgeWeights):
         rules, _ = self.of_model(model)._base_in_memory()
         if find_state(model) is None:
             recipe_of_folder(folder, rules, unwrap_chunks(model)[0].config.num_layers).apply(model)
-        report = load_adapter(self.adapter_plan(model), folder, require_recipe(model))
+        settings = self._adapter_settings(model)
+        report = load_adapter(self.adapter_plan(model), folder, require_recipe(model), settings)
         logger.info("read %d regions, %d bytes from %s", report.num_regions, report.num_bytes, path)

@@ -12,9 +12,10 @@ from hashlib import blake2b
 import torch
 import torch.distributed as dist
 
+from weightcast.bridges.disk import MAKE_ROOM, is_refused
 from weightcast.bridges.export_batches import Batch
 from weightcast.bridges.parcels import LiveRegions, Parcel
-from weightcast.sync.errors import BridgeError, ConfigError
+from weightcast.sync.errors import BridgeError, ConfigError, StorageError
 from weightcast.sync.regions import Region, TensorSpec
 
 
@@ -124,14 +125,19 @@ def send_parcels(
 def agree(error: Exception | None, what: str) -> None:
     """Raise on every rank when a step failed on any: the error itself where it happened, a pointer to it elsewhere.
 
-    A rank that raised alone would leave the others waiting for it until the process group's time is up.
+    A rank that raised alone would leave the others waiting for it until the process group's time is up. Where the
+    error is a write that a disk refused, the pointer is a `StorageError` with the remedy, otherwise a `BridgeError`.
     """
-    failed = torch.tensor([error is not None], dtype=torch.int32, device=communication_device())
+    severity = 0 if error is None else 2 if is_refused(error) else 1
+    worst = torch.tensor([severity], dtype=torch.int32, device=communication_device())
     if get_world_size() > 1:
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
     if error is not None:
         raise error
-    if failed.item():
+    if worst.item() == 2:
+        where = "another rank, whose disk refused it; its own message says why"
+        raise StorageError(f"{what} failed on {where}: {MAKE_ROOM}")
+    if worst.item():
         raise BridgeError(f"{what} failed on another rank; its own message says why")
 
 

@@ -2,8 +2,8 @@
 
 Every rank must iterate to the end, in step with the others, also a rank that wants nothing and is given nothing: each
 batch of tensors takes one message from each rank that holds a part of it to each that wants it, and a rank that stayed
-away would keep the others waiting. What is in
-flight on a rank, beside what its caller keeps, is bounded (`export_batches.py`).
+away would keep the others waiting. What is in flight on a rank, beside what its caller keeps, is bounded
+(`export_batches.py`).
 
     for name, tensor in export_weights(plan, ranks=[0]):
         print(name, tuple(tensor.shape))  # on rank 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -68,8 +69,8 @@ def save_weights(
 
     `write_extras` is called on rank 0 with the folder under construction (configuration, tokenizer); `progress` with
     the number of tensors done since the last call. An older HF folder of the name is replaced. Raises `ConfigError`
-    when the folder holds anything else, and `StorageError` when the disk refuses a write; the other ranks then say that
-    one failed.
+    when the folder holds anything else (a `BridgeError` on the ranks that did not look), and `StorageError` on every
+    rank when the disk refuses a write.
     """
     with explain_disk(folder):
         _save(plan, folder, write_extras, progress, shard_bytes, batch_bytes)
@@ -124,6 +125,11 @@ def _write_mine(files: Sequence[ShardFile], tensors: Mapping[str, torch.Tensor],
         for file in files:
             if file.writer == get_rank():
                 save_file(dict(tensors), folder / file.name, metadata={"format": "pt"})
+
+
+def describe_files(files: Sequence[ShardFile]) -> list[Any]:
+    """What is to be in which file, in JSON's types."""
+    return [[file.name, [[spec.name, str(spec.dtype), list(spec.shape)] for spec in file.specs]] for file in files]
 
 
 def write_index(files: Sequence[ShardFile], folder: Path) -> None:

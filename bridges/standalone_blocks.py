@@ -1,12 +1,14 @@
-"""Tensors in blocks of bounded bytes, and digests that add up over them. Pure.
+"""Tensors in blocks of bounded bytes, and digests that add up over them.
 
 for region in split_region(spec):
     add_digest(digests, spec.name, region_digest(read(region), region))
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from weightcast.sync.digest import add_digests
+import torch
+
+from weightcast.sync.digest import add_digests, region_digest
 from weightcast.sync.regions import Region, TensorSpec
 
 CHUNK_BYTES = 16 * 2**20
@@ -43,3 +45,8 @@ def split_region(spec: TensorSpec, max_bytes: int = CHUNK_BYTES) -> Iterator[Reg
 def add_digest(digests: dict[str, int], name: str, digest: int) -> None:
     """Add a region's digest to its tensor's."""
     digests[name] = add_digests(digests.get(name, 0), digest)
+
+
+def read_digest(spec: TensorSpec, read: Callable[[Region], torch.Tensor]) -> int:
+    """The digest of a whole tensor that `read` gives block by block."""
+    return add_digests(*(region_digest(read(region).contiguous(), region) for region in split_region(spec)))

@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from weightcast.bridges.auto import AutoBridge
-from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, ShardFile, check_room, plan_files, write_index
+from weightcast.bridges.hf_folder import (
+    DEFAULT_SHARD_BYTES,
+    ShardFile,
+    check_room,
+    describe_files,
+    plan_files,
+    write_index,
+)
 from weightcast.bridges.progress import progress_bar
-from weightcast.bridges.standalone_blocks import add_digest, split_region
+from weightcast.bridges.standalone_blocks import add_digest, read_digest, split_region
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
 from weightcast.bridges.standalone_import import ConversionReport
-from weightcast.bridges.standalone_journal import RESUMES, Journal
+from weightcast.bridges.standalone_journal import RESUMES, Journal, mark_files
 from weightcast.bridges.standalone_mapped import MappedCheckpoint
 from weightcast.bridges.standalone_safetensors import SafetensorsWriter
 from weightcast.bridges.standalone_stores import hf_store
@@ -83,10 +90,7 @@ def _write_file(mapped: MappedCheckpoint, file: ShardFile, path: Path) -> dict[s
 def _check_file(file: ShardFile, path: Path, digests: Mapping[str, int]) -> None:
     with hf_store(CheckpointFiles(path.parent, file.specs, {spec.name: path for spec in file.specs})) as store:
         for spec in file.specs:
-            got: dict[str, int] = {}
-            for region in split_region(spec):
-                add_digest(got, spec.name, region_digest(store.read(region).contiguous(), region))
-            if got[spec.name] != digests[spec.name]:
+            if read_digest(spec, store.read) != digests[spec.name]:
                 raise CheckpointMismatch(
                     f"{spec.name} read back from {path} is not what was written; the disk or the memory is unsound: "
                     "try again, or another disk"
@@ -95,13 +99,5 @@ def _check_file(file: ShardFile, path: Path, digests: Mapping[str, int]) -> None
 
 def _about(mapped: MappedCheckpoint, files: tuple[ShardFile, ...]) -> dict[str, Any]:
     """What an interrupted export must have in common with this one to be gone on with."""
-    stats = {
-        str(path): path.stat()
-        for path in sorted({chunk.path for chunks in mapped.checkpoint.chunks.values() for chunk in chunks})
-    }
-    return {
-        "export": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
-        "files": [
-            [file.name, [[spec.name, str(spec.dtype), list(spec.shape)] for spec in file.specs]] for file in files
-        ],
-    }
+    paths = (chunk.path for chunks in mapped.checkpoint.chunks.values() for chunk in chunks)
+    return {"export": mark_files(paths), "files": describe_files(files)}

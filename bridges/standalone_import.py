@@ -36,14 +36,14 @@ from weightcast.bridges.pieces import map_shard
 from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.rule_table import RuleTable
 from weightcast.bridges.shards import SHARDING_METADATA
-from weightcast.bridges.standalone_blocks import add_digest, split_box, split_region
+from weightcast.bridges.standalone_blocks import add_digest, read_digest, split_box, split_region
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
-from weightcast.bridges.standalone_journal import RESUMES, Journal
+from weightcast.bridges.standalone_journal import RESUMES, Journal, mark_files
 from weightcast.bridges.standalone_mapped import MappedCheckpoint, table_of
-from weightcast.bridges.whole_folder import explain_disk, partial_of
+from weightcast.bridges.whole_folder import check_new, explain_disk, partial_of, take_new_name
 from weightcast.sync.checkpoint_files import CheckpointFiles, RegionReader
 from weightcast.sync.digest import region_digest
-from weightcast.sync.errors import CheckpointMismatch, ConfigError
+from weightcast.sync.errors import CheckpointMismatch
 
 # torch's writer keeps every tensor of a file until the file is complete.
 FILE_BYTES = 256 * 2**20
@@ -74,8 +74,7 @@ def import_checkpoint(
     Raises `ConfigError` when the folder holds something, `CheckpointMismatch` and `UnmappedTensor` when the source is
     damaged or of another model, `StorageError` when the disk is full. Needs a process without a process group.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; give a new folder for each Megatron checkpoint")
+    check_new(folder)
     source = bridge.hf_checkpoint()
     table = table_of(bridge, source.specs)
     files = list(_plan_files(_read_boxes(bridge), file_bytes))
@@ -93,9 +92,7 @@ def import_checkpoint(
         job.verify(journal.done)
         advance(len(files))
         journal.remove()
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        take_new_name(partial, folder)
     num_bytes = sum(_num_bytes(box) for file in files for box in file)
     return ConversionReport(len(source.specs), num_bytes, len(files), resumed)
 
@@ -166,10 +163,7 @@ class _Import:
                 add_digest(wanted, name, digest)
         mapped = MappedCheckpoint.make(self.bridge, DistCheckpoint.open(self.folder))
         for spec in (spec for spec in mapped.specs if spec.name not in self.table.copies):
-            got: dict[str, int] = {}
-            for region in split_region(spec):
-                add_digest(got, spec.name, region_digest(mapped.read(region).contiguous(), region))
-            if got[spec.name] != wanted[spec.name]:
+            if read_digest(spec, mapped.read) != wanted[spec.name]:
                 raise CheckpointMismatch(
                     f"{spec.name} read back from {self.folder} is not what {self.source.files[spec.name]} holds; the "
                     "disk or the memory is unsound, or the source changed meanwhile: delete the folder and try again"
@@ -241,8 +235,7 @@ def _write_item(box: Box) -> WriteItem:
 
 def _about(source: CheckpointFiles, files: Sequence[Sequence[Box]]) -> dict[str, Any]:
     """What an interrupted import must have in common with this one to be gone on with."""
-    stats = {str(path): path.stat() for path in sorted(set(source.files.values()))}
     return {
-        "import": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
+        "import": mark_files(source.files.values()),
         "files": [[len(file), sum(map(_num_bytes, file)), file[0].key, str(file[0].dtype)] for file in files],
     }

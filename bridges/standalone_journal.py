@@ -12,7 +12,7 @@ is of. A line is written when its file is on disk; a line that was cut short is 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ class Journal:
         fresh = self.path.with_suffix(".new")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
         fresh.replace(self.path)
+
+
+def mark_files(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Sizes and times of change of files, by which a journal tells whether its source is still the same."""
+    stats = {str(path): path.stat() for path in sorted(set(paths))}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

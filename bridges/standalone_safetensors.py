@@ -16,23 +16,11 @@ from typing import Any, Self
 
 import torch
 
+from weightcast.sync.checkpoint_files import HEADER_DTYPES
 from weightcast.sync.regions import Region, TensorSpec
 
 # Names of dtypes in a safetensors header.
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in HEADER_DTYPES.items()}
 _ALIGNMENT_BYTES = 8
 
 

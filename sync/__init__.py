@@ -8,9 +8,11 @@ It knows torch, zmq and msgpack; no Megatron, no engine.
 
 from weightcast.sync.arrival import Limits
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
-from weightcast.sync.messages import EngineReport, Span
-from weightcast.sync.publisher import PublishReport, WeightPublisher
+from weightcast.sync.publisher import DeltaMode, Publication, WeightPublisher
+from weightcast.sync.records import EngineReport, SourceReport, Span
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
+from weightcast.sync.report import PublishReport
+from weightcast.sync.report_log import ReportLog
 from weightcast.sync.source import ModuleSource, WeightSource
 from weightcast.sync.subscriber import Update, UpdateStats, WeightSubscriber
 from weightcast.sync.transports.zmq_sockets import CurveKeys
@@ -18,6 +20,7 @@ from weightcast.sync.version import Manifest, Version
 
 __all__ = [
     "CurveKeys",
+    "DeltaMode",
     "EngineReport",
     "EngineStatus",
     "FleetPolicy",
@@ -25,8 +28,11 @@ __all__ = [
     "Limits",
     "Manifest",
     "ModuleSource",
+    "Publication",
     "PublishReport",
     "Region",
+    "ReportLog",
+    "SourceReport",
     "Span",
     "TensorSpec",
     "Update",

@@ -1,19 +1,22 @@
 """An arrival: one version on its way into an engine. Credits, repeats and damage, without sockets or clocks.
 
 Chunks are asked for as there is room, asked for again when they do not come, and a version is given up when a chunk
-keeps arriving damaged.
+keeps arriving damaged. A tensor that is complete and wrong is fetched once more, whole and over the wire: bits that a
+delta began from may not have been what they should, and memory that was read may have been overwritten meanwhile.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ConfigError, WireError
-from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Span, Staged
+from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Staged
+from weightcast.sync.records import Span
+from weightcast.sync.shadow import ChunkKey
 from weightcast.sync.staging import Staging
+from weightcast.sync.version import Version
 
 # A source leaves an engine that wants more at once unanswered.
 MAX_CREDIT_CHUNKS = 64
@@ -45,6 +48,8 @@ class Limits:
 
     credit_chunks: int = 8
     """Chunks asked for and not yet received, a source (a source answers at most 64 at once)."""
+    links: int = 1
+    """Connections to each source, over which its chunks come in turn (one of TCP carries some 30 Gb/s)."""
     under_way_chunks: int = 64
     """The same over all sources: times the chunk's size, what may be on its way to this engine."""
     chunk_timeout_s: float = 10.0
@@ -56,47 +61,70 @@ class Limits:
     """A coordinator that was silent for this long is lost."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.credit_chunks <= MAX_CREDIT_CHUNKS or self.under_way_chunks < 1:
+        if not 1 <= self.credit_chunks <= MAX_CREDIT_CHUNKS or self.under_way_chunks < 1 or not 1 <= self.links <= 64:
             raise ConfigError(
-                f"credit_chunks={self.credit_chunks} and under_way_chunks={self.under_way_chunks} grant no sound "
-                f"credit; use 1 to {MAX_CREDIT_CHUNKS} for the first and at least 1 for the second"
+                f"credit_chunks={self.credit_chunks}, under_way_chunks={self.under_way_chunks} and "
+                f"links={self.links} grant no sound credit; use 1 to {MAX_CREDIT_CHUNKS} for the first, at least 1 for "
+                "the second, and 1 to 64 for the last"
             )
 
 
 @dataclass(slots=True)
 class Arrival:
-    """See the module. An observer's arrival has no staging: there is nothing to fetch."""
+    """See the module. An observer's arrival has no staging: there is nothing to fetch.
+
+    `reached` names the kind of memory by which each source rank is read without its help; other sources send.
+    """
 
     announce: Announce
     staging: Staging | None
+    chunk_bytes: int
     limits: Limits
     started_s: float
+    reached: dict[int, str] = field(default_factory=dict)
     staged_s: float = 0.0
     tensors: dict[str, torch.Tensor] | None = None
-    asked_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    num_repeats: int = 0
+    asked_s: dict[ChunkKey, float] = field(default_factory=dict)
+    _again: deque[ChunkKey] = field(default_factory=deque)
+    _only_sent: set[ChunkKey] = field(default_factory=set)
+    _refetched: set[str] = field(default_factory=set)
     _next_index: dict[int, int] = field(default_factory=dict)
     _under_way: dict[int, int] = field(default_factory=dict)
     _askable: deque[int] = field(default_factory=deque)
-    _damaged: dict[tuple[int, int], int] = field(default_factory=dict)
+    _damaged: dict[ChunkKey, int] = field(default_factory=dict)
+
+    @property
+    def version(self) -> Version:
+        """What is on its way."""
+        return self.announce.version
 
     @property
     def is_staged(self) -> bool:
         """Whether every check has passed (an observer has nothing to check)."""
         return self.tensors is not None
 
+    @property
+    def transport(self) -> str:
+        """How the chunks came."""
+        assert self.staging is not None
+        kinds = {self.reached.get(rank, "zmq") for rank, layout in self.staging.layouts.items() if layout.chunks}
+        return "+".join(sorted(kinds)) or "zmq"
+
     def begin(self, now_s: float) -> list[Effect]:
-        """The first requests, to every source; a version without bytes is complete at once."""
+        """The first requests, to every source."""
         assert self.staging is not None
         self._askable.extend(rank for rank, layout in self.staging.layouts.items() if layout.chunks)
-        requests = self._ask(now_s)
-        if not requests:
-            self._complete(now_s)
-        return requests
+        return self._ask(now_s)
 
     def _ask(self, now_s: float) -> list[Effect]:
         """Grant credit in turn to the sources that have more chunks and room, up to what may be under way."""
         assert self.staging is not None
         requests: list[Effect] = []
+        while self._again and len(self.asked_s) < self.limits.under_way_chunks:
+            rank, index = self._again.popleft()
+            self._under_way[rank] = self._under_way.get(rank, 0) + 1
+            requests.append(self._request(rank, index, now_s))
         while self._askable and len(self.asked_s) < self.limits.under_way_chunks:
             rank = self._askable.popleft()
             index = self._next_index.get(rank, 0)
@@ -116,8 +144,24 @@ class Arrival:
     def _request(self, rank: int, index: int, now_s: float) -> Request:
         assert self.staging is not None
         self.asked_s[rank, index] = now_s
-        address = self.staging.layouts[rank].address
-        return Request(rank, address, self.announce.chunk_bytes, ChunkRequest(self.announce.version, index))
+        base = self.staging.base(rank, index)
+        message = ChunkRequest(self.announce.version, index, base, self.reads(rank, index))
+        return Request(rank, self.staging.layouts[rank].address, self.chunk_bytes, message)
+
+    def reads(self, rank: int, index: int) -> bool:
+        """Whether a chunk is read out of its source's memory, not sent."""
+        return rank in self.reached and (rank, index) not in self._only_sent
+
+    def find_bytes(self, rank: int, index: int) -> tuple[int, int] | None:
+        """(first byte, number of bytes) of a chunk in its source's memory."""
+        layout = None if self.staging is None else self.staging.layouts.get(rank)
+        if layout is None or index >= len(layout.chunks):
+            return None
+        return layout.start_bytes[index], layout.chunks[index].num_bytes
+
+    def _repeat(self, rank: int, index: int, now_s: float) -> Request:
+        self.num_repeats += 1
+        return self._request(rank, index, now_s)
 
     def wants(self, rank: int, header: ChunkHeader) -> bool:
         """Whether a chunk is of this version and not here yet."""
@@ -125,37 +169,60 @@ class Arrival:
             return False
         return rank in self.staging.layouts and self.staging.is_missing(rank, header.index)
 
-    def land(self, rank: int, index: int, buffer: npt.NDArray[np.uint8], now_s: float) -> list[Effect]:
+    def land(
+        self, rank: int, header: ChunkHeader, body: ByteArray | None, now_s: float, *, is_hashed: bool = True
+    ) -> list[Effect]:
         """Take a chunk in; `WireError` when the version cannot be trusted any more."""
         assert self.staging is not None
+        key = (rank, header.index)
         try:
-            self.staging.land(rank, index, buffer)
+            self.staging.land(rank, header, body, is_hashed=is_hashed)
         except WireError:
-            attempts = self._damaged.get((rank, index), 0) + 1
-            self._damaged[rank, index] = attempts
-            # A chunk that landed and still raised made a tensor whole whose digest is wrong: no repeat mends that.
-            if not self.staging.is_missing(rank, index) or attempts >= self.limits.chunk_attempts:
+            attempts = self._damaged.get(key, 0) + 1
+            self._damaged[key] = attempts
+            if attempts >= self.limits.chunk_attempts:
                 raise
-            return [self._request(rank, index, now_s)]
-        if self.asked_s.pop((rank, index), None) is not None:
+            self._only_sent.add(key)
+            return [self._repeat(*key, now_s)]
+        if self.asked_s.pop(key, None) is not None:
             self._under_way[rank] -= 1
             self._queue(rank)
-        if self.staging.num_missing == 0:
-            self._complete(now_s)
+        return self._advance(now_s)
+
+    def seal(self, digests: bytes, now_s: float) -> list[Effect]:
+        """The sources' digests; `WireError` when they cannot be those of this model."""
+        assert self.staging is not None
+        if not self.staging.is_sealed:
+            self.staging.seal(digests)
+        return self._advance(now_s)
+
+    def _advance(self, now_s: float) -> list[Effect]:
+        assert self.staging is not None
+        for name in self.staging.take_wrong():
+            if name in self._refetched:
+                raise WireError(self.staging.describe_wrong(name))
+            self._refetched.add(name)
+            keys = self.staging.reopen([name])
+            self.num_repeats += len(keys)
+            self._only_sent.update(keys)
+            self._again.extend(keys)
+        if self.staging.is_whole:
+            self.tensors = self.staging.finish()
+            self.staged_s = now_s
             return []
         return self._ask(now_s)
 
-    def _complete(self, now_s: float) -> None:
-        assert self.staging is not None
-        self.tensors = self.staging.finish()
-        self.staged_s = now_s
+    def send_again(self, rank: int, now_s: float) -> list[Effect]:
+        """A source's memory cannot be read any more: it is to send what was to be read."""
+        self.reached.pop(rank, None)
+        return [self._repeat(*key, now_s) for key in list(self.asked_s) if key[0] == rank]
 
     def repeat_overdue(self, now_s: float) -> list[Effect]:
         """Requests that were not answered in time, again."""
         if self.staging is None or self.is_staged:
             return []
         overdue = [key for key, asked_s in self.asked_s.items() if now_s - asked_s > self.limits.chunk_timeout_s]
-        return [self._request(rank, index, now_s) for rank, index in overdue]
+        return [self._repeat(*key, now_s) for key in overdue]
 
     def make_staged(self, wall_offset_s: float) -> Staged:
         """The message that says all is here and checked."""
@@ -167,12 +234,16 @@ class Arrival:
             self.staged_s - self.started_s,
             self.staging.checksums_checked,
             (span,),
+            self.transport,
+            self.num_repeats,
         )
 
     def describe(self) -> str:
         """In one sentence, where it is."""
         version = self.announce.version
-        if self.staging is not None and not self.is_staged:
-            silent = sorted({rank for rank, _ in self.asked_s})
-            return f"version {version} lacks {self.staging.num_missing} chunks, asked of the source ranks {silent}"
-        return f"version {version} is staged, and waits for the fleet's policy to release it"
+        if self.staging is None or self.is_staged:
+            return f"version {version} is staged, and waits for the fleet's policy to release it"
+        if not self.staging.num_missing:
+            return f"version {version} has come whole, and waits for the digests of the publisher's rank 0"
+        silent = sorted({rank for rank, _ in self.asked_s})
+        return f"version {version} lacks {self.staging.num_missing} chunks, asked of the source ranks {silent}"

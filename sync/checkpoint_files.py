@@ -34,7 +34,7 @@ INDEX_FILE = "model.safetensors.index.json"
 DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
 # Names of dtypes in a safetensors header (safetensors' format description).
-_DTYPES = {
+HEADER_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -207,7 +207,7 @@ def _read_header(path: Path, listed: Mapping[str, str] | None) -> Iterator[Tenso
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
                 header = file.get_slice(name)
-                yield TensorSpec(name, _DTYPES[header.get_dtype()], tuple(header.get_shape()))
+                yield TensorSpec(name, HEADER_DTYPES[header.get_dtype()], tuple(header.get_shape()))
     except SafetensorError as error:
         names = [name for name, file in (listed or {}).items() if file == path.name]
         raise CheckpointMismatch(
@@ -216,7 +216,7 @@ def _read_header(path: Path, listed: Mapping[str, str] | None) -> Iterator[Tenso
         ) from error
     except KeyError as error:
         raise CheckpointMismatch(
-            f"{name} in {path} has the dtype {error}, which is none of {', '.join(_DTYPES)}"
+            f"{name} in {path} has the dtype {error}, which is none of {', '.join(HEADER_DTYPES)}"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """The coordinator: rank 0's side of the protocol, without sockets or clocks.
 
-It meets the other sources and gives each its share, announces a version when every source has packed it, releases
-it when the fleet's policy is met, and ends the publication when all engines serve it or the deadline has come.
+It meets the other sources and gives each its share, announces a version when every source begins to pack it, seals it
+with the digests of its tensors when every source is done, releases it when the fleet's policy is met, and ends the
+publication when all engines serve it or the deadline has come.
 Every method takes the time and returns the messages to send; a thread elsewhere carries them out.
 """
 
@@ -10,45 +11,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-import numpy as np
-
 from weightcast.sync import fleet
-from weightcast.sync.assignment import assign_regions
-from weightcast.sync.digest import MASK
-from weightcast.sync.errors import SourceError, WireError
+from weightcast.sync.advice import DeltaAdvisor
+from weightcast.sync.errors import WireError
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
 from weightcast.sync.messages import (
-    CHUNK_HASH_BYTES,
     PROTOCOL,
     Announce,
-    Assigned,
     Bye,
     Failed,
     Goodbye,
     Hello,
     Message,
-    Offer,
     Packed,
+    Packing,
     Ping,
     Pong,
     Published,
     Release,
+    Sealed,
     Serving,
     SourceHello,
-    Span,
     Staged,
     Welcome,
 )
-from weightcast.sync.regions import Region, TensorSpec
-from weightcast.sync.version import Version, fingerprint
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A message for a peer of the control socket; `peer` is its routing id, b"" the coordinator's own process."""
-
-    peer: bytes
-    message: Message
+from weightcast.sync.records import Span
+from weightcast.sync.regions import TensorSpec
+from weightcast.sync.roster import Outgoing, Roster
+from weightcast.sync.version import Version
 
 
 @dataclass(slots=True)
@@ -57,8 +47,10 @@ class Publication:
 
     number: int
     deadline_s: float = math.inf
+    begun: dict[int, Packing] = field(default_factory=dict)
     parts: dict[int, Packed] = field(default_factory=dict)
     announce: Announce | None = None
+    sealed: Sealed | None = None
     released: bool = False
     announced_s: float = 0.0
     released_s: float = 0.0
@@ -77,108 +69,75 @@ class Coordinator:
         lost_after_s: float,
         wall_offset_s: float,
     ) -> None:
-        self.specs = tuple(specs)
+        self.roster = Roster(specs, world_size, epoch, chunk_bytes)
         self.epoch = epoch
         self.policy = policy
         self.engines: dict[bytes, EngineStatus] = {}
-        self.fault: str | None = None
         self.publication: Publication | None = None
         self.current: Announce | None = None
+        self.sealed: Sealed | None = None
         self.released: Version | None = None
-        self._world_size = world_size
-        self._chunk_bytes = chunk_bytes
+        self._advisor = DeltaAdvisor()
         self._lost_after_s = lost_after_s
         self._wall_offset_s = wall_offset_s
-        self._model = fingerprint(self.specs)
-        self._order = {spec.name: index for index, spec in enumerate(self.specs)}
-        self._sources: dict[bytes, SourceHello] = {}
-        self._assigned: dict[int, tuple[Region, ...]] = {}
         self._ended = -1
 
     # Sources
 
     def add_source(self, peer: bytes, hello: SourceHello) -> list[Outgoing]:
-        """Meet a source; when all are there, tell each what it serves."""
-        known = {source.rank: (other, source) for other, source in self._sources.items()}
-        if hello.rank in known and known[hello.rank][1] == hello:
-            # The same process over a new connection: ZeroMQ reconnected it under a new routing id.
-            del self._sources[known[hello.rank][0]]
-            self._sources[peer] = hello
-            assigned = self._assigned.get(hello.rank)
-            return [] if assigned is None else [Outgoing(peer, Assigned(self.epoch, self._chunk_bytes, assigned))]
-        if hello.world_size != self._world_size or hello.rank >= self._world_size:
-            reason = f"source rank {hello.rank} of {hello.world_size} joined a publisher of {self._world_size} sources"
-        elif hello.rank in known:
-            reason = f"source rank {hello.rank} joined twice; is another job publishing to this address?"
-        elif hello.model != self._model:
-            reason = f"source rank {hello.rank} lists other tensors than rank 0; specs() must agree on all ranks"
-        elif hello.protocol != PROTOCOL:
-            reason = f"source rank {hello.rank} speaks protocol {hello.protocol}, this is {PROTOCOL}; update weightcast"
-        else:
-            self._sources[peer] = hello
-            return self._assign() if len(self._sources) == self._world_size else []
-        if not self._assigned:
-            # While ranks gather, one that does not fit means a job that is set up wrong; later, somebody else's.
-            self.fault = reason
-        return [Outgoing(peer, Goodbye(reason, final=True))]
-
-    def _assign(self) -> list[Outgoing]:
-        holdings = {hello.rank: hello.regions for hello in self._sources.values()}
-        try:
-            self._assigned = assign_regions(self.specs, holdings)
-        except SourceError as error:
-            self.fault = str(error)
-            return [Outgoing(peer, Goodbye(str(error)[:4000], final=True)) for peer in self._sources]
-        return [
-            Outgoing(peer, Assigned(self.epoch, self._chunk_bytes, self._assigned[hello.rank]))
-            for peer, hello in self._sources.items()
-        ]
+        """Meet a source; when all are there, tell each what it serves, and engines who does."""
+        had_layout = self.roster.layout is not None
+        sends = self.roster.add(peer, hello)
+        if not had_layout and self.roster.layout is not None:
+            receivers = [other for other, engine in self.engines.items() if engine.role == "receiver"]
+            sends += [Outgoing(other, self.roster.layout) for other in receivers]
+        return sends
 
     @property
-    def missing_sources(self) -> list[int]:
-        """Ranks that have not made themselves known."""
-        return sorted(set(range(self._world_size)) - {hello.rank for hello in self._sources.values()})
+    def fault(self) -> str | None:
+        """Why the sources make no model together."""
+        return self.roster.fault
 
-    def add_part(self, peer: bytes, part: Packed, now_s: float, deadline_s: float | None = None) -> list[Outgoing]:
-        """A source has packed its part of a version; when all have, announce it. Rank 0's part sets the deadline."""
-        hello = self._sources.get(peer)
-        if hello is None:
-            return []
-        publication = self.publication
-        if part.number <= self._ended or (publication is not None and part.number < publication.number):
+    def add_packing(
+        self, peer: bytes, packing: Packing, now_s: float, deadline_s: float | None = None
+    ) -> list[Outgoing]:
+        """A source begins to pack a version; when all have, announce it. Rank 0's sets the deadline."""
+        rank, publication = self.roster.rank(peer), self.publication
+        if rank is None or packing.number <= self._ended:
             # A rank that was too late for a version; it will come with the next one.
             return []
-        if publication is None or publication.number < part.number:
-            publication = self.publication = Publication(part.number)
+        if publication is not None and packing.number < publication.number:
+            return []
+        if publication is None or publication.number < packing.number:
+            publication = self.publication = Publication(packing.number)
         if deadline_s is not None:
             publication.deadline_s = deadline_s
-        publication.parts[hello.rank] = part
-        return self._announce(publication, now_s) if len(publication.parts) == self._world_size else []
+        publication.begun[rank] = packing
+        return self._announce(publication, now_s) if len(publication.begun) == self.roster.world_size else []
 
     def _announce(self, publication: Publication, now_s: float) -> list[Outgoing]:
         version = Version(self.epoch, publication.number)
-        offers = [
-            Offer(hello.rank, hello.address, self._assigned[hello.rank], publication.parts[hello.rank].hashes)
-            for hello in sorted(self._sources.values(), key=lambda hello: hello.rank)
-        ]
-        digests = self._sum_digests(publication.parts).astype("<u8").tobytes()
-        announce = Announce(version, self._chunk_bytes, digests, tuple(offers))
-        publication.announce = self.current = announce
+        tickets = tuple(ticket for _, packing in sorted(publication.begun.items()) for ticket in packing.tickets)
+        publication.announce = self.current = Announce(version, tickets)
         publication.announced_s = now_s
+        self.sealed = None
         self.engines = {peer: fleet.begin_version(engine) for peer, engine in self.engines.items()}
-        sends = [Outgoing(peer, announce) for peer, engine in self.engines.items() if not engine.lost]
-        return sends + self._advance(now_s)
+        return self._tell_engines(publication.announce) + self._advance(now_s)
 
-    def _sum_digests(self, parts: dict[int, Packed]) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
-        totals = [0] * len(self.specs)
-        for rank, part in parts.items():
-            regions = self._assigned[rank]
-            if len(part.digests) != 8 * len(regions):
-                raise WireError(f"source rank {rank} gives {len(part.digests)} digest bytes for {len(regions)} regions")
-            for region, digest in zip(regions, np.frombuffer(part.digests, "<u8"), strict=True):
-                index = self._order[region.name]
-                totals[index] = (totals[index] + int(digest)) & MASK
-        return np.array(totals, np.uint64)
+    def _tell_engines(self, message: Message) -> list[Outgoing]:
+        return [Outgoing(peer, message) for peer, engine in self.engines.items() if not engine.lost]
+
+    def add_part(self, peer: bytes, part: Packed, now_s: float) -> list[Outgoing]:
+        """A source has packed its part of a version; when all have, seal it."""
+        rank, publication = self.roster.rank(peer), self.publication
+        if rank is None or publication is None or part.number != publication.number:
+            return []
+        publication.parts[rank] = part
+        if len(publication.parts) < self.roster.world_size or publication.announce is None:
+            return []
+        digests = self.roster.sum_digests(publication.parts)
+        publication.sealed = self.sealed = Sealed(publication.announce.version, digests)
+        return self._tell_engines(self.sealed) + self._advance(now_s)
 
     # Engines
 
@@ -186,7 +145,7 @@ class Coordinator:
         """Answer a message of an engine; `add_source` and `add_part` are for sources."""
         if isinstance(message, Hello):
             return self._meet(peer, message, now_s)
-        if isinstance(message, Ping) and peer in self._sources:
+        if isinstance(message, Ping) and self.roster.rank(peer) is not None:
             return [Outgoing(peer, Pong(self.epoch, True))]
         engine = self.engines.get(peer)
         if engine is None or engine.lost:
@@ -222,9 +181,13 @@ class Coordinator:
                 sends.append(Outgoing(other, Goodbye(f"another engine took the name {hello.engine!r}", final=True)))
         role = cast(fleet.Role, hello.role)
         self.engines[peer] = EngineStatus(hello.engine, role, hello.serving, now_s)
-        sends.append(Outgoing(peer, Welcome(PROTOCOL, self.epoch, self.specs)))
+        sends.append(Outgoing(peer, Welcome(PROTOCOL, self.epoch, self.roster.specs)))
+        if self.roster.layout is not None and role == "receiver":
+            sends.append(Outgoing(peer, self.roster.layout))
         if self.current is not None:
             sends.append(Outgoing(peer, self.current))
+        if self.sealed is not None:
+            sends.append(Outgoing(peer, self.sealed))
         if self.released is not None:
             sends.append(Outgoing(peer, Release(self.released)))
         return sends
@@ -232,7 +195,7 @@ class Coordinator:
     def _advance(self, now_s: float) -> list[Outgoing]:
         """Release the version in flight when the policy is met; end its publication when the fleet serves it."""
         publication = self.publication
-        if publication is None or publication.announce is None:
+        if publication is None or publication.announce is None or publication.sealed is None:
             return []
         sends = []
         version = publication.announce.version
@@ -240,7 +203,7 @@ class Coordinator:
             publication.released = True
             publication.released_s = now_s
             self.released = version
-            sends = [Outgoing(peer, Release(version)) for peer, engine in self.engines.items() if not engine.lost]
+            sends = self._tell_engines(Release(version))
         served = publication.released and fleet.is_finished(self.policy, self.engines.values(), version)
         if served or (not publication.released and self._is_refused(version)):
             sends += self._finish(publication, version, now_s)
@@ -265,7 +228,7 @@ class Coordinator:
         self.publication = None
         self._ended = publication.number
         engines: Iterable[EngineStatus] = self.engines.values()
-        late = sorted(set(range(self._world_size)) - publication.parts.keys())
+        late = sorted(set(range(self.roster.world_size)) - publication.parts.keys())
         error = ""
         if late:
             error = f"version {version} was not packed in time by the source ranks {late}; have they stopped?"
@@ -275,12 +238,12 @@ class Coordinator:
                 f"{fleet.describe_engines(engines, version)}"
             )
         reports = tuple(fleet.make_report(engine, version) for engine in engines)
-        num_chunks = sum(len(part.hashes) // CHUNK_HASH_BYTES for part in publication.parts.values())
+        sources = tuple(part.report for _, part in sorted(publication.parts.items()))
         num_bytes = sum(report.num_bytes for report in reports)
-        published = Published(
-            version, reports, num_bytes, num_chunks, self._list_spans(publication, now_s), error[:4000]
-        )
-        return [Outgoing(peer, published) for peer in self._sources]
+        delta, why = self._advisor.advise(sources, reports)
+        spans = self._list_spans(publication, now_s)
+        published = Published(version, reports, sources, num_bytes, spans, error[:4000], delta, why)
+        return [Outgoing(peer, published) for peer in self.roster.peers]
 
     def _list_spans(self, publication: Publication, now_s: float) -> tuple[Span, ...]:
         packs = tuple(span for part in publication.parts.values() for span in part.spans)

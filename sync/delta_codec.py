@@ -36,12 +36,25 @@ def encode_delta(
     Both are contiguous one-dimensional arrays of unsigned elements, of one length. `use_kernel` forces the compiled
     kernel or numpy; by default the kernel is used where it was built.
     """
+    delta = find_delta(base, new, max_bytes, use_kernel=use_kernel)
+    return None if delta is None else delta.to_bytes()
+
+
+def find_delta(
+    base: ElementArray, new: ElementArray, max_bytes: int | None = None, *, use_kernel: bool | None = None
+) -> Delta | None:
+    """What `encode_delta` puts into a payload."""
     assert base.dtype == new.dtype and base.shape == new.shape and base.ndim == 1, (base.shape, new.shape)
     # Every element takes at most a gap byte and a low byte, or also itself and its ordinal.
     limit = max_bytes if max_bytes is not None else HEADER_BYTES + len(new) * (new.itemsize + 6) + len(new) // SKIP
     with_kernel = use_kernel if use_kernel is not None else delta_kernel.is_available()
-    delta = delta_kernel.encode(base, new, limit) if with_kernel else _encode_numpy(base, new, limit)
-    return None if delta is None else delta.to_bytes()
+    return delta_kernel.encode(base, new, limit) if with_kernel else _encode_numpy(base, new, limit)
+
+
+def reverse_delta(delta: Delta, base: ElementArray, new: ElementArray) -> Delta:
+    """The delta from `new` back to `base`, given the one from `base` to `new`. Pure."""
+    positions = delta.positions()
+    return _make(delta.gaps, new[positions], base[positions], delta.num_elements)
 
 
 def apply_delta(
@@ -52,7 +65,11 @@ def apply_delta(
     Each element may be in its old or its new state. Raises `WireError` before the first write when the payload is
     malformed or made for an array of another size.
     """
-    delta = parse_delta(payload, current.itemsize, len(current))
+    apply_parsed(parse_delta(payload, current.itemsize, len(current)), current, use_kernel=use_kernel)
+
+
+def apply_parsed(delta: Delta, current: ElementArray, *, use_kernel: bool | None = None) -> None:
+    """`apply_delta` with what `parse_delta` made of a payload for this array."""
     if use_kernel if use_kernel is not None else delta_kernel.is_available():
         delta_kernel.apply(delta, current)
         return
@@ -78,7 +95,12 @@ def _encode_numpy(base: ElementArray, new: ElementArray, max_bytes: int) -> Delt
     num_skips = skipped // SKIP
     gaps = np.full(len(positions) + int(num_skips.sum()), SKIP, np.uint8)
     gaps[np.cumsum(num_skips + 1) - 1] = skipped % SKIP
-    step = (changed - base[positions]).view(_SIGNED[new.itemsize])
-    ordinals = np.flatnonzero((step < -128) | (step > 127)).astype(np.uint32)
-    delta = Delta(new.itemsize, len(new), changed[ordinals], ordinals, gaps, changed.astype(np.uint8))
+    delta = _make(gaps, base[positions], changed, len(new))
     return delta if delta.num_bytes <= max_bytes else None
+
+
+def _make(gaps: ByteArray, old: ElementArray, changed: ElementArray, num_elements: int) -> Delta:
+    """The delta that turns the elements `old`, at the places of `gaps`, into `changed`."""
+    step = (changed - old).view(_SIGNED[changed.itemsize])
+    ordinals = np.flatnonzero((step < -128) | (step > 127)).astype(np.uint32)
+    return Delta(changed.itemsize, num_elements, changed[ordinals], ordinals, gaps, changed.astype(np.uint8))

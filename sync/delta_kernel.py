@@ -1,20 +1,17 @@
 """The compiled loops of the delta codec, where a C compiler was there at install; `delta_codec` does without.
 
-The library is built beside this file as an optional extension module and has no Python in it; it is loaded by ctypes,
-which also lets other threads run meanwhile. What is handed to it has been checked before.
+What is handed to the library has been checked before.
 """
 
 import ctypes
-import importlib.util
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from weightcast.sync.compiled import LEVELS, load_library
 from weightcast.sync.delta_format import HEADER_BYTES, SKIP, ByteArray, Delta, ElementArray
 
-LIBRARY = "weightcast.sync._delta_kernel"
-LEVELS = ("plain", "avx2", "avx512")
 # A block is compared before its changes are counted: it may run past the limit by as much as its elements take.
 _BLOCK_BYTES = 64
 
@@ -30,10 +27,9 @@ class _Found(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | None:
-    spec = importlib.util.find_spec(LIBRARY)
-    if spec is None or spec.origin is None:
+    library = load_library("_delta_kernel")
+    if library is None:
         return None
-    library = ctypes.CDLL(spec.origin)
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     library.weightcast_delta_level.argtypes = []
     library.weightcast_delta_encode.argtypes = [ctypes.c_int, size, pointer, pointer, size, ctypes.POINTER(_Found)]

@@ -11,7 +11,10 @@ Along the last dimension elements are read in lanes of 8 bytes; lane weights and
 coordinates are odd 64-bit numbers, multiplied together. Any change of a single lane changes the digest; random
 changes of many go unseen with a probability near 2**-64. Flips of nothing but lanes' top bits (signs of every 4th
 bf16, 2nd fp32 or any fp64) cancel in pairs. It is a checksum against accidents and bugs, not against forgers (the
-wire has its own hashes). 20 GB/s on one core here for rows of 8 KiB, against 14 for a copy.
+wire has its own hashes).
+
+`copy_with_digest` copies and digests in one pass over memory. Where `_digest_kernel.c` was compiled and the processor
+has AVX-512 or AVX2, that takes no longer than a plain copy; numpy has the same values, more slowly.
 """
 
 from functools import lru_cache
@@ -21,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from weightcast.sync import digest_kernel
 from weightcast.sync.regions import Region
 
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
@@ -29,15 +33,53 @@ LANE_BYTES = 8
 _BLOCK_LANES = 1 << 15
 _BLOCK_AXIS = 1 << 8
 MASK = (1 << 64) - 1
+# From here on a copy that is not read again soon leaves the cache alone.
+_MIN_STREAM_BYTES = 256 << 10
 # Steps of splitmix64 (Steele, Lea, Flood 2014), a mixer whose output for 0, 1, 2, ... passes as random.
 _GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def region_digest(data: torch.Tensor, region: Region) -> int:
-    """The digest of `data`, the contiguous CPU tensor that lies at `region` of its HF tensor; 0 <= digest < 2**64."""
+def region_digest(data: torch.Tensor, region: Region, *, level: str | None = None) -> int:
+    """The digest of `data`, the contiguous CPU tensor that lies at `region` of its HF tensor; 0 <= digest < 2**64.
+
+    `level` is one of `digest_kernel.available_levels()`, by default the last; all have the same values.
+    """
     assert tuple(data.shape) == region.shape and data.device.type == "cpu", (data.shape, region)
     if data.numel() == 0:
         return 0
+    level = level if level is not None else digest_kernel.available_levels()[-1]
+    if level != digest_kernel.NUMPY and digest_kernel.can_take(data):
+        return digest_kernel.digest(_block_weights(), data, region, level=level)
+    return _digest_by_numpy(data, region)
+
+
+def copy_with_digest(
+    target: torch.Tensor,
+    source: torch.Tensor,
+    region: Region,
+    *,
+    reread: bool = False,
+    level: str | None = None,
+) -> int:
+    """Copy `source` to `target`, tensors of the region's shape, and return the digest of what was copied.
+
+    One pass over memory where both are on the CPU, of one dtype, and contiguous in their last dimension (the others
+    may be strided, alignment does not matter); otherwise `copy_` and a second pass. They must not overlap. A large
+    copy goes around the cache, unless it is to be read again at once (`reread`), as by a hash of what was packed.
+    """
+    assert source.shape == target.shape and tuple(target.shape) == region.shape, (source.shape, target.shape, region)
+    if target.numel() == 0:
+        return 0
+    level = level if level is not None else digest_kernel.available_levels()[-1]
+    takes_both = digest_kernel.can_take(source) and digest_kernel.can_take(target)
+    if level == digest_kernel.NUMPY or source.dtype != target.dtype or not takes_both:
+        target.detach().copy_(source)
+        return region_digest(target.detach().contiguous().cpu(), region, level=level)
+    streams = not reread and target.numel() * target.element_size() >= _MIN_STREAM_BYTES
+    return digest_kernel.digest(_block_weights(), source, region, target, streams=streams, level=level)
+
+
+def _digest_by_numpy(data: torch.Tensor, region: Region) -> int:
     itemsize = data.element_size()
     raw = data.detach().reshape(-1).view(torch.uint8).numpy()
     offset = region.offset or (0,)
@@ -81,6 +123,12 @@ def _as_lanes(rows: npt.NDArray[np.uint8], start_byte: int) -> tuple[UInt64Array
         padded[:, lead : lead + rows.shape[1]] = rows
         rows = padded
     return rows.view(np.uint64), start_byte // LANE_BYTES
+
+
+@lru_cache(maxsize=1)
+def _block_weights() -> UInt64Array:
+    """The weights of a whole block's lanes."""
+    return _weights(0, 0, _BLOCK_LANES)
 
 
 @lru_cache(maxsize=64)

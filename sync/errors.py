@@ -13,6 +13,7 @@
       + ConfigError           (ValueError)    a setting that is unknown or contradicts another
       + DeadlineExceeded      (TimeoutError)  a wait that reached its limit
       + PeerLost              (ConnectionError) a publisher or engine that stopped answering
+      + ReachError            (ConnectionError) memory of a source that this process cannot read by itself
       + EngineError           (RuntimeError)  an engine that refused, failed or holds undefined weights
       + StorageError          (OSError)       a disk that is full, or that refused a write
 
@@ -70,6 +71,10 @@ class DeadlineExceeded(WeightcastError, TimeoutError):
 
 class PeerLost(WeightcastError, ConnectionError):
     """A publisher, source or engine stopped answering."""
+
+
+class ReachError(WeightcastError, ConnectionError):
+    """Memory of another process that cannot be read from here: on another host, of another user, or gone."""
 
 
 class EngineError(WeightcastError, RuntimeError):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from weightcast.sync.errors import ConfigError
-from weightcast.sync.messages import EngineReport, Failed, Serving, Span, Staged
+from weightcast.sync.messages import Failed, Serving, Staged
+from weightcast.sync.records import EngineReport, Span
 from weightcast.sync.version import Version
 
 Role: TypeAlias = Literal["receiver", "observer"]
@@ -75,6 +76,8 @@ class EngineStatus:
     checksums_checked: int = 0
     spans: tuple[Span, ...] = field(default=())
     reason: str = ""
+    transport: str = ""
+    num_repeats: int = 0
 
     def state(self, current: Version | None, *, closed: bool = False) -> str:
         """One of `STATES`, seen from the `current` version; `closed` when its publication has ended."""
@@ -96,7 +99,8 @@ class EngineStatus:
 
 def begin_version(status: EngineStatus) -> EngineStatus:
     """An engine before a new version: the figures of the one before are cleared."""
-    return replace(status, stage_s=0.0, pause_s=0.0, num_bytes=0, checksums_checked=0, spans=(), reason="")
+    cleared = replace(status, stage_s=0.0, pause_s=0.0, num_bytes=0, checksums_checked=0, spans=(), reason="")
+    return replace(cleared, transport="", num_repeats=0)
 
 
 def note_staged(status: EngineStatus, message: Staged) -> EngineStatus:
@@ -108,6 +112,8 @@ def note_staged(status: EngineStatus, message: Staged) -> EngineStatus:
         num_bytes=message.num_bytes,
         checksums_checked=message.checksums_checked,
         spans=status.spans + message.spans,
+        transport=message.transport,
+        num_repeats=message.num_repeats,
     )
 
 
@@ -157,6 +163,8 @@ def make_report(status: EngineStatus, version: Version) -> EngineReport:
         status.checksums_checked,
         status.spans,
         status.reason,
+        status.transport,
+        status.num_repeats,
     )
 
 

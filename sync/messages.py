@@ -4,8 +4,8 @@ Three roles speak: engines (subscribers), the coordinator (the publisher's rank 
 message is a frozen dataclass with a checked schema; `encode` and `decode` are the only way on and off the wire.
 
     engine -> coordinator       Hello, Ping, Staged, Serving, Failed, Bye
-    coordinator -> engine       Welcome, Announce, Release, Pong, Goodbye
-    source -> coordinator       SourceHello, Packed, Ping
+    coordinator -> engine       Welcome, Layout, Announce, Sealed, Release, Pong, Goodbye
+    source -> coordinator       SourceHello, Packing, Packed, Ping
     coordinator -> source       Assigned, Published, Pong, Goodbye
     engine -> source            ChunkRequest         (data socket)
     source -> engine            ChunkHeader + bytes  (data socket)
@@ -14,84 +14,32 @@ message is a frozen dataclass with a checked schema; `encode` and `decode` are t
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
-
 from weightcast.sync import schema
-from weightcast.sync.errors import WireError
-from weightcast.sync.regions import DTYPES, Region, TensorSpec
-from weightcast.sync.schema import checked, many, optional, real, record, show, text, uint
+from weightcast.sync.records import (
+    CHUNK_HASH_BYTES,
+    MAX_CHUNKS,
+    MAX_SOURCES,
+    OFFER,
+    REGION,
+    REPORT,
+    SOURCE_REPORT,
+    SPANS,
+    SPEC,
+    TICKETS,
+    VERSION,
+    EngineReport,
+    Offer,
+    SourceReport,
+    Span,
+    Ticket,
+)
+from weightcast.sync.regions import Region, TensorSpec
+from weightcast.sync.schema import checked, many, optional, real, text, uint
 from weightcast.sync.version import Version
 
-PROTOCOL = 1
-MAX_SOURCES = 1 << 16
-MAX_CHUNKS = 1 << 22
-CHUNK_HASH_BYTES = 16
-MAX_SPANS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """When a phase of a version ran, in seconds since 1970."""
-
-    phase: str
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A source's part of a version: where to ask, which regions it serves, and the hash of each chunk.
-
-    `hashes` holds `CHUNK_HASH_BYTES` (xxh3-128) a chunk, in the order of `lay_out_chunks(regions, ...)`.
-    """
-
-    rank: int
-    address: str
-    regions: tuple[Region, ...]
-    hashes: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class EngineReport:
-    """What became of a version on one engine. `state` is one of `weightcast.sync.fleet.STATES`."""
-
-    engine: str
-    state: str
-    stage_s: float
-    pause_s: float
-    num_bytes: int
-    checksums_checked: int
-    spans: tuple[Span, ...]
-    reason: str
-
-
-def known_dtype(value: Any) -> torch.dtype:
-    """A dtype by its name, from the allow-list `DTYPES`."""
-    if not isinstance(value, str) or value not in DTYPES:
-        raise WireError(f"one of the dtypes {sorted(DTYPES)} was expected, got {show(value)}")
-    return DTYPES[value]
-
-
-VERSION = record(Version, uint(), uint())
-SIZES = many(uint(1 << 48), schema.MAX_DIMENSIONS)
-SPEC = record(TensorSpec, text, known_dtype, SIZES)
-_REGION_FIELDS = record(Region, text, SIZES, SIZES)
-
-
-def known_region(value: Any) -> Region:
-    """A region with one offset and one size a dimension."""
-    region: Region = _REGION_FIELDS(value)
-    if len(region.offset) != len(region.shape):
-        raise WireError(f"{region} was expected to have as many offsets as sizes")
-    return region
-
-
-REGION = known_region
-SPAN = record(Span, text, real, real)
-SPANS = many(SPAN, MAX_SPANS)
-HASHES = schema.binary(MAX_CHUNKS * CHUNK_HASH_BYTES)
-OFFER = record(Offer, uint(MAX_SOURCES), text, many(REGION), HASHES)
-REPORT = record(EngineReport, text, text, real, real, uint(), uint(), SPANS, text)
+PROTOCOL = 2
+ENCODINGS = ("dense", "delta", "zdelta", "same", "absent")
+DELTA_MODES = ("off", "on", "zstd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +66,8 @@ class Staged:
     stage_s: float = checked(real)
     checksums_checked: int = checked(uint())
     spans: tuple[Span, ...] = checked(SPANS)
+    transport: str = checked(text)
+    num_repeats: int = checked(uint())
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +102,28 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Who serves what, in chunks of which size: of every version that is announced after it."""
+
+    epoch: int = checked(uint())
+    chunk_bytes: int = checked(uint(1 << 40))
+    offers: tuple[Offer, ...] = checked(many(OFFER, MAX_SOURCES))
+
+
+@dataclass(frozen=True, slots=True)
 class Announce:
-    """A version is there to be fetched. `digests` holds one 8-byte little-endian digest a tensor."""
+    """A version is being packed: its chunks may be asked for, and come as they are ready."""
 
     version: Version = checked(VERSION)
-    chunk_bytes: int = checked(uint(1 << 40))
+    tickets: tuple[Ticket, ...] = checked(TICKETS)
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """Every source has packed a version. `digests` holds one 8-byte little-endian digest a tensor."""
+
+    version: Version = checked(VERSION)
     digests: bytes = checked(schema.binary(8 * schema.MAX_ITEMS))
-    offers: tuple[Offer, ...] = checked(many(OFFER, MAX_SOURCES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,42 +171,66 @@ class Assigned:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """A source begins to pack a version: it takes requests for its chunks from now on."""
+
+    number: int = checked(uint())
+    tickets: tuple[Ticket, ...] = checked(TICKETS)
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
     """A source has its part of a version ready. `digests` has 8 bytes for each of its regions, in order."""
 
     number: int = checked(uint())
-    hashes: bytes = checked(HASHES)
     digests: bytes = checked(schema.binary(8 * schema.MAX_ITEMS))
+    report: SourceReport = checked(SOURCE_REPORT)
     spans: tuple[Span, ...] = checked(SPANS)
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What became of a version; `error` is empty when the fleet's policy was met."""
+    """What became of a version; `error` is empty when the fleet's policy was met.
+
+    `delta` is what sources that choose by themselves do for the next version, and `why` says why in one line.
+    """
 
     version: Version = checked(VERSION)
     engines: tuple[EngineReport, ...] = checked(many(REPORT, 1 << 20))
+    sources: tuple[SourceReport, ...] = checked(many(SOURCE_REPORT, MAX_SOURCES))
     num_bytes: int = checked(uint())
-    num_chunks: int = checked(uint())
     spans: tuple[Span, ...] = checked(SPANS)
     error: str = checked(text)
+    delta: str = checked(schema.choice(*DELTA_MODES))
+    why: str = checked(text)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRequest:
-    """An engine grants credit for one chunk."""
+    """An engine grants credit for one chunk, of which it has the bits of `base`.
+
+    With `reached` it reads the chunk's bytes by itself and only asks to be told when they are there.
+    """
 
     version: Version = checked(VERSION)
     index: int = checked(uint(MAX_CHUNKS))
+    base: Version | None = checked(optional(VERSION))
+    reached: bool = checked(schema.boolean)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """Goes before a chunk's bytes; `held` is false, and no bytes follow, when the source has another version."""
+    """Goes before a chunk's bytes, which are those of `encoding`; `hash` is the xxh3-128 of what follows.
+
+    Nothing follows `same` (the bits of the request's base), `absent` (the source has another version), and what the
+    engine reads by itself.
+    """
 
     version: Version = checked(VERSION)
     index: int = checked(uint(MAX_CHUNKS))
-    held: bool = checked(schema.boolean)
+    encoding: str = checked(schema.choice(*ENCODINGS))
+    base: Version | None = checked(optional(VERSION))
+    hash: bytes = checked(schema.binary(CHUNK_HASH_BYTES))
 
 
 Message: TypeAlias = (
@@ -252,12 +241,15 @@ Message: TypeAlias = (
     | Failed
     | Bye
     | Welcome
+    | Layout
     | Announce
+    | Sealed
     | Release
     | Pong
     | Goodbye
     | SourceHello
     | Assigned
+    | Packing
     | Packed
     | Published
     | ChunkRequest
@@ -266,8 +258,8 @@ Message: TypeAlias = (
 KINDS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        *(Hello, Ping, Staged, Serving, Failed, Bye, Welcome, Announce, Release, Pong, Goodbye),
-        *(SourceHello, Assigned, Packed, Published, ChunkRequest, ChunkHeader),
+        *(Hello, Ping, Staged, Serving, Failed, Bye, Welcome, Layout, Announce, Sealed, Release, Pong, Goodbye),
+        *(SourceHello, Assigned, Packing, Packed, Published, ChunkRequest, ChunkHeader),
     )
 }
 

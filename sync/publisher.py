@@ -6,26 +6,33 @@
             report = publisher.publish(version=step)
 
 Every rank of the model makes one with the same address. Rank 0 binds it and coordinates; the others make themselves
-known to it and serve their own regions. No collective is issued. `publish` copies this rank's share of the regions
-into host memory (one extra copy of that share), so training may go on while late engines are served.
+known to it and serve their own regions. No collective is issued. A version is packed into host memory (one extra copy
+of this rank's share) while engines already fetch what is packed. From then on training may go on:
+
+    publication = publisher.begin(version=step)     # returns when this rank's bits are safe
+    train()
+    report = publication.wait()                     # the fleet serves it
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from weightcast.sync.chunks import DEFAULT_CHUNK_BYTES, Chunk, check_chunk_bytes, lay_out_chunks
+from weightcast.sync.chunks import DEFAULT_CHUNK_BYTES, check_chunk_bytes
 from weightcast.sync.coordinator import Coordinator
-from weightcast.sync.errors import DeadlineExceeded, EngineError, VersionError
+from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, VersionError
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
-from weightcast.sync.messages import PROTOCOL, EngineReport, Packed, Published, SourceHello, Span
+from weightcast.sync.messages import PROTOCOL, Packed, Packing, Published, SourceHello
+from weightcast.sync.packer import PackMode
 from weightcast.sync.publisher_loop import PublisherLoop
-from weightcast.sync.regions import Region, check_unique_names
+from weightcast.sync.records import SourceReport, Span
+from weightcast.sync.report import PublishReport
 from weightcast.sync.schema import MAX_UINT
-from weightcast.sync.snapshot import allocate_arena, pack_snapshot
+from weightcast.sync.share import Share
 from weightcast.sync.source import WeightSource
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Version, fingerprint, new_epoch
@@ -34,23 +41,7 @@ DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_LOST_AFTER_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class PublishReport:
-    """What became of a version. `num_bytes` counts what all engines received; `engines` says who holds it."""
-
-    version: Version
-    num_bytes: int
-    num_tensors: int
-    num_chunks: int
-    phases_s: dict[str, float]
-    """Seconds of `pack` (this rank's stall), `stage` (engines fetch) and `commit` (engines load)."""
-    engines: tuple[EngineReport, ...]
-    spans: tuple[Span, ...]
-
-    @property
-    def serving(self) -> tuple[str, ...]:
-        """The engines that serve this version."""
-        return tuple(engine.engine for engine in self.engines if engine.state == "serving")
+DeltaMode: TypeAlias = Literal["auto", "on", "off", "zstd"]
 
 
 class WeightPublisher:
@@ -58,7 +49,13 @@ class WeightPublisher:
 
     `policy` decides how many engines must have staged a version before any serves it; `timeout_s` bounds every
     wait; an engine silent for `lost_after_s` is fenced; `epoch` is for tests and for resuming under a known epoch.
-    Raises `AddressError` when the address cannot be had, `SourceError` when tensor names repeat.
+
+    `delta` says whether engines that have an earlier version are sent what changed since: "on", "zstd" (entropy-coded,
+    for links below 1 Gb/s), "off", or "auto", by what was measured (see `advice.py`). Engines may be up to `history`
+    versions behind. `expose` names the kinds of memory, of which the first that this machine has is packed into, so
+    that engines of the same host may read it by themselves; none for connections alone.
+
+    Raises `AddressError` when the address cannot be had, `SourceError` when tensor names repeat, `ConfigError`.
     """
 
     def __init__(
@@ -72,24 +69,25 @@ class WeightPublisher:
         lost_after_s: float = DEFAULT_LOST_AFTER_S,
         keys: CurveKeys | None = None,
         epoch: int | None = None,
+        delta: DeltaMode = "auto",
+        history: int = 4,
+        expose: Sequence[str] = ("shared_memory",),
     ) -> None:
         check_chunk_bytes(chunk_bytes)
-        self._specs = tuple(source.specs())
-        check_unique_names(self._specs)
-        self._specs_by_name = {spec.name: spec for spec in self._specs}
-        self._held = {held.region: held for held in source.held()}
-        self._rank = source.rank
+        if delta not in get_args(DeltaMode) or history < 0:
+            allowed = ", ".join(get_args(DeltaMode))
+            raise ConfigError(f"delta={delta!r} with history={history}: use one of {allowed}, and 0 or more versions")
+        self._share = Share(source, history, expose)
         self._timeout_s = timeout_s
         self._last_number = -1
-        self._chunks: tuple[Chunk, ...] = ()
-        self._laid_out: tuple[Region, ...] | None = None
-        self._arena: npt.NDArray[np.uint8] | None = None
+        self._delta: DeltaMode = delta
+        self._unfinished: Publication | None = None
         self._wall_offset_s = time.time() - time.monotonic()
         coordinator = None
         if source.rank == 0:
             epoch = new_epoch() if epoch is None else epoch
             coordinator = Coordinator(
-                self._specs,
+                self._share.specs,
                 source.world_size,
                 epoch,
                 chunk_bytes,
@@ -97,7 +95,9 @@ class WeightPublisher:
                 lost_after_s,
                 self._wall_offset_s,
             )
-        hello = SourceHello(PROTOCOL, source.rank, source.world_size, fingerprint(self._specs), "", tuple(self._held))
+        hello = SourceHello(
+            PROTOCOL, source.rank, source.world_size, fingerprint(self._share.specs), "", tuple(self._share.held)
+        )
         self._loop = PublisherLoop(hello, address, keys, coordinator, lost_after_s)
 
     @property
@@ -108,7 +108,7 @@ class WeightPublisher:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole model."""
-        return sum(spec.num_bytes for spec in self._specs)
+        return sum(spec.num_bytes for spec in self._share.specs)
 
     def fleet(self) -> tuple[EngineStatus, ...]:
         """The engines, as rank 0 sees them; empty on other ranks."""
@@ -134,28 +134,45 @@ class WeightPublisher:
         refused the version (its reason is in the message);
         `SourceError` when the ranks do not hold a whole model together; `VersionError` when `version` does not rise.
         """
+        return self.begin(version, timeout_s=timeout_s).wait()
+
+    def begin(self, version: int, *, timeout_s: float | None = None) -> "Publication":
+        """Publish the weights as they are now; returns when they may be changed. Every rank must call.
+
+        A publication that was begun before and not waited for is waited for first, and its failure forgotten: its
+        deadline bounds that. Raises what `publish` raises, as far as it is known by then.
+        """
         self._check_number(version)
+        if self._unfinished is not None:
+            with suppress(DeadlineExceeded, EngineError):
+                self._unfinished.wait()
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
         self._loop.watch(lambda: self._loop.assigned is not None, timeout_s, self._describe_missing)
-        packed = self._pack_and_offer(version, deadline_s)
+        pack = self._pack_and_offer(version, deadline_s)
         self._last_number = version
+        self._unfinished = Publication(self, version, pack, timeout_s, deadline_s)
+        return self._unfinished
+
+    def _finish(self, publication: "Publication") -> PublishReport:
         # The coordinator keeps the deadline and says who missed it; this wait only outlasts a dead coordinator.
         grace_s = 5.0
+        number = publication.number
+        self._unfinished = None
         self._loop.watch(
-            lambda: self._loop.published is not None and self._loop.published.version.number == version,
-            max(0.0, deadline_s - time.monotonic()) + grace_s,
-            lambda: f"version {version} to be published by rank 0 at {self.address}",
+            lambda: self._loop.published is not None and self._loop.published.version.number >= number,
+            max(0.0, publication.deadline_s - time.monotonic()) + grace_s,
+            lambda: f"version {number} to be published by rank 0 at {self.address}",
         )
         published = self._loop.published
-        assert published is not None
+        assert published is not None and published.version.number == number
         if published.error:
             refused = any(engine.state == "refused" for engine in published.engines)
             raise (EngineError if refused else DeadlineExceeded)(
-                f"{published.error} (deadline {timeout_s:g} s). Engines keep what they serve; "
+                f"{published.error} (deadline {publication.timeout_s:g} s). Engines keep what they serve; "
                 "mend or remove the engine, or publish the next version"
             )
-        return self._make_report(published, packed)
+        return self._make_report(published, publication.pack)
 
     def _check_number(self, number: int) -> None:
         if not 0 <= number <= MAX_UINT or number <= self._last_number:
@@ -168,50 +185,66 @@ class WeightPublisher:
         coordinator = self._loop.coordinator
         if coordinator is None:
             return f"rank 0 to answer at {self.address} with every rank's share"
-        return f"the source ranks {coordinator.missing_sources} to join {self.address}; every rank makes a publisher"
+        return f"the source ranks {coordinator.roster.missing} to join {self.address}; every rank makes a publisher"
 
     def _pack_and_offer(self, number: int, deadline_s: float) -> Span:
         assigned = self._loop.assigned
         assert assigned is not None
         start_s = time.monotonic()
-        if self._laid_out != assigned.regions:
-            dtypes = {spec.name: spec.dtype for spec in self._specs}
-            self._chunks = lay_out_chunks(assigned.regions, dtypes, assigned.chunk_bytes)
-            self._laid_out, self._arena = assigned.regions, None
-        self._loop.withdraw(timeout_s=max(1.0, deadline_s - time.monotonic()))
-        if self._arena is None or self._loop.server.is_sending:
-            # Frames still under way point into the old memory; ZeroMQ frees it when the last has left.
-            self._arena = allocate_arena(self._chunks)
-        snapshot = pack_snapshot(
-            Version(assigned.epoch, number),
-            self._held,
-            self._specs_by_name,
-            assigned.regions,
-            self._chunks,
-            self._arena,
-        )
+        self._loop.withdraw(timeout_s=max(1.0, deadline_s - start_s))
+        is_read = self._loop.server.is_sending
+        packer = self._share.prepare(assigned.regions, assigned.chunk_bytes, is_read=is_read)
+        snapshot = packer.begin(Version(assigned.epoch, number), self._choose_mode())
+        self._loop.offer(snapshot, Packing(number, self._share.tickets), deadline_s)
+        for _ in range(len(snapshot)):
+            packer.pack_next(snapshot)
+            self._loop.nudge()
         end_s = time.monotonic()
         pack = Span("pack", start_s + self._wall_offset_s, end_s + self._wall_offset_s)
-        digests = np.array(snapshot.digests, "<u8").tobytes()
-        self._loop.offer(snapshot, Packed(number, snapshot.hashes, digests, (pack,)), deadline_s)
+        digests = np.array(packer.digests(), "<u8").tobytes()
+        report = SourceReport(
+            self._share.rank,
+            end_s - start_s,
+            packer.num_bytes,
+            packer.delta_bytes,
+            packer.changed_elements,
+            len(snapshot),
+        )
+        self._loop.seal(Packed(number, digests, report, (pack,)))
         return pack
+
+    def _choose_mode(self) -> PackMode:
+        if self._delta != "auto":
+            return self._delta
+        published = self._loop.published
+        advised = "off" if published is None else published.delta
+        return "on" if advised == "on" else "zstd" if advised == "zstd" else "off"
 
     def _make_report(self, published: Published, pack: Span) -> PublishReport:
         phases_s = {"pack": pack.end_s - pack.start_s}
         phases_s |= {s.phase: s.end_s - s.start_s for s in published.spans if s.phase != "pack"}
+        changed = [source.changed_elements for source in published.sources]
+        num_elements = sum(spec.numel for spec in self._share.specs)
+        known = [number for number in changed if number is not None]
         return PublishReport(
-            published.version,
-            published.num_bytes,
-            len(self._specs),
-            published.num_chunks,
-            phases_s,
-            published.engines,
-            published.spans,
+            version=published.version,
+            num_bytes=published.num_bytes,
+            num_tensors=len(self._share.specs),
+            num_chunks=sum(source.num_chunks for source in published.sources),
+            phases_s=phases_s,
+            spans=published.spans,
+            dense_bytes=self.num_bytes,
+            density=sum(known) / num_elements if len(known) == len(changed) and num_elements else None,
+            sources=published.sources,
+            engines=published.engines,
+            delta=published.delta,
+            why=published.why,
         )
 
     def close(self) -> None:
         """Say goodbye to the engines, which go on with what they serve, and close every socket."""
         self._loop.close()
+        self._share.close()
 
     def __enter__(self) -> "WeightPublisher":
         return self
@@ -220,3 +253,30 @@ class WeightPublisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Publication:
+    """A version on its way: what `WeightPublisher.begin` returns. The weights may be changed already."""
+
+    def __init__(
+        self, publisher: WeightPublisher, number: int, pack: Span, timeout_s: float, deadline_s: float
+    ) -> None:
+        self.number = number
+        self.pack = pack
+        self.timeout_s = timeout_s
+        self.deadline_s = deadline_s
+        self._publisher = publisher
+        self._report: PublishReport | None = None
+        self._error: DeadlineExceeded | EngineError | None = None
+
+    def wait(self) -> PublishReport:
+        """Wait until the fleet serves it; raises what `WeightPublisher.publish` raises. May be called again."""
+        if self._error is not None:
+            raise self._error
+        if self._report is None:
+            try:
+                self._report = self._publisher._finish(self)
+            except (DeadlineExceeded, EngineError) as error:
+                self._error = error
+                raise
+        return self._report

@@ -5,8 +5,6 @@ The trainer's thread talks to this one through `submit` (run this in the loop) a
 """
 
 import logging
-import os
-import secrets
 import threading
 import time
 from collections import deque
@@ -14,7 +12,7 @@ from collections.abc import Callable
 
 import zmq
 
-from weightcast.sync.coordinator import Coordinator, Outgoing
+from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.errors import DeadlineExceeded, PeerLost, SourceError, WeightcastError, WireError
 from weightcast.sync.fleet import EngineStatus
 from weightcast.sync.messages import (
@@ -22,6 +20,7 @@ from weightcast.sync.messages import (
     Goodbye,
     Message,
     Packed,
+    Packing,
     Ping,
     Pong,
     Published,
@@ -29,11 +28,12 @@ from weightcast.sync.messages import (
     decode,
     encode,
 )
+from weightcast.sync.roster import Outgoing
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.transports import zmq_sockets
 from weightcast.sync.transports.zmq_chunks import ZmqChunkServer
-from weightcast.sync.transports.zmq_sockets import CurveKeys, parse_address
+from weightcast.sync.transports.zmq_sockets import CurveKeys
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class PublisherLoop:
             self.address = address
         else:
             self.control, self.address = zmq_sockets.bind(self._context, address, keys, MAX_MESSAGE_BYTES)
-        self.server = ZmqChunkServer(self._context, _data_address(address, self._hello.rank), keys)
+        self.server = ZmqChunkServer(self._context, zmq_sockets.data_address(address, self._hello.rank), keys)
         self._hello = SourceHello(
             self._hello.protocol,
             self._hello.rank,
@@ -130,15 +130,32 @@ class PublisherLoop:
         self.submit(drop)
         self.watch(done.is_set, timeout_s, lambda: "its own thread")
 
-    def offer(self, snapshot: Snapshot, part: Packed, deadline_s: float) -> None:
-        """Serve a snapshot, and tell the coordinator that it is there."""
+    def offer(self, snapshot: Snapshot, packing: Packing, deadline_s: float) -> None:
+        """Serve a snapshot, chunk by chunk as it is packed, and tell the coordinator that it begins."""
 
         def hand_over(now_s: float) -> list[Outgoing]:
-            self.published = None
             self.server.hold(snapshot)
-            if self.coordinator is not None:
-                return self.coordinator.add_part(_SELF, part, now_s, deadline_s)
-            return [Outgoing(_SELF, part)]
+            if self.coordinator is None:
+                return [Outgoing(_SELF, packing)]
+            return self.coordinator.add_packing(_SELF, packing, now_s, deadline_s)
+
+        self.submit(hand_over)
+
+    def nudge(self) -> None:
+        """More of the snapshot is ready."""
+        with self._lock:
+            if self.failure is not None:
+                raise self.failure
+            if not self._stopping:
+                self._wake_out.send(b"")
+
+    def seal(self, part: Packed) -> None:
+        """Tell the coordinator that all of the snapshot is packed."""
+
+        def hand_over(now_s: float) -> list[Outgoing]:
+            if self.coordinator is None:
+                return [Outgoing(_SELF, part)]
+            return self.coordinator.add_part(_SELF, part, now_s)
 
         self.submit(hand_over)
 
@@ -168,11 +185,10 @@ class PublisherLoop:
                 self._send_all([Outgoing(_SELF, self._hello)] if self.coordinator is None else self._join())
             while not self._stopping:
                 ready = dict(poller.poll(_POLL_MS))
-                if self.server.socket in ready:
-                    self.server.answer()
                 with self._lock:
                     self._step(ready, time.monotonic())
                     self._lock.notify_all()
+                self.server.answer()
             self._say_goodbye()
         except zmq.Again:
             with self._lock:
@@ -223,6 +239,8 @@ class PublisherLoop:
                 return self._hear(message, now_s)
             if isinstance(message, SourceHello):
                 return self.coordinator.add_source(peer, message)
+            if isinstance(message, Packing):
+                return self.coordinator.add_packing(peer, message, now_s)
             if isinstance(message, Packed):
                 return self.coordinator.add_part(peer, message, now_s)
             return self.coordinator.receive(peer, message, now_s)
@@ -280,12 +298,3 @@ class PublisherLoop:
         if self._guard is not None:
             self._guard.stop()
         self._context.destroy(linger=_LINGER_MS)
-
-
-def _data_address(address: str, rank: int) -> str:
-    """Where a source serves its chunks: a free port on the interface that leads to rank 0, or a path beside its."""
-    parsed = parse_address(address)
-    if parsed.transport == "ipc":
-        return f"ipc://{parsed.host}.{rank}-{os.getpid()}-{secrets.token_hex(3)}"
-    host = parsed.host if parsed.is_local else zmq_sockets.own_host(parsed)
-    return f"tcp://{host}:*"

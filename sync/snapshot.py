@@ -1,108 +1,155 @@
-"""Snapshots: a source's part of a version, packed in host memory.
+"""Snapshots: a source's part of one version, served chunk by chunk while it is still being packed.
 
-`Snapshot.pack` copies the live regions into chunks, hashes each chunk and digests each region, in one pass while the
-bytes are in cache. From then on the trainer may change its parameters: late engines are served from the snapshot.
+The packer (`packer.py`) writes chunks into an arena of host memory and counts them ready; the source's loop asks for
+bodies of chunks that are. A body is the whole chunk, or what changed since a version that the receiver has:
+
+    snapshot.body(index, base=None)             # dense: a view of the arena
+    snapshot.body(index, base=Version(3, 6))    # a delta, also over several versions; or nothing, when none changed
+
+What changed is kept for the last few versions, as the way back from the present bits. Following it gives the bits that
+a receiver has, and the codec then finds the one delta that brings it up to date: merging costs no memory for models.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
-import torch
 import xxhash
 
-from weightcast.sync.chunks import Chunk, Piece
-from weightcast.sync.digest import add_digests, region_digest
-from weightcast.sync.errors import SourceError
-from weightcast.sync.regions import HeldRegion, Region, TensorSpec
+from weightcast.sync.chunk_delta import ChunkDelta, Part, apply_chunk, encode_chunk
+from weightcast.sync.chunks import Chunk
+from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.version import Version
+
+# A delta of more than this share of the chunk is not worth its trouble: the chunk goes as it is.
+MAX_DELTA_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """What a chunk's bits went through from `base` to the version after it."""
+
+    base: Version
+    delta: ChunkDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What answers a request: see `ChunkHeader`. `data` is None where nothing follows the header."""
+
+    encoding: str
+    base: Version | None = None
+    data: memoryview | None = None
+
+    def hash(self) -> bytes:
+        """The xxh3-128 of the data."""
+        return b"" if self.data is None else xxhash.xxh3_128_digest(self.data)
+
+
+ABSENT = Body("absent")
+
+
+class ChunkState:
+    """One chunk of a source: its place in the arena, the version of the bits there, and the steps that led to them."""
+
+    __slots__ = ("bits", "chunk", "parts", "steps", "version")
+
+    def __init__(self, chunk: Chunk, parts: tuple[Part, ...], bits: ByteArray, history: int) -> None:
+        self.chunk = chunk
+        self.parts = parts
+        self.bits = bits
+        self.version: Version | None = None
+        self.steps: deque[Step] = deque(maxlen=history)
+
+    def advance(self, version: Version, delta: ChunkDelta | None) -> None:
+        """The bits are those of `version` now, by `delta`; None when that is not known, or too much."""
+        base, self.version = self.version, version
+        if delta is None or base is None or self.steps.maxlen == 0:
+            self.steps.clear()
+            return
+        self.steps.append(Step(base, delta))
+        limit_bytes = MAX_DELTA_SHARE * self.chunk.num_bytes
+        while sum(len(step.delta.reverse) for step in self.steps) > limit_bytes:
+            self.steps.popleft()
+
+    def find_delta(self, base: Version, *, pack: bool) -> ChunkDelta | None:
+        """What changed since `base`; None when that is not known, or too much."""
+        since = [step for step in self.steps if step.base >= base]
+        if not since or since[0].base != base:
+            return None
+        if len(since) == 1 and (since[0].delta.packed is not None or not pack):
+            return since[0].delta
+        if all(step.delta.is_same for step in since):
+            return since[0].delta
+        old = self.bits.copy()
+        for step in reversed(since):
+            if not step.delta.is_same:
+                apply_chunk(step.delta.reverse, self.parts, old)
+        return encode_chunk(old, self.bits, self.parts, int(MAX_DELTA_SHARE * self.chunk.num_bytes), pack=pack)
+
+
+@dataclass(slots=True)
 class Snapshot:
-    """The chunks of one version on one source. `digests` has one entry a region, in the order of the regions."""
+    """See the module. The packer's thread counts `num_ready` up; the loop's thread reads chunks below it."""
 
     version: Version
-    chunks: tuple[Chunk, ...]
-    buffers: tuple[memoryview, ...]
-    hashes: bytes
-    digests: tuple[int, ...]
+    states: Sequence[ChunkState]
+    prefer_packed: bool = False
+    num_ready: int = 0
+    _hashes: dict[int, bytes] = field(default_factory=dict)
+    _merged: dict[tuple[int, Version], Body] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def is_ready(self, index: int) -> bool:
+        """Whether chunk `index` is packed, or is none of this snapshot's."""
+        return index < self.num_ready or index >= len(self.states)
+
+    def body(self, index: int, base: Version | None, *, reached: bool = False) -> Body:
+        """The answer to a request for a chunk that is ready.
+
+        With `reached` the receiver reads the arena by itself, and is only told that it may.
+        """
+        if index >= len(self.states):
+            return ABSENT
+        state = self.states[index]
+        if base == self.version:
+            return Body("same", base)
+        if base is not None and (body := self._body_since(state, index, base, reached)) is not None:
+            return body
+        if reached:
+            return Body("dense")
+        return Body("dense", None, state.bits.data.toreadonly())
+
+    def _body_since(self, state: ChunkState, index: int, base: Version, reached: bool) -> Body | None:
+        newest = state.steps[-1] if state.steps else None
+        if newest is None or (reached and not (newest.base == base and newest.delta.is_same)):
+            return None
+        if (body := self._merged.get((index, base))) is not None:
+            return body
+        delta = state.find_delta(base, pack=self.prefer_packed)
+        if delta is None:
+            return None
+        if delta.is_same:
+            body = Body("same", base)
+        elif self.prefer_packed and delta.packed is not None:
+            body = Body("zdelta", base, memoryview(delta.packed))
+        else:
+            body = Body("delta", base, memoryview(delta.forward))
+        self._merged[index, base] = body
+        return body
+
+    def hash(self, index: int, body: Body) -> bytes:
+        """The hash of a body; of a whole chunk it is taken once for all receivers."""
+        if body.encoding != "dense" or body.data is None:
+            return body.hash()
+        if index not in self._hashes:
+            self._hashes[index] = body.hash()
+        return self._hashes[index]
 
 
-def allocate_arena(chunks: Sequence[Chunk]) -> npt.NDArray[np.uint8]:
-    """Memory for all chunks of a source. Zeroed, so that the gaps between pieces are the same every time."""
-    return np.zeros(sum(chunk.num_bytes for chunk in chunks), np.uint8)
-
-
-def pack_snapshot(
-    version: Version,
-    held: Mapping[Region, HeldRegion],
-    specs: Mapping[str, TensorSpec],
-    regions: Sequence[Region],
-    chunks: tuple[Chunk, ...],
-    arena: npt.NDArray[np.uint8],
-) -> Snapshot:
-    """Copy `regions` from their live views into `arena`, laid out as `chunks`.
-
-    Views are cast to the spec's dtype. Raises `SourceError` when a live view no longer has its region's shape.
-    """
-    owner = _Owners(regions, held)
-    digests = dict.fromkeys(regions, 0)
-    hashes: list[bytes] = []
-    buffers: list[memoryview] = []
-    start = 0
-    for chunk in chunks:
-        buffer = arena[start : start + chunk.num_bytes]
-        start += chunk.num_bytes
-        for piece in chunk.pieces:
-            region, live = owner.find(piece.region)
-            packed = _copy_piece(piece, region, live, specs[region.name].dtype, buffer)
-            digests[region] = add_digests(digests[region], region_digest(packed, piece.region))
-        hashes.append(xxhash.xxh3_128_digest(buffer.data))
-        buffers.append(buffer.data.toreadonly())
-    return Snapshot(version, chunks, tuple(buffers), b"".join(hashes), tuple(digests.values()))
-
-
-class _Owners:
-    """Finds the region that a piece was cut from. Pieces come in the order of the regions, so it only walks on."""
-
-    def __init__(self, regions: Sequence[Region], held: Mapping[Region, HeldRegion]) -> None:
-        self._rest = iter(regions)
-        self._held = held
-        self._left_elements = 0
-        self._region: Region | None = None
-        self._live = torch.empty(0)
-
-    def find(self, piece: Region) -> tuple[Region, torch.Tensor]:
-        """The region around `piece`, and its live view, taken once a region."""
-        while self._left_elements == 0:
-            self._region = next(self._rest)
-            self._left_elements = self._region.numel
-            self._live = self._held[self._region].live()
-            if tuple(self._live.shape) != self._region.shape:
-                raise SourceError(
-                    f"the live view of {self._region} has the shape {tuple(self._live.shape)}; "
-                    "the model changed after its plan was made: make the publisher after the model is wrapped"
-                )
-        assert self._region is not None and piece.name == self._region.name
-        self._left_elements -= piece.numel
-        return self._region, self._live
-
-
-def _copy_piece(
-    piece: Piece, region: Region, live: torch.Tensor, dtype: torch.dtype, buffer: npt.NDArray[np.uint8]
-) -> torch.Tensor:
-    target = view_piece(piece, dtype, buffer)
-    local = tuple(
-        slice(start - base, start - base + size)
-        for start, base, size in zip(piece.region.offset, region.offset, piece.region.shape, strict=True)
-    )
-    target.copy_(live[local])
-    return target
-
-
-def view_piece(piece: Piece, dtype: torch.dtype, buffer: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """The piece's place in a chunk's bytes, as a tensor of the piece's shape."""
-    raw = torch.from_numpy(buffer[piece.start_byte : piece.start_byte + piece.num_bytes])
-    return raw.view(dtype).view(piece.region.shape)
+def allocate_arena(num_bytes: int) -> ByteArray:
+    """Private memory for all chunks of a source. Zeroed, so that the gaps between pieces are the same every time."""
+    return np.zeros(num_bytes, np.uint8)

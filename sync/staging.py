@@ -1,188 +1,257 @@
-"""The staging store: an engine's second copy of the weights, filled chunk by chunk, believed only when complete.
+"""The staging store: one version on its way into the shadow, chunk by chunk, believed only when complete.
 
-    staging = Staging(announce, specs, pool)
-    staging.land(rank, index, buffer)          # checks the chunk, copies its pieces to their places
-    tensors = staging.finish()                 # every tensor complete and its digest right, or WireError
+    staging = Staging(version, specs, layouts, shadow)
+    staging.land(rank, header, body)           # checks the body, brings its pieces to their places
+    staging.seal(digests)                      # the sources' digests, which may come before or after the last chunk
+    tensors = staging.finish()                 # every tensor complete and its digest right, or an error
 
-Nothing here touches the network or the engine. Buffers come from a pool and return to it when nobody else holds
-a tensor on them, so that a steady stream of versions reuses one copy's worth of memory.
+Nothing here touches the network or the engine.
 """
 
-import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 
-from weightcast.sync.chunks import Chunk, check_chunk_bytes, lay_out_chunks
-from weightcast.sync.digest import region_digest
-from weightcast.sync.errors import ConfigError, SourceError, WireError
-from weightcast.sync.messages import CHUNK_HASH_BYTES, Announce
-from weightcast.sync.regions import Region, TensorSpec, find_tiling_fault
-from weightcast.sync.snapshot import view_piece
-from weightcast.sync.version import Manifest
-
-
-class BufferPool:
-    """Host buffers by tensor name, reused once no tensor lies on them any more."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
-        # A tensor keeps the array that it was made of alive, and so do its views: a dead lease means free memory.
-        self._leases: dict[str, weakref.ref[npt.NDArray[np.uint8]]] = {}
-
-    def take(self, spec: TensorSpec) -> torch.Tensor:
-        """A tensor for `spec` with undefined contents, on memory that nobody else looks at."""
-        if not spec.num_bytes:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        buffer = self._buffers.get(spec.name)
-        if buffer is None or len(buffer) != spec.num_bytes or self._leases[spec.name]() is not None:
-            self._buffers[spec.name] = buffer = np.empty(spec.num_bytes, np.uint8)
-        lease = buffer.view()
-        self._leases[spec.name] = weakref.ref(lease)
-        return torch.from_numpy(lease).view(spec.dtype).view(spec.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class SourceLayout:
-    """What one source serves of a version: where to ask for it, and what each chunk must be."""
-
-    rank: int
-    address: str
-    chunks: tuple[Chunk, ...]
-    hashes: bytes
-
-    def expected_hash(self, index: int) -> bytes:
-        """The xxh3-128 of chunk `index`."""
-        return self.hashes[index * CHUNK_HASH_BYTES : (index + 1) * CHUNK_HASH_BYTES]
-
-
-def read_announce(announce: Announce, specs: Sequence[TensorSpec]) -> tuple[Manifest, tuple[SourceLayout, ...]]:
-    """The manifest and the layout of every source, or `WireError` when the announcement contradicts itself.
-
-    Pure, and complete before a byte of tensor memory is taken: the regions offered must tile every tensor exactly,
-    and there must be a hash for each chunk and a digest for each tensor.
-    """
-    if len(announce.digests) != 8 * len(specs):
-        raise WireError(
-            f"version {announce.version} carries {len(announce.digests) // 8} digests for {len(specs)} tensors"
-        )
-    digests = tuple(int(d) for d in np.frombuffer(announce.digests, "<u8"))
-    _check_regions(announce, specs)
-    try:
-        check_chunk_bytes(announce.chunk_bytes)
-    except ConfigError as error:
-        raise WireError(f"version {announce.version}: {error}") from None
-    dtypes = {spec.name: spec.dtype for spec in specs}
-    layouts = []
-    for offer in announce.offers:
-        # Before the layout is made, whose cost grows with what the regions claim to be.
-        claimed_bytes = sum(region.numel * dtypes[region.name].itemsize for region in offer.regions)
-        if claimed_bytes > len(offer.hashes) // CHUNK_HASH_BYTES * announce.chunk_bytes:
-            raise WireError(
-                f"version {announce.version}: source rank {offer.rank} offers {claimed_bytes} bytes, "
-                f"too many for its {len(offer.hashes) // CHUNK_HASH_BYTES} chunks of {announce.chunk_bytes}"
-            )
-        chunks = lay_out_chunks(offer.regions, dtypes, announce.chunk_bytes)
-        if len(offer.hashes) != len(chunks) * CHUNK_HASH_BYTES:
-            raise WireError(
-                f"version {announce.version}: source rank {offer.rank} gives "
-                f"{len(offer.hashes) // CHUNK_HASH_BYTES} hashes for {len(chunks)} chunks"
-            )
-        layouts.append(SourceLayout(offer.rank, offer.address, chunks, offer.hashes))
-    return Manifest(announce.version, tuple(specs), digests), tuple(layouts)
-
-
-def _check_regions(announce: Announce, specs: Sequence[TensorSpec]) -> None:
-    by_name: dict[str, list[Region]] = {spec.name: [] for spec in specs}
-    if len(by_name) != len(specs):
-        raise WireError(f"version {announce.version}: the publisher lists a tensor name twice")
-    ranks = [offer.rank for offer in announce.offers]
-    if len(set(ranks)) != len(ranks):
-        raise WireError(f"version {announce.version} lists a source rank twice: {sorted(ranks)}")
-    for offer in announce.offers:
-        for region in offer.regions:
-            if region.name not in by_name:
-                raise WireError(f"version {announce.version}: {region} is no tensor of the model")
-            by_name[region.name].append(region)
-    for spec in specs:
-        if fault := find_tiling_fault(spec, by_name[spec.name]):
-            raise WireError(f"version {announce.version} is incomplete: {spec.name}: {fault}")
+from weightcast.sync.chunk_delta import parse_chunk, unpack_chunk
+from weightcast.sync.chunks import Chunk, Piece
+from weightcast.sync.delta_codec import apply_parsed, as_elements
+from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
+from weightcast.sync.digest import MASK, copy_with_digest, region_digest
+from weightcast.sync.errors import SourceError, WireError
+from weightcast.sync.layout import SourceLayout
+from weightcast.sync.messages import ChunkHeader
+from weightcast.sync.packer import view_piece
+from weightcast.sync.regions import TensorSpec
+from weightcast.sync.shadow import ChunkKey, Shadow
+from weightcast.sync.version import Version
 
 
 class Staging:
-    """One version on its way in."""
+    """See the module."""
 
-    def __init__(self, manifest: Manifest, layouts: Sequence[SourceLayout], pool: BufferPool) -> None:
-        self.manifest = manifest
-        self.layouts: Mapping[int, SourceLayout] = {layout.rank: layout for layout in layouts}
+    def __init__(
+        self, version: Version, specs: Sequence[TensorSpec], layouts: Mapping[int, SourceLayout], shadow: Shadow
+    ) -> None:
+        self.version = version
+        self.specs = tuple(specs)
+        self.layouts = layouts
         self.num_bytes = 0
         self.checksums_checked = 0
-        self._missing = {(layout.rank, chunk.index) for layout in layouts for chunk in layout.chunks}
-        self._tensors = {spec.name: pool.take(spec) for spec in manifest.specs}
-        self._left_elements = {spec.name: spec.numel for spec in manifest.specs}
-        self._specs = {spec.name: (spec, digest) for spec, digest in zip(manifest.specs, manifest.digests, strict=True)}
-        for spec in manifest.specs:
-            if not spec.numel:
-                self._check_digest(spec.name)
+        self._shadow = shadow
+        self._tensors = shadow.open(layouts, self.specs)
+        self._missing: set[ChunkKey] = set()
+        self._chunks_of: dict[str, list[ChunkKey]] = {spec.name: [] for spec in specs}
+        for layout in layouts.values():
+            for chunk in layout.chunks:
+                self._missing.add((layout.rank, chunk.index))
+                for name in dict.fromkeys(piece.region.name for piece in chunk.pieces):
+                    self._chunks_of[name].append((layout.rank, chunk.index))
+        self._left_chunks = {name: len(keys) for name, keys in self._chunks_of.items()}
+        self._digests = {spec.name: 0 for spec in specs}
+        self._digests_of: dict[ChunkKey, tuple[int, ...]] = {}
+        self._wanted: dict[str, int] | None = None
+        self._unchecked = {spec.name for spec in specs}
+        self._wrong: dict[str, bool] = {}  # and whether it was told
+
+    # What is still to come
 
     @property
     def num_missing(self) -> int:
         """Chunks that have not landed."""
         return len(self._missing)
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the sources' digests are known."""
+        return self._wanted is not None
+
     def is_missing(self, rank: int, index: int) -> bool:
         """Whether this chunk is still wanted; duplicates are not."""
         return (rank, index) in self._missing
 
-    def land(self, rank: int, index: int, buffer: npt.NDArray[np.uint8]) -> None:
-        """Check a chunk and copy its pieces to their places; a duplicate is ignored.
+    def base(self, rank: int, index: int) -> Version | None:
+        """The version from which a delta of this chunk may begin."""
+        return self._shadow.base((rank, index))
 
-        Raises `WireError` when its size or hash is wrong (then nothing was copied), or when it completes a tensor
-        whose digest is wrong.
+    # What comes
+
+    def place(self, rank: int, header: ChunkHeader) -> ByteArray | None:
+        """Where the body of a chunk may be received at once: its place, where that is one run of bytes."""
+        if header.encoding != "dense" or not self.is_missing(rank, header.index):
+            return None
+        pieces = self.layouts[rank].chunks[header.index].pieces
+        target = self._target(pieces[0])
+        if len(pieces) > 1 or not target.is_contiguous():
+            return None
+        self._shadow.forget([(rank, header.index)])
+        return _bytes_of(target)
+
+    def land(self, rank: int, header: ChunkHeader, body: ByteArray | None, *, is_hashed: bool = True) -> None:
+        """Check a chunk's body and bring its pieces to their places; a duplicate is ignored.
+
+        `is_hashed` is false for a body that was read out of a source's memory, for which the tensors' digests vouch.
+        Raises `WireError` when its size, hash or contents are wrong: the chunk is then still missing.
         """
+        index, key = header.index, (rank, header.index)
         if not self.is_missing(rank, index):
             return
         layout = self.layouts[rank]
         chunk = layout.chunks[index]
-        names = ", ".join(dict.fromkeys(piece.region.name for piece in chunk.pieces[:3]))
-        where = f"chunk {index} of version {self.manifest.version} from source rank {rank} ({names}, ...)"
-        if len(buffer) != chunk.num_bytes:
-            raise WireError(f"{where} has {len(buffer)} bytes, {chunk.num_bytes} were announced; it is not used")
-        if xxhash.xxh3_128_digest(buffer.data) != layout.expected_hash(index):
-            raise WireError(f"{where} does not have the hash that was announced: its bytes were altered; not used")
+        try:
+            if is_hashed and body is not None:
+                self._check_hash(header, body)
+            if header.encoding == "dense":
+                digests = self._land_dense(key, chunk, body)
+            else:
+                digests = self._land_change(key, header, body)
+        except WireError as error:
+            raise WireError(f"{self._describe(rank, chunk)} {error}") from None
+        self._shadow.note(key, self.version)
+        self._missing.remove(key)
+        self.num_bytes += 0 if body is None else len(body)
+        self._digests_of[key] = digests
+        for piece, digest in zip(chunk.pieces, digests, strict=True):
+            self._digests[piece.region.name] = (self._digests[piece.region.name] + digest) & MASK
+        for name in dict.fromkeys(piece.region.name for piece in chunk.pieces):
+            self._left_chunks[name] -= 1
+            self._check_digest(name)
+
+    def _check_hash(self, header: ChunkHeader, body: ByteArray) -> None:
+        if xxhash.xxh3_128_digest(body.data) != header.hash:
+            raise WireError("does not have the hash that came with it: its bytes were altered; not used")
         self.checksums_checked += 1
-        self._missing.remove((rank, index))
-        self.num_bytes += chunk.num_bytes
+
+    def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ByteArray | None) -> tuple[int, ...]:
+        num_bytes = 0 if body is None else len(body)
+        if body is None or num_bytes != chunk.num_bytes:
+            raise WireError(f"has {num_bytes} bytes, {chunk.num_bytes} were announced; it is not used")
+        self._shadow.forget([key])
+        body = _writable(body)
+        digests = []
         for piece in chunk.pieces:
-            name = piece.region.name
-            self._tensors[name][piece.region.slices].copy_(view_piece(piece, self._specs[name][0].dtype, buffer))
-            self._left_elements[name] -= piece.region.numel
-            if not self._left_elements[name]:
-                self._check_digest(name)
+            target = self._target(piece)
+            came = view_piece(piece, target.dtype, body)
+            if target.data_ptr() == came.data_ptr():
+                digests.append(region_digest(came, piece.region))
+            else:
+                digests.append(copy_with_digest(target, came, piece.region))
+        return tuple(digests)
+
+    def _land_change(self, key: ChunkKey, header: ChunkHeader, body: ByteArray | None) -> tuple[int, ...]:
+        """What changed since the bits that lie there."""
+        if header.base is None or header.base != self._shadow.base(key):
+            raise WireError(f"changes version {header.base}, this engine has {self._shadow.base(key)}; not used")
+        layout = self.layouts[key[0]]
+        pieces, parts = layout.chunks[key[1]].pieces, layout.parts[key[1]]
+        targets = [self._target(piece) for piece in pieces]
+        flats = [target.contiguous() for target in targets]
+        if header.encoding == "same" and body is None:
+            changes: list[Delta | None] = [None] * len(parts)
+        elif header.encoding == "delta" and body is not None:
+            changes = parse_chunk(body, parts)
+        elif header.encoding == "zdelta" and body is not None:
+            changes = unpack_chunk(body, parts, lambda number: _elements_of(flats[number]))
+        else:
+            raise WireError(f"is said to be {header.encoding!r} and has {0 if body is None else len(body)} bytes")
+        self._shadow.forget([key])
+        for target, flat, change in zip(targets, flats, changes, strict=True):
+            if change is not None:
+                apply_parsed(change, _elements_of(flat))
+                if flat.data_ptr() != target.data_ptr():
+                    target.copy_(flat)
+        return tuple(region_digest(flat, piece.region) for flat, piece in zip(flats, pieces, strict=True))
+
+    def _target(self, piece: Piece) -> torch.Tensor:
+        return self._tensors[piece.region.name][piece.region.slices]
+
+    def _describe(self, rank: int, chunk: Chunk) -> str:
+        names = ", ".join(dict.fromkeys(piece.region.name for piece in chunk.pieces[:3]))
+        return f"chunk {chunk.index} of version {self.version} from source rank {rank} ({names}, ...)"
+
+    # Whether it is right
+
+    def seal(self, digests: bytes) -> None:
+        """The digest that each tensor must have, 8 bytes a tensor; `WireError` when their number is wrong."""
+        if len(digests) != 8 * len(self.specs):
+            raise WireError(f"version {self.version} carries {len(digests) // 8} digests for {len(self.specs)} tensors")
+        wanted = (int(digest) for digest in np.frombuffer(digests, "<u8"))
+        self._wanted = {spec.name: digest for spec, digest in zip(self.specs, wanted, strict=True)}
+        for spec in self.specs:
+            self._check_digest(spec.name)
 
     def _check_digest(self, name: str) -> None:
-        """The digest is taken of the assembled tensor, not of the chunks: it vouches for what the engine gets."""
-        spec, digest = self._specs[name]
-        got = region_digest(self._tensors[name], spec.whole())
-        if got != digest:
-            raise WireError(
-                f"tensor {name!r} of version {self.manifest.version} has the digest {got:#x} after assembly, "
-                f"{digest:#x} was announced; the version is refused"
-            )
-        self.checksums_checked += 1
+        """The digest is that of the bytes which were written, piece by piece: it vouches for what the engine gets."""
+        if self._wanted is None or self._left_chunks[name] or name not in self._unchecked or name in self._wrong:
+            return
+        if self._digests[name] == self._wanted[name]:
+            self._unchecked.remove(name)
+            self.checksums_checked += 1
+        else:
+            self._wrong[name] = False
+
+    def take_wrong(self) -> list[str]:
+        """Tensors that are complete and have another digest than announced, each named once."""
+        wrong = [name for name, is_told in self._wrong.items() if not is_told]
+        self._wrong |= dict.fromkeys(wrong, True)
+        return wrong
+
+    def describe_wrong(self, name: str) -> str:
+        """What is wrong with such a tensor."""
+        assert self._wanted is not None
+        return (
+            f"tensor {name!r} of version {self.version} has the digest {self._digests[name]:#x} after assembly, "
+            f"{self._wanted[name]:#x} was announced; the version is refused"
+        )
+
+    def reopen(self, names: Iterable[str]) -> list[ChunkKey]:
+        """Want the chunks of these tensors again, whole."""
+        keys = list(dict.fromkeys(key for name in names for key in self._chunks_of[name]))
+        self._shadow.forget(keys)
+        for key in keys:
+            chunk = self.layouts[key[0]].chunks[key[1]]
+            for piece, digest in zip(chunk.pieces, self._digests_of.pop(key), strict=True):
+                self._digests[piece.region.name] = (self._digests[piece.region.name] - digest) & MASK
+            for name in dict.fromkeys(piece.region.name for piece in chunk.pieces):
+                self._left_chunks[name] += 1
+                self._unchecked.add(name)
+                self._wrong.pop(name, None)
+            self._missing.add(key)
+        return keys
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every chunk landed and every digest was right."""
+        return self.is_sealed and not self._missing and not self._unchecked
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """All tensors, in HF order. `SourceError` when a chunk is missing."""
-        if self._missing:
+        """All tensors, in HF order. `SourceError` unless `is_whole`."""
+        if not self.is_whole:
+            if not self._missing:
+                raise SourceError(f"version {self.version} is incomplete: the digests are not there, or not right")
             rank, index = min(self._missing)
             raise SourceError(
-                f"version {self.manifest.version} is incomplete: {len(self._missing)} chunks are missing, "
+                f"version {self.version} is incomplete: {len(self._missing)} chunks are missing, "
                 f"the first is chunk {index} of source rank {rank}"
             )
-        assert not any(self._left_elements.values())
         tensors, self._tensors = self._tensors, {}
         return tensors
+
+
+def _bytes_of(tensor: torch.Tensor) -> ByteArray:
+    raw: ByteArray = tensor.reshape(-1).view(torch.uint8).numpy()
+    return raw
+
+
+def _elements_of(tensor: torch.Tensor) -> ElementArray:
+    return as_elements(_bytes_of(tensor), tensor.element_size())
+
+
+def _writable(raw: ByteArray) -> ByteArray:
+    """The same bytes under an array that torch takes without a warning; nobody writes to it."""
+    if raw.flags.writeable:
+        return raw
+    alias: ByteArray = np.ctypeslib.as_array((ctypes.c_uint8 * raw.nbytes).from_address(raw.ctypes.data))
+    return alias

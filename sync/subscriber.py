@@ -22,23 +22,29 @@ import torch
 from weightcast.sync.arrival import Arrival, Limits
 from weightcast.sync.errors import DeadlineExceeded, ModelMismatch, VersionError
 from weightcast.sync.fleet import Role
-from weightcast.sync.messages import Span
+from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.subscriber_loop import SubscriberLoop, raise_ended
 from weightcast.sync.subscription import Subscription
+from weightcast.sync.transports.reaches import Reaches
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Version
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
-    """What it took to stage a version. Times are seconds since 1970; checksums are of chunks and of tensors."""
+    """What it took to stage a version. Times are seconds since 1970; checksums are of chunks and of tensors.
+
+    `num_bytes` counts bodies as they came, `num_repeats` chunks that were asked for again.
+    """
 
     num_bytes: int
     stage_s: float
     checksums_checked: int
     started_at_s: float
     staged_at_s: float
+    transport: str = ""
+    num_repeats: int = 0
 
 
 class Update:
@@ -52,14 +58,16 @@ class Update:
         self, subscription: Subscription, loop: SubscriberLoop, arrival: Arrival, wall_offset_s: float
     ) -> None:
         assert arrival.tensors is not None
-        self.version: Version = arrival.announce.version
-        self.specs: tuple[TensorSpec, ...] = () if arrival.staging is None else arrival.staging.manifest.specs
+        self.version: Version = arrival.version
+        self.specs: tuple[TensorSpec, ...] = () if arrival.staging is None else arrival.staging.specs
         self.stats = UpdateStats(
             0 if arrival.staging is None else arrival.staging.num_bytes,
             arrival.staged_s - arrival.started_s,
             0 if arrival.staging is None else arrival.staging.checksums_checked,
             arrival.started_s + wall_offset_s,
             arrival.staged_s + wall_offset_s,
+            "" if arrival.staging is None else arrival.transport,
+            arrival.num_repeats,
         )
         self._tensors: dict[str, torch.Tensor] | None = arrival.tensors
         self._subscription = subscription
@@ -101,6 +109,10 @@ class WeightSubscriber:
     that the engine must get, and a publisher of another model is refused; an `observer` receives no bytes and is
     told of released versions (for a process that drives an engine whose workers are the receivers); it commits each,
     since `publish` waits for it.
+
+    `transport` is "auto" (memory that this host may read where a source exposes some, otherwise connections: by where
+    the sources are, and what was measured), "zmq" for connections alone, or one kind of memory; where that cannot be
+    had, versions are refused with the reason.
     """
 
     def __init__(
@@ -112,13 +124,15 @@ class WeightSubscriber:
         role: Role = "receiver",
         keys: CurveKeys | None = None,
         limits: Limits | None = None,
+        transport: str = "auto",
     ) -> None:
         self.engine = engine if engine is not None else f"{socket.gethostname()}-{os.getpid()}"
         self.address = address
         self._wall_offset_s = time.time() - time.monotonic()
         limits = Limits() if limits is None else limits
         self._subscription = Subscription(self.engine, role, expect, limits, self._wall_offset_s)
-        self._loop = SubscriberLoop(self._subscription, address, keys)
+        reaches = Reaches(transport, limits.chunk_timeout_s)
+        self._loop = SubscriberLoop(self._subscription, address, keys, reaches, limits.links)
 
     @property
     def serving(self) -> Version | None:
@@ -139,10 +153,10 @@ class WeightSubscriber:
         """The publisher's model; waits until one has answered."""
         deadline_s = time.monotonic() + timeout_s
         with self._loop.lock:
-            while self._subscription.specs is None:
+            while self._subscription.model.specs is None:
                 raise_ended(self._loop.ended)
                 self._sleep_until(deadline_s, timeout_s)
-            return self._subscription.specs
+            return self._subscription.model.specs
 
     def wait(self, timeout_s: float) -> Update:
         """The next version: staged, complete, verified, and released by the fleet's policy.
@@ -154,7 +168,7 @@ class WeightSubscriber:
         deadline_s = time.monotonic() + timeout_s
         with self._loop.lock:
             if self._subscription.taken is not None:
-                version = self._subscription.taken.announce.version
+                version = self._subscription.taken.version
                 raise VersionError(f"version {version} is still being loaded; commit() or reject() it first")
             while not self._subscription.is_ready:
                 raise_ended(self._loop.ended)

@@ -8,14 +8,18 @@ import logging
 import threading
 import time
 
+import numpy as np
 import zmq
 
 from weightcast.sync.arrival import Effect, Request, Tell
-from weightcast.sync.errors import AddressError, PeerLost, WireError
-from weightcast.sync.messages import decode, encode
+from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
+from weightcast.sync.messages import Announce, Staged, decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports import zmq_sockets
+from weightcast.sync.transports.base import ReceivedChunk
+from weightcast.sync.transports.reaches import Reaches
 from weightcast.sync.transports.zmq_chunks import ZmqChunkClient
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 
@@ -29,13 +33,17 @@ _CHUNKS_A_TURN = 8
 class SubscriberLoop:
     """Sockets and thread of one engine."""
 
-    def __init__(self, subscription: Subscription, address: str, keys: CurveKeys | None) -> None:
+    def __init__(
+        self, subscription: Subscription, address: str, keys: CurveKeys | None, reaches: Reaches, num_links: int
+    ) -> None:
         self.lock = threading.Condition()
         self.ended: Exception | None = None
         self._subscription = subscription
         self._stopping = False
         self._outbox: list[Effect] = []
         self._address, self._keys = address, keys
+        self._reaches = reaches
+        self._scratch: ByteArray = np.empty(0, np.uint8)
         self._context, _ = zmq_sockets.make_context(None)
         try:
             self._wake_in = self._context.socket(zmq.PAIR)
@@ -46,7 +54,7 @@ class SubscriberLoop:
         except BaseException:
             self._context.destroy(linger=0)
             raise
-        self._client = ZmqChunkClient(self._context, keys)
+        self._client = ZmqChunkClient(self._context, keys, num_links=num_links)
         self._thread = threading.Thread(target=self._run, name=f"weightcast-{subscription.engine}", daemon=True)
         self._thread.start()
 
@@ -92,6 +100,7 @@ class SubscriberLoop:
             for socket in (self._wake_in, self._wake_out, self._control):
                 socket.close()
             self._client.close()
+            self._reaches.close()
             self._context.destroy(linger=500)
 
     def _step(self, ready: dict[zmq.Socket[bytes], int]) -> None:
@@ -112,27 +121,72 @@ class SubscriberLoop:
         try:
             if len(frames) != 1:
                 raise WireError(f"a message of {len(frames)} frames; one was expected")
-            self._carry_out(self._subscription.receive(decode(frames[0]), time.monotonic()))
+            message = decode(frames[0])
+            refusal = self._reach(message) if isinstance(message, Announce) else ""
+            self._carry_out(self._subscription.receive(message, time.monotonic()))
+            if refusal:
+                self._carry_out(self._subscription.give_up(refusal))
         except WireError as error:
             logger.warning("engine %s ignored a message of its publisher: %s", self._subscription.engine, error)
+
+    def _reach(self, announce: Announce) -> str:
+        """Choose the way to each source; why there is none."""
+        try:
+            self._subscription.reached = self._reaches.renew(announce.tickets, self._subscription.model.num_sources)
+        except ReachError as error:
+            return f"engine {self._subscription.engine!r}: {error}"
+        return ""
 
     def _take_chunks(self, socket: zmq.Socket[bytes]) -> None:
         for _ in range(_CHUNKS_A_TURN):
             try:
-                received = self._client.receive(socket)
+                received = self._client.receive(socket, self._subscription.place)
             except WireError as error:
                 logger.warning("engine %s ignored a chunk: %s", self._subscription.engine, error)
                 return
             if received is None:
                 return
-            effects = self._subscription.land(received.rank, received.header, received.buffer, time.monotonic())
-            self._carry_out(effects)
+            self._carry_out(self._land(received))
             if socket not in self._client.sockets():
                 return
+
+    def _land(self, received: ReceivedChunk) -> list[Effect]:
+        rank, header, body = received.rank, received.header, received.buffer
+        if body is not None or header.encoding != "dense" or not self._reads(rank, header.index):
+            return self._subscription.land(rank, header, body, time.monotonic())
+        try:
+            body = self._read(rank, header.index)
+        except (OSError, WeightcastError) as error:
+            engine = self._subscription.engine
+            logger.warning("engine %s cannot read from source rank %d any more: %s", engine, rank, error)
+            self._reaches.give_up(rank, str(error))
+            return self._subscription.stop_reaching(rank, time.monotonic())
+        return self._subscription.land(rank, header, body, time.monotonic(), is_hashed=False)
+
+    def _reads(self, rank: int, index: int) -> bool:
+        """Whether this engine reads the chunk by itself, and so waits for no bytes of it."""
+        arrival = self._subscription.arrival
+        return arrival is not None and arrival.reads(rank, index)
+
+    def _read(self, rank: int, index: int) -> ByteArray:
+        """A chunk's bytes out of its source's memory; valid until the next one is read."""
+        arrival, reach = self._subscription.arrival, self._reaches.get(rank)
+        span = None if arrival is None else arrival.find_bytes(rank, index)
+        if reach is None or span is None or span[0] + span[1] > reach.num_bytes:
+            raise WireError(f"chunk {index} of source rank {rank} does not lie in memory that this engine reads")
+        start_byte, num_bytes = span
+        if (view := reach.view(start_byte, num_bytes)) is not None:
+            return view
+        if len(self._scratch) < num_bytes:
+            self._scratch = np.empty(num_bytes, np.uint8)
+        reach.read(start_byte, self._scratch[:num_bytes])
+        return self._scratch[:num_bytes]
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Tell):
+                if isinstance(effect.message, Staged):
+                    self._reaches.note_rate(effect.message.transport, effect.message.num_bytes, effect.message.stage_s)
                 self._tell(encode(effect.message))
             elif isinstance(effect, Request) and not self._ask(effect):
                 return

@@ -7,12 +7,10 @@ it. A newer version replaces one that is still on its way; while the engine load
 method takes the time and returns what to send; a thread elsewhere carries it out.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Mapping, Sequence
 
 from weightcast.sync.arrival import Arrival, Effect, Limits, Tell
+from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
 from weightcast.sync.messages import (
     PROTOCOL,
@@ -22,19 +20,21 @@ from weightcast.sync.messages import (
     Failed,
     Goodbye,
     Hello,
+    Layout,
     Message,
     Ping,
     Pong,
     Release,
+    Sealed,
     Serving,
-    Span,
     Welcome,
 )
+from weightcast.sync.model_view import ModelView
+from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
-from weightcast.sync.staging import BufferPool, Staging, read_announce
-from weightcast.sync.version import Version, find_model_differences
-
-MAX_DIFFERENCES_SHOWN = 5
+from weightcast.sync.shadow import Shadow
+from weightcast.sync.staging import Staging
+from weightcast.sync.version import Version
 
 
 class Subscription:
@@ -52,16 +52,17 @@ class Subscription:
         self.role = role
         self.serving: Version | None = None
         self.released: Version | None = None
-        self.specs: tuple[TensorSpec, ...] | None = None
-        self.epoch: int | None = None
+        self.model = ModelView(engine, expect)
         self.arrival: Arrival | None = None
         self.taken: Arrival | None = None
         self.error: WeightcastError | None = None
-        self._expect = None if expect is None else tuple(expect)
         self._limits = limits
         self._wall_offset_s = wall_offset_s
+        self.reached: Mapping[int, str] = {}
+        """The source ranks whose memory this engine reads by itself, and the kind of it; set before `Announce`."""
         self._waiting: Announce | None = None
-        self._pool = BufferPool()
+        self._sealed: Sealed | None = None
+        self._shadow = Shadow()
         self._heard_s: float | None = None
         self._pinged_s = -1e9
         self._greeted_s = -1e9
@@ -71,16 +72,13 @@ class Subscription:
     @property
     def is_ready(self) -> bool:
         """Whether a version may be taken."""
-        arrival = self.arrival
-        return arrival is not None and arrival.is_staged and self._is_released(arrival.announce.version)
+        arrival, released = self.arrival, self.released
+        return arrival is not None and arrival.is_staged and released is not None and released >= arrival.version
 
     @property
     def is_fenced(self) -> bool:
         """Whether the fleet has moved on to a version that this engine does not serve."""
         return self.released is not None and (self.serving is None or self.serving < self.released)
-
-    def _is_released(self, version: Version) -> bool:
-        return self.released is not None and self.released >= version
 
     # What comes in
 
@@ -90,12 +88,11 @@ class Subscription:
 
     def describe(self) -> str:
         """In one sentence, where this subscription is: for errors and status pages."""
-        if self.specs is None:
+        if self.model.specs is None:
             return "no publisher has answered there"
-        arrival = self.arrival
-        if arrival is None:
+        if self.arrival is None:
             return f"no version newer than {self.serving} was announced"
-        return arrival.describe()
+        return self.arrival.describe()
 
     def hello(self) -> list[Effect]:
         """Make this engine known."""
@@ -114,11 +111,16 @@ class Subscription:
         if isinstance(message, Welcome):
             self._is_met = True
             return self._welcome(message)
+        if isinstance(message, Layout):
+            self.model.lay_out(message)
+            return []
         if isinstance(message, Announce):
             return self._announced(message, now_s)
+        if isinstance(message, Sealed):
+            return self._seal(message, now_s)
         if isinstance(message, Release):
             # A forgotten publisher that still runs may not lower what the fleet has released.
-            if message.version.epoch == self.epoch:
+            if message.version.epoch == self.model.epoch:
                 self.released = message.version if self.released is None else max(self.released, message.version)
         elif isinstance(message, Pong):
             if not message.known or not self._is_met:
@@ -133,42 +135,22 @@ class Subscription:
         return []
 
     def _welcome(self, message: Welcome) -> list[Effect]:
-        if message.protocol != PROTOCOL:
-            self.error = WireError(
-                f"the publisher speaks protocol {message.protocol}, this is {PROTOCOL}; "
-                "use the same weightcast on both sides"
-            )
-            return []
-        if self.epoch is not None and message.epoch < self.epoch:
+        if self.model.is_older(message.epoch):
             # A forgotten trainer that still runs: whatever it announces is older than what was seen.
             return []
-        if message.epoch != self.epoch:
+        if message.epoch != self.model.epoch:
             self._drop_unreleased()
             self.released = None
-        self.epoch = message.epoch
-        self.specs = message.specs
-        self.error = self._compare_model(message.specs)
+        self.model.welcome(message)
+        self.error = self.model.error
         return []
-
-    def _compare_model(self, specs: tuple[TensorSpec, ...]) -> ModelMismatch | None:
-        if self._expect is None:
-            return None
-        lines = find_model_differences(self._expect, specs)
-        if not lines:
-            return None
-        more = f"; and {len(lines) - MAX_DIFFERENCES_SHOWN} more" if len(lines) > MAX_DIFFERENCES_SHOWN else ""
-        return ModelMismatch(
-            f"engine {self.engine!r} and the publisher have different models: "
-            f"{'; '.join(lines[:MAX_DIFFERENCES_SHOWN])}{more}. Start the engine on a checkpoint of the model "
-            "that is being trained, or give it the right publisher's address"
-        )
 
     def _announced(self, announce: Announce, now_s: float) -> list[Effect]:
         version = announce.version
-        if self.epoch is not None and version.epoch < self.epoch:
-            reason = f"engine {self.engine!r} has met a later publisher (epoch {self.epoch}); this one is fenced"
+        if self.model.is_older(version.epoch):
+            reason = f"engine {self.engine!r} has met a later publisher (epoch {self.model.epoch}); this one is fenced"
             return [Tell(Failed(version, reason))]
-        if self.specs is None or version.epoch != self.epoch:
+        if self.model.specs is None or version.epoch != self.model.epoch:
             return []
         if isinstance(self.error, ModelMismatch):
             return [Tell(Failed(version, str(self.error)[:4000]))]
@@ -180,7 +162,7 @@ class Subscription:
         if self.taken is not None:
             self._waiting = announce
             return []
-        if self.arrival is not None and self.arrival.announce.version == version:
+        if self.arrival is not None and self.arrival.version == version:
             # The coordinator met this engine anew: say again what it may have missed.
             return self._tell_staged() if self.arrival.is_staged else []
         return self._begin(announce, now_s)
@@ -189,40 +171,66 @@ class Subscription:
         self.error = None
         self.arrival = None
         if self.role == "observer":
-            self.arrival = Arrival(announce, None, self._limits, now_s, now_s, tensors={})
+            self.arrival = Arrival(announce, None, 0, self._limits, now_s, staged_s=now_s, tensors={})
             return []
-        assert self.specs is not None
+        assert self.model.specs is not None
         try:
-            manifest, layouts = read_announce(announce, self.specs)
-            self.arrival = Arrival(announce, Staging(manifest, layouts, self._pool), self._limits, now_s)
+            staging = Staging(announce.version, self.model.specs, self.model.layouts, self._shadow)
         except WireError as error:
             return self._refuse(announce.version, error)
         except MemoryError:
-            num_bytes = sum(spec.num_bytes for spec in self.specs)
+            num_bytes = sum(spec.num_bytes for spec in self.model.specs)
             reason = f"engine {self.engine!r} has no memory for the {num_bytes} bytes of version {announce.version}"
             return self._refuse(announce.version, WireError(reason))
-        return self.arrival.begin(now_s) or self._tell_staged()
+        self.arrival = Arrival(announce, staging, self.model.chunk_bytes, self._limits, now_s, dict(self.reached))
+        effects = self.arrival.begin(now_s)
+        return effects + (self._seal(self._sealed, now_s) if self._sealed is not None else [])
 
-    def land(self, rank: int, header: ChunkHeader, buffer: npt.NDArray[np.uint8], now_s: float) -> list[Effect]:
-        """A chunk of the source `rank` came; `buffer` holds its bytes."""
+    def _seal(self, sealed: Sealed, now_s: float) -> list[Effect]:
+        """Every source has packed the version; it may come before the engine begins to fetch it."""
+        self._sealed = sealed
+        arrival = self.arrival
+        if arrival is None or arrival.version != sealed.version or arrival.staging is None or arrival.is_staged:
+            return []
+        try:
+            effects = arrival.seal(sealed.digests, now_s)
+        except WireError as error:
+            return self._refuse(sealed.version, error)
+        return self._tell_staged() if arrival.is_staged else effects
+
+    def land(
+        self, rank: int, header: ChunkHeader, body: ByteArray | None, now_s: float, *, is_hashed: bool = True
+    ) -> list[Effect]:
+        """A chunk of the source `rank` came, with its body; see `Staging.land`."""
         arrival = self.arrival
         if arrival is None or not arrival.wants(rank, header):
             return []
-        if not header.held:
-            # The source has packed a newer version, whose announcement is on its way.
+        if header.encoding == "absent":
+            # The source packs a newer version, whose announcement is on its way.
             self.arrival = None
             return []
         try:
-            effects = arrival.land(rank, header.index, buffer, now_s)
+            effects = arrival.land(rank, header, body, now_s, is_hashed=is_hashed)
         except WireError as error:
-            return self._refuse(arrival.announce.version, error)
+            return self._refuse(arrival.version, error)
         return self._tell_staged() if arrival.is_staged else effects
 
-    def _tell_staged(self) -> list[Effect]:
+    def place(self, rank: int, header: ChunkHeader) -> ByteArray | None:
+        """Where a body that is about to be received may be put at once, if anywhere."""
         arrival = self.arrival
-        if arrival is None or arrival.staging is None:
+        if arrival is None or arrival.staging is None or not arrival.wants(rank, header):
+            return None
+        return arrival.staging.place(rank, header)
+
+    def stop_reaching(self, rank: int, now_s: float) -> list[Effect]:
+        """The memory of the source `rank` cannot be read any more."""
+        self.reached = {other: kind for other, kind in self.reached.items() if other != rank}
+        return [] if self.arrival is None else self.arrival.send_again(rank, now_s)
+
+    def _tell_staged(self) -> list[Effect]:
+        if self.arrival is None or self.arrival.staging is None:
             return []
-        return [Tell(arrival.make_staged(self._wall_offset_s))]
+        return [Tell(self.arrival.make_staged(self._wall_offset_s))]
 
     def _refuse(self, version: Version, error: WeightcastError) -> list[Effect]:
         # Without its traceback, whose frames would keep the refused version's memory.
@@ -234,7 +242,7 @@ class Subscription:
         """Refuse the version that is on its way."""
         if self.arrival is None or self.arrival.is_staged:
             return []
-        return self._refuse(self.arrival.announce.version, WireError(reason))
+        return self._refuse(self.arrival.version, WireError(reason))
 
     def _drop_unreleased(self) -> None:
         self._waiting = None
@@ -252,13 +260,13 @@ class Subscription:
     def commit(self, pause_s: float, spans: tuple[Span, ...], now_s: float) -> list[Effect]:
         """The engine serves the version that it took."""
         assert self.taken is not None
-        self.serving = self.taken.announce.version
+        self.serving = self.taken.version
         return [Tell(Serving(self.serving, pause_s, spans)), *self._let_go(now_s)]
 
     def reject(self, reason: str, now_s: float) -> list[Effect]:
         """The engine could not load the version that it took, and goes on with the one before."""
         assert self.taken is not None
-        return [Tell(Failed(self.taken.announce.version, reason[:4000])), *self._let_go(now_s)]
+        return [Tell(Failed(self.taken.version, reason[:4000])), *self._let_go(now_s)]
 
     def _let_go(self, now_s: float) -> list[Effect]:
         self.taken = None
@@ -286,7 +294,7 @@ class Subscription:
         what = f"engine {self.engine!r}: the publisher was silent for {self._limits.lost_after_s:g} s"
         arrival = self.arrival
         if arrival is not None and arrival.staging is not None and not arrival.is_staged:
-            what += f" while version {arrival.announce.version} lacked {arrival.staging.num_missing} chunks"
+            what += f" while version {arrival.version} lacked {arrival.staging.num_missing} chunks"
         serves = f"goes on serving version {self.serving}" if self.serving else "keeps the weights it has"
         self.error = PeerLost(f"{what}; the engine {serves} and takes the next version of whoever publishes here")
         self._drop_unreleased()

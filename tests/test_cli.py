@@ -11,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.bridges.tiny_models import write_tiny_model
+from tests.sync.reports import make_report
+from tests.sync.trace_format import check_trace
 
+from weightcast.adapters.timeline import EventLog
 from weightcast.cli import main
+from weightcast.sync import ReportLog, Version
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 120
@@ -117,9 +121,30 @@ def test_verify_names_what_differs(models: Path, tmp_path: Path) -> None:
     assert last.startswith("1 tensors differ: 47 tensors")
 
 
+def test_trace_of_a_folder_of_events(tmp_path: Path) -> None:
+    log = EventLog("engine", tmp_path / "events.jsonl")
+    with log.phase("load", Version(1, 7)):
+        pass
+    ReportLog(tmp_path / "reports.jsonl").append(make_report(7))
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"process": "trainer-0", "event": "step", "loss": 2.5}\n{"process": "eng')
+    done = weightcast("trace", ".", "--out", "drawn.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown, figures, unfinished = done.stdout.splitlines()
+    assert shown.startswith("drawn.json: 9 phases of 6 processes, 1 versions, 1 reports; open it in https://ui.perf")
+    assert figures == "without a time, left out: 1 lines of figures"
+    assert unfinished == "still being written, left out: the last line of 1 files"
+    check_trace(json.loads((tmp_path / "drawn.json").read_text()))
+    refused = weightcast("trace", "events.jsonl", "--out", "absent/trace.json", cwd=tmp_path)
+    assert refused.returncode == 1 and "name another file with --out" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("trace", "absent"), "cannot read absent"),
+        (("trace", "empty.yaml"), "empty.yaml, line 1: Expecting value"),
+        (("trace", "qwen3"), "qwen3 has no files with .jsonl in their names"),
         (("plan", "absent/x/y"), "absent/x/y is no folder; give a Hugging Face folder"),
         (("plan", "qwen3/tokenizer.json"), "as a configuration"),
         (("plan", "qwen3", "--tp", "3", "--world-size", "8"), "does not divide the world size 8"),

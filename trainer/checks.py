@@ -9,7 +9,9 @@ as a `ConfigError` that says what to change.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from weightcast.sync import DeltaMode
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.config import ConfigContainer
 
@@ -159,3 +161,12 @@ def _check_publish(config: ConfigContainer, world_size: int) -> None:
         raise ConfigError("publish.wait_for is set and publish.to is not: say at which address engines subscribe")
     if publish.to is not None and publish.to.endswith(":0") and world_size > 1:
         raise ConfigError(f"publish.to={publish.to!r}: all ranks need the same address, so name a port that is free")
+    if publish.delta not in get_args(DeltaMode):
+        raise ConfigError(f"publish.delta={publish.delta!r} is not known; use one of {', '.join(get_args(DeltaMode))}")
+    told = [name for name in ("report_log", "metrics_port") if getattr(publish, name) is not None]
+    if told and publish.to is None:
+        raise ConfigError(f"publish.{told[0]} is set and publish.to is not: without versions there are no reports")
+    if publish.metrics_port is not None and not 0 <= publish.metrics_port <= 65535:
+        raise ConfigError(
+            f"publish.metrics_port={publish.metrics_port} is no port; use 1 to 65535, or 0 for a free one"
+        )

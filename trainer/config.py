@@ -180,6 +180,18 @@ class PublishConfig:
     """Seconds to wait for them."""
     timeout_s: float = 600.0
     """Seconds that one version may take until the fleet serves it."""
+    overlap: bool = False
+    """Train on as soon as a version is packed, while engines fetch and load it. Its report, and its failure, come with
+    the next version or at the end of the run; otherwise each step waits until the fleet serves."""
+    delta: str = "auto"
+    """Whether engines that have an earlier version are sent only what changed: `on`, `off`, `zstd` (compressed as well,
+    for links below 1 Gb/s), or `auto`, which decides by measurement."""
+    report_log: str | None = None
+    """File of JSON lines that rank 0 appends each version's report to, for `weightcast trace`; null keeps none."""
+    metrics_port: int | None = None
+    """Port on which rank 0 answers Prometheus at `/metrics` (0: a free one, which is logged); null answers nobody."""
+    metrics_host: str = "127.0.0.1"
+    """Address of this machine for `metrics_port`. Whoever reaches it may read the metrics."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,24 +1,23 @@
 """A version of the weights after a step: publishing from inside the training loop.
 
-The version's number is the step. Every rank publishes its own regions, and training goes on when the fleet serves
-the version; how long that took is in the events.
+The version's number is the step. Every rank publishes its own regions. Training goes on when the fleet serves the
+version or, with `publish.overlap`, when the version is packed; for how long it stood still is in the events.
 
     with StepPublisher(bridge.weight_source(model), cfg.publish, events) as publisher:
         publisher.after_step(report)
 """
 
-import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
-from weightcast.sync import PublishReport, Span, WeightPublisher, WeightSource
+from weightcast.sync import DeltaMode, Publication, PublishReport, Span, WeightPublisher, WeightSource
 from weightcast.trainer.config import PublishConfig
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.loop import StepReport
-
-logger = logging.getLogger(__name__)
+from weightcast.trainer.reporting import Reporting
 
 
 class StepPublisher:
@@ -33,12 +32,16 @@ class StepPublisher:
         self._config = publish
         self._events = events
         self._is_first_rank = source.rank == 0
-        self._publisher = WeightPublisher(source, publish.to, timeout_s=publish.timeout_s)
-        try:
+        self._pending: tuple[StepReport, Publication, float] | None = None
+        with ExitStack() as stack:
+            # Reports are alike on all ranks, so one rank tells of them.
+            self._reporting = stack.enter_context(Reporting(publish)) if self._is_first_rank else None
+            publisher = WeightPublisher(
+                source, publish.to, timeout_s=publish.timeout_s, delta=cast(DeltaMode, publish.delta)
+            )
+            self._publisher = stack.enter_context(publisher)
             self._publisher.wait_for_subscribers(publish.wait_for, publish.wait_timeout_s)
-        except BaseException:
-            self._publisher.close()
-            raise
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -46,7 +49,9 @@ class StepPublisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._publisher.close()
+        with self._open:
+            if error is None:
+                self._finish()
 
     def is_due(self, step: int) -> bool:
         """Whether this step is published."""
@@ -55,8 +60,21 @@ class StepPublisher:
     def after_step(self, step: StepReport) -> None:
         """Publish the version of `step` and record what became of it. Every rank calls it."""
         start_s = time.monotonic()
-        report = self._publisher.publish(version=step.step, timeout_s=self._config.timeout_s)
-        stall_s = time.monotonic() - start_s
+        self._finish()
+        publication = self._publisher.begin(version=step.step, timeout_s=self._config.timeout_s)
+        if self._config.overlap:
+            self._pending = step, publication, time.monotonic() - start_s
+        else:
+            report = publication.wait()
+            self._tell(step, report, time.monotonic() - start_s)
+
+    def _finish(self) -> None:
+        """Wait for the version that was begun last, and record what became of it."""
+        if self._pending is not None:
+            (step, publication, stall_s), self._pending = self._pending, None
+            self._tell(step, publication.wait(), stall_s)
+
+    def _tell(self, step: StepReport, report: PublishReport, stall_s: float) -> None:
         for span in self._own_spans(report):
             self._events.phase_ran(f"publish.{span.phase}", version=step.step, start_s=span.start_s, end_s=span.end_s)
         self._record(step, report, stall_s)
@@ -88,11 +106,5 @@ class StepPublisher:
             stall_s=stall_s,
             engines=[asdict(engine) for engine in engines],
         )
-        if self._is_first_rank:
-            logger.info(
-                "version %d: %.1f MB to %d engine(s), trainer stalled for %.2f s",
-                step.step,
-                report.num_bytes / 1e6,
-                len(engines),
-                stall_s,
-            )
+        if self._reporting is not None:
+            self._reporting.take(report, stall_s)

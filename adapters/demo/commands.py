@@ -54,6 +54,7 @@ def trainer_command(settings: TrainerSettings) -> Command:
         "publish.every": 1,
         "publish.wait_for": 1,
         "checkpoint.export_hf": str(settings.export),
+        "publish.report_log": str(settings.events.with_name("reports.jsonl")),
         "logger.events": str(settings.events),
     }
     if settings.data is not None:

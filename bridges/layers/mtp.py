@@ -24,9 +24,10 @@ from torch import nn
 
 from weightcast.bridges.runtime import has_transformer_engine
 
-# What megatron-core calls the layer inside, also in its global keys: the first up to 0.16, the second from 0.17 on.
-INNER_LAYERS = ("transformer_layer", "mtp_model_layer")
-INNER_LAYER = next(field.name for field in fields(MultiTokenPredictionLayerSubmodules) if field.name in INNER_LAYERS)
+# The layer inside, in global keys; the module itself megatron-core calls so up to 0.16, and from 0.17 on otherwise.
+INNER_LAYER = "transformer_layer"
+_MODULE_NAMES = (INNER_LAYER, "mtp_model_layer")
+INNER_MODULE = next(item.name for item in fields(MultiTokenPredictionLayerSubmodules) if item.name in _MODULE_NAMES)
 
 
 class PredictionLayer(MultiTokenPredictionLayer):  # type: ignore[misc]
@@ -50,7 +51,7 @@ def prediction_block(
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         linear = TESpecProvider().column_parallel_linear()
-    inner = {INNER_LAYER: layer}
+    inner = {INNER_MODULE: layer}
     submodules = MultiTokenPredictionLayerSubmodules(enorm=norm, hnorm=norm, eh_proj=linear, layer_norm=norm, **inner)
     spec = ModuleSpec(module=PredictionLayer, submodules=submodules)
     return MultiTokenPredictionBlockSubmodules(layer_specs=[spec] * count)

@@ -15,9 +15,10 @@ from torch import nn
 
 from weightcast.bridges.exchange import communication_device
 from weightcast.bridges.layers.linears import with_frozen_weight
+from weightcast.bridges.layers.mtp import INNER_LAYER, INNER_MODULE
 from weightcast.bridges.peft.factors import LowRank, PartRows, SplitLowRank
 from weightcast.bridges.peft.layers import Adaptation, adapted_class, adapted_linears
-from weightcast.bridges.peft.names import GATE_UP_PARTS, QKV_PARTS, fused_target, matches
+from weightcast.bridges.peft.names import GATE_UP_PARTS, QKV_PARTS, applies, fused_target, matches
 from weightcast.bridges.peft.placement import Placement, read_placement
 from weightcast.bridges.peft.state import AdapterState
 from weightcast.bridges.rules import FusedQkv, GatedMlp, ModelDimensions
@@ -78,6 +79,8 @@ def _whole_name(chunk: nn.Module, path: str) -> str:
             word = str(module.layer_number - 1)
         elif word.isdigit() and words[-1] == "local_experts":
             word = str(parallel_state.get_expert_model_parallel_rank() * len(before) + int(word))
+        elif word == INNER_MODULE:
+            word = INNER_LAYER
         words.append(word)
     return ".".join(words)
 
@@ -91,15 +94,19 @@ def _without_expert(name: str) -> str:
 def _check_targets(recipe: "LoRA", names: list[str]) -> None:
     """Every target is a linear of the whole model, which only all ranks together know."""
     linears = sorted({_without_expert(name) for name in names})
-    targets = [fused_target(target)[0] for target in recipe.target_modules]
-    hits = torch.tensor(
-        [any(matches(target, linear) for linear in linears) for target in targets],
-        dtype=torch.int32,
-        device=communication_device(),
-    )
+    patterns = (*recipe.rank_pattern, *recipe.alpha_pattern)
+    found = [any(matches(fused_target(target)[0], linear) for linear in linears) for target in recipe.target_modules]
+    found += [any(_is_used(recipe, target, linear) for linear in linears) for target in patterns]
+    hits = torch.tensor(found, dtype=torch.int32, device=communication_device())
     if dist.is_initialized():
         dist.all_reduce(hits, dist.ReduceOp.MAX)
-    for target, hit in zip(recipe.target_modules, hits.tolist(), strict=True):
+    used = hits.tolist()[len(recipe.target_modules) :]
+    if unused := [target for target, hit in zip(patterns, used, strict=True) if not hit]:
+        raise ConfigError(
+            f"rank_pattern or alpha_pattern names {unused[0]!r}, which means none of the adapters that target_modules "
+            f"({', '.join(recipe.target_modules)}) make; leave it out, or write it as in target_modules"
+        )
+    for target, hit in zip(recipe.target_modules, hits.tolist(), strict=False):
         if not hit:
             last = sorted({linear.rpartition(".")[2] for linear in linears})
             raise ConfigError(
@@ -108,23 +115,27 @@ def _check_targets(recipe: "LoRA", names: list[str]) -> None:
             )
 
 
+def _is_used(recipe: "LoRA", target: str, linear: str) -> bool:
+    """Whether a pattern's target means an adapter that the recipe puts on `linear`."""
+    parts = recipe.parts_of(linear)
+    return parts is not None and any(applies(target, linear, part) for part in parts or ("",))
+
+
 def _adapt(recipe: "LoRA", name: str, linear: Any, parts: tuple[str, ...]) -> None:
     placement = read_placement(linear, name)
     gated = name.endswith("linear_fc1") and linear.config.gated_linear_unit
     if parts:
         rows = _part_rows(name, linear, placement, parts)
         adapter: LowRank | SplitLowRank = SplitLowRank(
-            {part: _make_pair(recipe, f"{name}.{part}", linear, placement, rows.num_rows[part]) for part in parts}, rows
+            {part: _make_pair(recipe, name, part, linear, placement, rows.num_rows[part]) for part in parts}, rows
         )
     else:
-        adapter = _make_pair(recipe, name, linear, placement, placement.num_out)
+        adapter = _make_pair(recipe, name, "", linear, placement, placement.num_out)
     if hasattr(linear, "return_layernorm_output"):
         linear.return_layernorm_output = True  # Transformer Engine's fused norm: the adapter reads what is behind it
     linear.__class__ = adapted_class(type(linear))
     linear.adapter = adapter
-    linear.adaptation = Adaptation(
-        placement, recipe.scaling, recipe.dropout, recipe.dropout_position, recipe.use_dora, gated
-    )
+    linear.adaptation = Adaptation(placement, recipe.dropout, recipe.dropout_position, recipe.use_dora, gated)
     if recipe.use_dora:
         adapter.set_magnitude(placement.row_norms(linear.weight.detach()).to(linear.weight.dtype))
     for _, pair in adapter.pairs():
@@ -151,14 +162,15 @@ def _part_rows(name: str, linear: Any, placement: Placement, parts: tuple[str, .
     return PartRows.make(GATE_UP_PARTS, GatedMlp(name, *GATE_UP_PARTS).segments((placement.num_out,), dimensions))
 
 
-def _make_pair(recipe: "LoRA", name: str, linear: Any, placement: Placement, num_rows: int) -> LowRank:
-    weight = linear.weight
-    whole = torch.zeros(recipe.dim, placement.all_inputs, device="cpu" if not weight.is_meta else "meta")
+def _make_pair(recipe: "LoRA", name: str, part: str, linear: Any, placement: Placement, num_rows: int) -> LowRank:
+    weight, settings = linear.weight, recipe.settings_of(_without_expert(name), part)
+    whole = torch.zeros(settings.rank, placement.all_inputs, device="cpu" if not weight.is_meta else "meta")
     if not weight.is_meta:
-        _initialise(whole, recipe.lora_A_init_method, f"{getattr(linear.config, 'seed', 0)}:{name}")
+        words = f"{getattr(linear.config, 'seed', 0)}:{name}" + (f".{part}" if part else "")
+        _initialise(whole, recipe.lora_A_init_method, words)
     first = placement.rank * placement.num_in if placement.cut == "columns" else 0
     factor_in = whole[:, first : first + placement.num_in].to(device=weight.device, dtype=weight.dtype).contiguous()
-    return LowRank(placement, factor_in, weight.new_zeros(num_rows, recipe.dim))
+    return LowRank(placement, factor_in, weight.new_zeros(num_rows, settings.rank), settings.scaling)
 
 
 def _initialise(factor: torch.Tensor, method: str, seed: str) -> None:

@@ -29,24 +29,25 @@ class Factor(nn.Module):
 class LowRank(nn.Module):
     """A and B of one update, as much of them as this rank has: `linear_in` [dim, num_in], `linear_out` [num_out, dim].
 
-    `weight_magnitude` [num_out] is DoRA's, or None.
+    The update is `scaling` times B·A. `weight_magnitude` [num_out] is DoRA's, or None.
     """
 
-    def __init__(self, placement: Placement, factor_in: torch.Tensor, factor_out: torch.Tensor) -> None:
+    def __init__(self, placement: Placement, factor_in: torch.Tensor, factor_out: torch.Tensor, scaling: float) -> None:
         super().__init__()
         self.placement = placement
+        self.scaling = scaling
         self.linear_in = Factor(factor_in)
         self.linear_out = Factor(factor_out)
         self.register_parameter("weight_magnitude", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """B·A·x for the linear's input, as its output is cut."""
+        """The update of the linear's output for its input, as the output is cut."""
         low = self.placement.lower(x.to(self.linear_in.weight.dtype), self.linear_in.weight)
-        return self.placement.lift(low, self.linear_out.weight)
+        return self.placement.lift(low, self.linear_out.weight) * self.scaling
 
-    def product(self, dtype: torch.dtype) -> torch.Tensor:
-        """B·A: the rows and columns of the weight that are on this rank."""
-        return self.linear_out.weight.to(dtype) @ self.linear_in.weight.to(dtype)
+    def update(self, dtype: torch.dtype) -> torch.Tensor:
+        """Of the weight: its rows and columns that are on this rank."""
+        return (self.linear_out.weight.to(dtype) @ self.linear_in.weight.to(dtype)) * self.scaling
 
     def set_magnitude(self, norms: torch.Tensor) -> None:
         """Start DoRA with the norms of the weight's rows, so that nothing changes at first."""
@@ -109,11 +110,11 @@ class SplitLowRank(nn.Module):
         ]
         return torch.cat(all_parts, dim=-1).index_select(-1, self._order(like))
 
-    def product(self, dtype: torch.dtype) -> torch.Tensor:
-        products = {name: part.product(dtype) for name in self.rows.num_rows if (part := self._part(name)) is not None}
-        like = next(iter(products.values()))
+    def update(self, dtype: torch.dtype) -> torch.Tensor:
+        updates = {name: part.update(dtype) for name in self.rows.num_rows if (part := self._part(name)) is not None}
+        like = next(iter(updates.values()))
         all_parts = [
-            products[name] if name in products else like.new_zeros(num_rows, like.shape[1])
+            updates[name] if name in updates else like.new_zeros(num_rows, like.shape[1])
             for name, num_rows in self.rows.num_rows.items()
         ]
         return torch.cat(all_parts).index_select(0, self._order(like))

@@ -9,14 +9,16 @@ tensors, since a folder's `target_modules` may be a pattern or name modules that
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from weightcast.bridges.peft.names import LORA_A, LORA_B, LORA_MAGNITUDE, split_peft_name
 from weightcast.bridges.peft.recipes import LoRA
+from weightcast.bridges.peft.settings import UpdateSettings, Value, find_settings, shorten
 from weightcast.sync.checkpoint_files import CheckpointFiles, open_file
 from weightcast.sync.errors import CheckpointMismatch, UnsupportedModel
 
@@ -28,8 +30,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "layer_replication": (None, []),
@@ -49,31 +49,46 @@ class AdapterConfig:
     use_rslora: bool = False
     base_model: str | None = None
     lora_dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks than `r`, by regular expressions for the ends of modules' names, of which the first counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other alphas than `lora_alpha`, likewise."""
 
     @staticmethod
-    def of_recipe(recipe: LoRA, base_model: str | None) -> "AdapterConfig":
-        """The settings of `recipe`, in PEFT's words."""
-        return AdapterConfig(recipe.dim, recipe.alpha, recipe.use_dora, recipe.use_rslora, base_model, recipe.dropout)
+    def of_recipe(recipe: LoRA, base_model: str | None, settings: Mapping[str, UpdateSettings]) -> "AdapterConfig":
+        """`recipe` in PEFT's words, with the `settings` of each weight that it adapts."""
+        modules = {weight.removesuffix(".weight"): own for weight, own in settings.items()}
+        return AdapterConfig(
+            r=recipe.dim,
+            lora_alpha=recipe.alpha,
+            use_dora=recipe.use_dora,
+            use_rslora=recipe.use_rslora,
+            base_model=base_model,
+            lora_dropout=recipe.dropout,
+            rank_pattern=shorten({name: own.rank for name, own in modules.items()}, recipe.dim),
+            alpha_pattern=shorten({name: own.alpha for name, own in modules.items()}, recipe.alpha),
+        )
 
-    @property
-    def scaling(self) -> float:
-        """What B·A is multiplied with."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def settings_of(self, weights: Iterable[str]) -> dict[str, UpdateSettings]:
+        """The rank and the scaling of each of `weights`, by the base model's names."""
+        default = UpdateSettings(self.r, self.lora_alpha, self.use_rslora)
+        return find_settings(default, self.rank_pattern, self.alpha_pattern, weights)
 
     def as_json(self, target_modules: Sequence[str]) -> str:
         """The text of the file."""
-        alpha = int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
         fields: dict[str, Any] = {
+            "alpha_pattern": {name: _as_written(alpha) for name, alpha in self.alpha_pattern.items()},
             "base_model_name_or_path": self.base_model,
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": True,
-            "lora_alpha": alpha,
+            "lora_alpha": _as_written(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
             "modules_to_save": None,
             "peft_type": "LORA",
             "r": self.r,
+            "rank_pattern": dict(self.rank_pattern),
             "target_modules": list(target_modules),
             "task_type": "CAUSAL_LM",
             "use_dora": self.use_dora,
@@ -82,12 +97,19 @@ class AdapterConfig:
         return json.dumps(fields, indent=2) + "\n"
 
 
+def _as_written(alpha: float) -> float:
+    """An alpha that is a whole number as `peft` writes it."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
     """A PEFT folder whose tensors are complete: each adapted weight has its A and B and, with DoRA, its magnitudes."""
 
     config: AdapterConfig
     files: CheckpointFiles
+    settings: Mapping[str, UpdateSettings]
+    """The rank and scaling of each adapted weight of the base model, by HF's names."""
 
     def weights(self) -> dict[str, tuple[str, ...]]:
         """The adapted weights of the base model, in HF's names, and the names of their tensors here."""
@@ -113,25 +135,14 @@ def read_adapter(folder: Path) -> AdapterFolder:
             )
     config = _read_config(folder / CONFIG_FILE)
     files = open_file(folder / WEIGHTS_FILE)
-    _check_names(files, config)
-    return AdapterFolder(config, files)
+    return AdapterFolder(config, files, _check_names(files, config))
 
 
 def _read_config(path: Path) -> AdapterConfig:
-    try:
-        fields = json.loads(path.read_text())
-        for name, allowed in _NEUTRAL.items():
-            if (got := fields.get(name, allowed[0])) not in allowed:
-                raise UnsupportedModel(
-                    f"{path} has {name}={got!r}, which is not computed here; allowed is {allowed[0]!r}: merge the "
-                    "adapter with peft, or train one without"
-                )
-        init = fields.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
-            raise UnsupportedModel(
-                f"{path} has init_lora_weights={init!r}, which changes the base model's weights as well; convert the "
-                "adapter to a plain one with peft's path_initial_model_for_weight_conversion"
-            )
+    with _damaged(path):
+        fields: dict[str, Any] = dict(json.loads(path.read_text()))
+    _refuse_other_kinds(path, fields)
+    with _damaged(path):
         return AdapterConfig(
             r=int(fields["r"]),
             lora_alpha=float(fields["lora_alpha"]),
@@ -139,14 +150,47 @@ def _read_config(path: Path) -> AdapterConfig:
             use_rslora=bool(fields.get("use_rslora", False)),
             base_model=fields.get("base_model_name_or_path"),
             lora_dropout=float(fields.get("lora_dropout", 0.0)),
+            rank_pattern=_read_pattern(fields.get("rank_pattern"), int),
+            alpha_pattern=_read_pattern(fields.get("alpha_pattern"), float),
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Say so when what is read here is no configuration of an adapter."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         raise CheckpointMismatch(
             f"{path} is not the configuration of a LoRA adapter ({error!r}); save the adapter again with peft"
         ) from error
 
 
-def _check_names(files: CheckpointFiles, config: AdapterConfig) -> None:
+def _refuse_other_kinds(path: Path, fields: Mapping[str, Any]) -> None:
+    for name, allowed in _NEUTRAL.items():
+        if (got := fields.get(name, allowed[0])) not in allowed:
+            raise UnsupportedModel(
+                f"{path} has {name}={got!r}, which is not computed here; allowed is {allowed[0]!r}: merge the "
+                "adapter with peft, or train one without"
+            )
+    init = fields.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
+        raise UnsupportedModel(
+            f"{path} has init_lora_weights={init!r}, which changes the base model's weights as well; convert the "
+            "adapter to a plain one with peft's path_initial_model_for_weight_conversion"
+        )
+
+
+def _read_pattern(pattern: Mapping[str, Any] | None, kind: type[Value]) -> dict[str, Value]:
+    """Numbers above 0 by regular expression. Raises `ValueError`, `re.error`, and others for what is no such thing."""
+    numbers = {str(re.compile(key).pattern): kind(value) for key, value in (pattern or {}).items()}
+    if wrong := {key: value for key, value in numbers.items() if value <= 0}:
+        raise ValueError(f"{wrong} is not above 0")
+    return numbers
+
+
+def _check_names(files: CheckpointFiles, config: AdapterConfig) -> dict[str, UpdateSettings]:
+    """The settings of each adapted weight."""
     found: dict[str, set[str]] = {}
     for spec in files.specs:
         split = split_peft_name(spec.name)
@@ -155,13 +199,17 @@ def _check_names(files: CheckpointFiles, config: AdapterConfig) -> None:
                 f"{spec.name} in {files.files[spec.name]} is no tensor of a LoRA adapter; only lora_A, lora_B and "
                 "lora_magnitude_vector of linear modules are read"
             )
-        rank = {LORA_A: spec.shape[0], LORA_B: spec.shape[-1]}.get(split[1], config.r)
-        if rank != config.r:
+        found.setdefault(split[0], set()).add(split[1])
+    settings = config.settings_of(found)
+    for spec in files.specs:
+        weight, tensor = split_peft_name(spec.name) or ("", "")
+        want = settings[weight].rank
+        if {LORA_A: spec.shape[0], LORA_B: spec.shape[-1]}.get(tensor, want) != want:
+            said = f"r={want}" if want == config.r else f"r={want} for it in rank_pattern"
             raise CheckpointMismatch(
-                f"{spec.name} has shape {spec.shape}, but {CONFIG_FILE} says r={config.r}; take both files of the same "
+                f"{spec.name} has shape {spec.shape}, but {CONFIG_FILE} says {said}; take both files of the same "
                 "adapter"
             )
-        found.setdefault(split[0], set()).add(split[1])
     wanted = {LORA_A, LORA_B, *([LORA_MAGNITUDE] if config.use_dora else [])}
     for weight, tensors in found.items():
         if tensors != wanted:
@@ -172,3 +220,4 @@ def _check_names(files: CheckpointFiles, config: AdapterConfig) -> None:
             )
     if not found:
         raise CheckpointMismatch(f"{files.folder} holds no tensor of an adapter; save the adapter again")
+    return settings

@@ -32,8 +32,6 @@ class Adaptation:
     """How one linear is adapted, and whether its weight holds the update already."""
 
     placement: Placement
-    scaling: float
-    """The update is this times B·A."""
     dropout: float
     dropout_position: str
     use_dora: bool
@@ -57,7 +55,7 @@ class AdaptedLinear(nn.Module):
             return output, bias
         if self.adaptation.use_dora:
             return _dora_output(self, output, seen, added_bias=None if bias is not None else self.own_bias()), bias
-        return output + _scaled_update(self, _drop_inputs(self, seen)).to(output.dtype), bias
+        return output + _update_output(self, _drop_inputs(self, seen)).to(output.dtype), bias
 
     def own_bias(self) -> torch.Tensor | None:
         """The bias that the linear adds itself."""
@@ -89,7 +87,7 @@ def adapted_linears(modules: Iterable[nn.Module]) -> Iterator[AdaptedLinear]:
 def merged_weight(linear: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight with its update, on this rank, computed in `dtype`. A collective for DoRA on a row-parallel linear."""
     adaptation = linear.adaptation
-    whole = linear.weight.detach().to(dtype) + linear.adapter.product(dtype).detach() * adaptation.scaling
+    whole = linear.weight.detach().to(dtype) + linear.adapter.update(dtype).detach()
     if not adaptation.use_dora:
         return whole
     norms = adaptation.placement.row_norms(whole)
@@ -109,9 +107,9 @@ def _unpack(result: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | 
     return output, bias, x
 
 
-def _scaled_update(linear: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
+def _update_output(linear: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
     adaptation = linear.adaptation
-    update: torch.Tensor = linear.adapter(x) * adaptation.scaling
+    update: torch.Tensor = linear.adapter(x)
     if linear.training and adaptation.dropout and adaptation.dropout_position == "post":
         is_cut = adaptation.placement.cut == "rows" or adaptation.placement.sequence_parallel
         with _random_per_rank(adaptation.placement, is_cut):
@@ -141,15 +139,14 @@ def _dora_output(
     with torch.no_grad():
         # The norm counts as a constant (section 4.3 of the DoRA paper).
         weight = linear.weight.detach()
-        update = linear.adapter.product(weight.dtype)
-        norms = adaptation.placement.row_norms(weight + adaptation.scaling * update)
+        norms = adaptation.placement.row_norms(weight + linear.adapter.update(weight.dtype))
     scale = linear.adapter.magnitude(norms) / norms
     x = _drop_inputs(linear, seen)
     if x is seen:
         base = output if added_bias is None else output - added_bias
     else:
         base = adaptation.placement.project(x, weight)
-    return output + ((scale - 1) * base + scale * _scaled_update(linear, x)).to(output.dtype)
+    return output + ((scale - 1) * base + scale * _update_output(linear, x)).to(output.dtype)
 
 
 def _shard_adapter(

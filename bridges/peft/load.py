@@ -17,6 +17,7 @@ from weightcast.bridges.peft.folder import AdapterFolder
 from weightcast.bridges.peft.names import LORA_A, PARTS, linear_of_key, peft_name
 from weightcast.bridges.peft.recipes import CanonicalLoRA, DoRA, LoRA
 from weightcast.bridges.peft.rules import PART_FIELDS
+from weightcast.bridges.peft.settings import UpdateSettings, shorten
 from weightcast.bridges.plan import Plan
 from weightcast.bridges.rule_table import name_some
 from weightcast.bridges.rules import Rule, expand_rules
@@ -34,7 +35,7 @@ def recipe_of_folder(folder: AdapterFolder, rules: Sequence[Rule], num_layers: i
 
     Raises `UnsupportedModel` for an adapter of something that is no linear of a layer, or of some experts only.
     """
-    selection = select_linears(folder, rules, num_layers)
+    selection, settings = select_linears(folder, rules, num_layers)
     targets = find_targets(selection)
     config = folder.config
     kind = DoRA if config.use_dora else CanonicalLoRA if any(map(_is_part, targets)) else LoRA
@@ -42,44 +43,66 @@ def recipe_of_folder(folder: AdapterFolder, rules: Sequence[Rule], num_layers: i
         target_modules=targets,
         dim=config.r,
         alpha=config.lora_alpha,
+        rank_pattern=shorten({name: own.rank for name, own in settings.items()}, config.r),
+        alpha_pattern=shorten({name: own.alpha for name, own in settings.items()}, config.lora_alpha),
         use_rslora=config.use_rslora,
         dropout=config.lora_dropout,
     )
 
 
-def select_linears(folder: AdapterFolder, rules: Sequence[Rule], num_layers: int) -> Selection:
-    """How each linear of the model is adapted in `folder`. Raises `UnsupportedModel`."""
-    adapted = set(folder.weights())
-    left = set(adapted)
+def select_linears(
+    folder: AdapterFolder, rules: Sequence[Rule], num_layers: int
+) -> tuple[Selection, dict[str, UpdateSettings]]:
+    """How each linear of the model is adapted in `folder`, and the settings of each adapter by its whole target.
+
+    Raises `UnsupportedModel`.
+    """
+    left = set(folder.settings)
     selection: dict[str, tuple[str, ...] | None] = {}
+    settings: dict[str, UpdateSettings] = {}
     with folder.files.reader() as reader:
         for key, rule in expand_rules(rules, num_layers).items():
             linear = linear_of_key(key)
             if linear is not None:
-                selection[linear] = _select(rule, adapted, reader)
+                groups = _groups(rule)
+                parts = selection[linear] = _select(rule.megatron, groups, folder.settings, reader)
+                if parts is not None:
+                    settings |= _by_target(linear, parts, groups[0], folder.settings)
                 left -= set(rule.hf_names)
     if left:
         raise UnsupportedModel(
             f"{folder.files.folder} adapts {name_some(sorted(left))}, which is no linear inside a layer of this model; "
             "take an adapter of this model, without modules such as lm_head, embed_tokens or a router"
         )
-    return selection
+    return selection, settings
 
 
-def _select(rule: Rule, adapted: set[str], reader: RegionReader) -> tuple[str, ...] | None:
-    groups = _groups(rule)
-    if not any(name in adapted for group in groups for name in group.values()):
+def _select(
+    megatron: str, groups: Sequence[Mapping[str, str]], settings: Mapping[str, UpdateSettings], reader: RegionReader
+) -> tuple[str, ...] | None:
+    adapted = [name for group in groups for name in group.values() if name in settings]
+    if not adapted:
         return None
-    present = {tuple(part for part, name in group.items() if name in adapted) for group in groups}
+    present = {tuple((part, settings[name]) for part, name in group.items() if name in settings) for group in groups}
     if len(present) > 1:
         raise UnsupportedModel(
-            f"the adapter has {name_some([name for group in groups for name in group.values() if name in adapted])}, "
-            f"but not the same of all experts of {rule.megatron}; experts of a layer are adapted alike"
+            f"the adapter has {name_some(adapted)}, but not the same, or not with the same rank and alpha, of all "
+            f"experts of {megatron}; experts of a layer are adapted alike"
         )
-    (parts,) = present
-    if len(parts) == len(groups[0]) and all(_share_inputs(list(group.values()), reader) for group in groups):
+    (own,) = present
+    alike = len({setting for _, setting in own}) == 1
+    if alike and len(own) == len(groups[0]) and all(_share_inputs(list(group.values()), reader) for group in groups):
         return ()
-    return parts
+    return tuple(part for part, _ in own)
+
+
+def _by_target(
+    linear: str, parts: Sequence[str], names: Mapping[str, str], settings: Mapping[str, UpdateSettings]
+) -> dict[str, UpdateSettings]:
+    """The settings of one linear, or of its adapted `parts` with their HF `names`, by the targets that mean them."""
+    if not parts:
+        return {linear: settings[next(iter(names.values()))]}
+    return {f"{linear.rpartition('.')[0]}.{_TARGETS[part]}": settings[names[part]] for part in parts}
 
 
 def _groups(rule: Rule) -> list[dict[str, str]]:
@@ -120,13 +143,16 @@ def _is_part(target: str) -> bool:
     return target.rpartition(".")[2] in PARTS
 
 
-def load_adapter(plan: Plan, folder: AdapterFolder, recipe: LoRA) -> ImportReport:
+def load_adapter(
+    plan: Plan, folder: AdapterFolder, recipe: LoRA, settings: Mapping[str, UpdateSettings]
+) -> ImportReport:
     """Fill this rank's adapters, of which `plan` is the plan and `recipe` the recipe, from `folder`. No collective.
 
-    All is checked before the first parameter is written. Raises `CheckpointMismatch` when the folder is of another
-    recipe or another base model, or has several A's where the model has one.
+    `settings` are the recipe's, of each weight (`rules.weight_settings`). All is checked before the first parameter is
+    written. Raises `CheckpointMismatch` when the folder is of another recipe or another base model, or has several A's
+    where the model has one.
     """
-    _check_settings(folder, recipe)
+    _check_settings(folder, recipe, settings)
     _check_tensors(plan, folder.files)
     _check_shared_inputs(plan, folder.files)
     return import_weights(plan, folder.files)
@@ -148,14 +174,15 @@ def _check_shared_inputs(plan: Plan, files: CheckpointFiles) -> None:
                     )
 
 
-def _check_settings(folder: AdapterFolder, recipe: LoRA) -> None:
-    config = folder.config
-    got = {"rank": config.r, "scaling": config.scaling, "use_dora": config.use_dora}
-    want = {"rank": recipe.dim, "scaling": recipe.scaling, "use_dora": recipe.use_dora}
-    for name, value in got.items():
-        if want[name] != value:
+def _check_settings(folder: AdapterFolder, recipe: LoRA, settings: Mapping[str, UpdateSettings]) -> None:
+    pairs: list[tuple[str, object, object]] = [("use_dora", folder.config.use_dora, recipe.use_dora)]
+    for weight in (weight for weight in folder.settings if weight in settings):
+        got, want = folder.settings[weight], settings[weight]
+        pairs += [(f"rank of {weight}", got.rank, want.rank), (f"scaling of {weight}", got.scaling, want.scaling)]
+    for what, theirs, ours in pairs:
+        if theirs != ours:
             raise ConfigError(
-                f"{folder.files.folder} has {name} {value}, the model's adapters have {want[name]}; apply a recipe of "
+                f"{folder.files.folder} has {theirs} as {what}, the model's adapters have {ours}; apply a recipe of "
                 "the same settings, or load the folder into a model without adapters"
             )
 

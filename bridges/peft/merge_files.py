@@ -13,14 +13,21 @@ from pathlib import Path
 
 import torch
 
-from weightcast.bridges.hf_folder import DEFAULT_SHARD_BYTES, ShardFile, check_room, plan_files, write_index
+from weightcast.bridges.hf_folder import (
+    DEFAULT_SHARD_BYTES,
+    ShardFile,
+    check_room,
+    describe_files,
+    plan_files,
+    write_index,
+)
 from weightcast.bridges.hf_source import HFSource, write_companions
 from weightcast.bridges.peft.folder import AdapterFolder, read_adapter
 from weightcast.bridges.peft.names import LORA_A, LORA_B, LORA_MAGNITUDE, peft_name
 from weightcast.bridges.progress import progress_bar
 from weightcast.bridges.rule_table import name_some
 from weightcast.bridges.standalone_blocks import split_region
-from weightcast.bridges.standalone_journal import RESUMES, Journal
+from weightcast.bridges.standalone_journal import RESUMES, Journal, mark_files
 from weightcast.bridges.standalone_safetensors import SafetensorsWriter
 from weightcast.bridges.standalone_stores import hf_store
 from weightcast.bridges.whole_folder import explain_disk, partial_of, take_name
@@ -107,7 +114,7 @@ class Update:
         """The update of the base's tensor `weight`."""
         magnitude = reader.read_whole(peft_name(weight, LORA_MAGNITUDE)).float() if folder.config.use_dora else None
         factor_in, factor_out = (reader.read_whole(peft_name(weight, tensor)).float() for tensor in (LORA_A, LORA_B))
-        return Update(factor_in, factor_out, folder.config.scaling, magnitude)
+        return Update(factor_in, factor_out, folder.settings[weight].scaling, magnitude)
 
     def add_to(self, rows: torch.Tensor, region: Region) -> torch.Tensor:
         """`rows`, some whole rows of the weight, with their update, in their dtype."""
@@ -131,7 +138,7 @@ def _check_base(base: CheckpointFiles, folder: AdapterFolder) -> set[str]:
         )
     shapes = {spec.name: spec.shape for spec in folder.files.specs}
     for name in adapted:
-        wanted = _wanted_shapes(specs[name], folder.config.r)
+        wanted = _wanted_shapes(specs[name], folder.settings[name].rank)
         for tensor, shape in wanted.items():
             got = shapes.get(peft_name(name, tensor), shape)
             if got != shape:
@@ -151,8 +158,7 @@ def _wanted_shapes(spec: TensorSpec, rank: int) -> Mapping[str, tuple[int, ...]]
     return {LORA_A: (rank, *spec.shape[1:]), LORA_B: (*spec.shape[:1], rank), LORA_MAGNITUDE: spec.shape[:1]}
 
 
-def _about(base: CheckpointFiles, folder: AdapterFolder, files: Sequence[object]) -> dict[str, object]:
+def _about(base: CheckpointFiles, folder: AdapterFolder, files: Sequence[ShardFile]) -> dict[str, object]:
     """What an interrupted merge must have in common with this one to be gone on with."""
-    paths = sorted({*base.files.values(), *folder.files.files.values()})
-    stats = {str(path): path.stat() for path in paths}
-    return {"merge": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}, "files": len(files)}
+    paths = (*base.files.values(), *folder.files.files.values())
+    return {"merge": mark_files(paths), "files": describe_files(files)}

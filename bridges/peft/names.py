@@ -66,6 +66,12 @@ def fused_target(target: str) -> tuple[str, str | None]:
     return f"{stem}{dot}{fused}", part
 
 
+def applies(target: str, linear: str, part: str = "") -> bool:
+    """Whether the target means `linear`, or the `part` of it that is adapted by itself."""
+    fused, own = fused_target(target)
+    return matches(fused, linear) and own in (None, part)
+
+
 def select_parts(linear: str, targets: Iterable[str]) -> tuple[str, ...] | None:
     """How the targets want `linear` adapted: None for not at all, () as a whole, or the parts to adapt one by one.
 

@@ -29,7 +29,7 @@ def build_adapter_plan(model: Model, rules: Sequence[Rule], base_specs: Sequence
     dimensions = read_dimensions(chunks[0], rules, base_specs)
     derived = adapter_rules(rules, dimensions.num_layers, recipe)
     shards = [shard for shard in read_shards(chunks) if is_adapter_key(shard.key)]
-    specs = adapter_specs(derived, base_specs, recipe, adapter_dtype(model))
+    specs = adapter_specs(derived, base_specs, adapter_dtype(model))
     return lay_rules(shards, read_stages(chunks), dimensions, derived, specs)
 
 

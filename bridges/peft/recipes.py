@@ -9,15 +9,15 @@ A recipe is applied to a model that has its base weights and is not yet wrapped 
 Then only the adapters train, and only they are in the gradients' buffers.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from megatron.core.transformer.module import MegatronModule
 
 from weightcast.bridges.peft.attach import attach_adapters
-from weightcast.bridges.peft.names import PARTS, select_parts
+from weightcast.bridges.peft.names import PARTS, applies, select_parts
+from weightcast.bridges.peft.settings import UpdateSettings, Value
 from weightcast.bridges.shards import Model
 from weightcast.sync.errors import ConfigError
 
@@ -37,6 +37,10 @@ class LoRA:
     """The rank of the update."""
     alpha: float = 32
     """The update is multiplied by alpha / dim."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Other ranks than `dim`, by targets written as in `target_modules`, of which the first that fits counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Other alphas, likewise."""
     use_rslora: bool = False
     """Multiply by alpha / sqrt(dim) instead."""
     dropout: float = 0.0
@@ -67,7 +71,9 @@ class LoRA:
             )
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name linears to adapt, such as 'linear_qkv'")
-        for target in self.target_modules:
+        if wrong := {key: rank for key, rank in self.rank_pattern.items() if rank < 1}:
+            raise ConfigError(f"rank_pattern={wrong}: ranks must be at least 1")
+        for target in (*self.target_modules, *self.rank_pattern, *self.alpha_pattern):
             self._check_kind(target)
 
     def _check_kind(self, target: str) -> None:
@@ -80,8 +86,18 @@ class LoRA:
 
     @property
     def scaling(self) -> float:
-        """What the update B·A is multiplied with."""
-        return self.alpha / (math.sqrt(self.dim) if self.use_rslora else self.dim)
+        """What the update B·A is multiplied with where no pattern says otherwise."""
+        return UpdateSettings(self.dim, self.alpha, self.use_rslora).scaling
+
+    def settings_of(self, linear: str, part: str = "") -> UpdateSettings:
+        """Of `linear`, by its name in the whole model, or of a part of it that is adapted by itself. Pure."""
+
+        def look_up(pattern: Mapping[str, Value], default: Value) -> Value:
+            return next((value for target, value in pattern.items() if applies(target, linear, part)), default)
+
+        return UpdateSettings(
+            look_up(self.rank_pattern, self.dim), look_up(self.alpha_pattern, self.alpha), self.use_rslora
+        )
 
     def parts_of(self, linear: str) -> tuple[str, ...] | None:
         """How `linear`, by its name in the whole model, is adapted: as `names.select_parts`. Pure."""

@@ -7,7 +7,7 @@ A part of a fused linear with a pair of its own (`adapter_q`) is that part's HF 
     rules = adapter_rules(bridge.family.rules(hf_config), num_layers, LoRA(dim=16))
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -24,6 +24,7 @@ from weightcast.bridges.peft.names import (
     peft_name,
 )
 from weightcast.bridges.peft.recipes import LoRA
+from weightcast.bridges.peft.settings import UpdateSettings
 from weightcast.bridges.rules import FusedQkv, GatedMlp, ModelDimensions, Rename, Rule, Segment, expand_rules
 from weightcast.bridges.rules_experts import EXPERT, PerExpert
 from weightcast.sync.errors import UnmappedTensor
@@ -45,6 +46,8 @@ class AdapterRows:
     megatron: str
     rule: Rule
     tensor: str
+    rank: int
+    """Of the update."""
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -64,6 +67,7 @@ class AdapterInputs:
 
     megatron: str
     rule: Rule
+    rank: int
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -85,30 +89,44 @@ class AdapterInputs:
         return self
 
 
-def adapted_weights(rules: Iterable[Rule], num_layers: int, recipe: LoRA) -> dict[str, tuple[Rule, tuple[str, ...]]]:
-    """The weights that `recipe` adapts in the whole model, by global key: the rule, and the parts adapted apart."""
-    found: dict[str, tuple[Rule, tuple[str, ...]]] = {}
+@dataclass(frozen=True, slots=True)
+class AdaptedPart:
+    """A weight that is adapted, or a part of a fused one that is adapted by itself."""
+
+    prefix: str
+    """Of the global keys of its factors."""
+    rule: Rule
+    settings: UpdateSettings
+
+
+def adapted_parts(rules: Iterable[Rule], num_layers: int, recipe: LoRA) -> Iterator[AdaptedPart]:
+    """Every weight that `recipe` adapts in the whole model, or part of one that is adapted by itself."""
     for key, rule in expand_rules(rules, num_layers).items():
         linear = linear_of_key(key)
         parts = recipe.parts_of(linear) if linear is not None else None
-        if parts is not None:
-            found[key] = (rule, parts)
-    return found
+        if linear is not None and parts is not None:
+            for part in parts or ("",):
+                own = part_rule(rule, part) if part else rule
+                prefix = f"{key.removesuffix('weight')}adapter.{part and f'{part}.'}"
+                yield AdaptedPart(prefix, own, recipe.settings_of(linear, part))
+
+
+def weight_settings(rules: Iterable[Rule], num_layers: int, recipe: LoRA) -> dict[str, UpdateSettings]:
+    """The settings of each weight that `recipe` adapts, by HF's names."""
+    parts = adapted_parts(rules, num_layers, recipe)
+    return {name: part.settings for part in parts for name in part.rule.hf_names}
 
 
 def adapter_rules(rules: Iterable[Rule], num_layers: int, recipe: LoRA) -> tuple[Rule, ...]:
     """The rules of all adapters of the model. Raises `UnmappedTensor` for what PEFT has no names for."""
     result: list[Rule] = []
-    for key, (rule, parts) in adapted_weights(rules, num_layers, recipe).items():
-        stem = f"{key.removesuffix('weight')}adapter."
-        for part in parts or ("",):
-            own = part_rule(rule, part) if part else rule
-            _check_expressible(own)
-            prefix = f"{stem}{part}." if part else stem
-            result.append(AdapterInputs(f"{prefix}{LINEAR_IN}", own))
-            result.append(AdapterRows(f"{prefix}{LINEAR_OUT}", own, LORA_B))
-            if recipe.use_dora:
-                result.append(AdapterRows(f"{prefix}{MAGNITUDE}", own, LORA_MAGNITUDE))
+    for part in adapted_parts(rules, num_layers, recipe):
+        _check_expressible(part.rule)
+        rank = part.settings.rank
+        result.append(AdapterInputs(f"{part.prefix}{LINEAR_IN}", part.rule, rank))
+        result.append(AdapterRows(f"{part.prefix}{LINEAR_OUT}", part.rule, LORA_B, rank))
+        if recipe.use_dora:
+            result.append(AdapterRows(f"{part.prefix}{MAGNITUDE}", part.rule, LORA_MAGNITUDE, rank))
     return tuple(result)
 
 
@@ -136,17 +154,17 @@ def _check_expressible(rule: Rule) -> None:
 
 
 def adapter_specs(
-    rules: Sequence[Rule], base_specs: Sequence[TensorSpec], recipe: LoRA, dtype: torch.dtype
+    rules: Sequence[Rule], base_specs: Sequence[TensorSpec], dtype: torch.dtype
 ) -> tuple[TensorSpec, ...]:
-    """The tensors of a PEFT folder, in the order of the base model's, from the shapes of its weights."""
-    wanted = {name for rule in rules for name in rule.hf_names}
+    """The tensors of a PEFT folder, in the order of the base model's, from the rules of adapters and its weights."""
+    ranks = {
+        name: rule.rank for rule in rules if isinstance(rule, AdapterInputs | AdapterRows) for name in rule.hf_names
+    }
     specs: list[TensorSpec] = []
     for base in base_specs:
-        shapes = {LORA_A: (recipe.dim, base.shape[-1]), LORA_B: (base.shape[0], recipe.dim)}
-        shapes_and_magnitude = shapes | {LORA_MAGNITUDE: base.shape[:1]}
-        specs += [
-            TensorSpec(name, dtype, shape)
-            for tensor, shape in shapes_and_magnitude.items()
-            if (name := peft_name(base.name, tensor)) in wanted
-        ]
+        for tensor in (LORA_A, LORA_B, LORA_MAGNITUDE):
+            name = peft_name(base.name, tensor)
+            if name in ranks:
+                shape = {LORA_A: (ranks[name], base.shape[-1]), LORA_B: (base.shape[0], ranks[name])}
+                specs.append(TensorSpec(name, dtype, shape.get(tensor, base.shape[:1])))
     return tuple(specs)

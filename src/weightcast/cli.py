@@ -223,6 +223,39 @@ def inspect_(
         json_file.write_text(json.dumps(as_json(contents), indent=1) + "\n")
 
 
+@app.command()
+def trace(
+    events: Annotated[
+        list[Path], typer.Argument(help="Event files and reports of a run (JSON lines), or folders of them.")
+    ],
+    out: Annotated[Path, typer.Option(help="File for the trace.")] = Path("trace.json"),
+) -> None:
+    """Draw what every process of a run did when, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+    import json
+
+    from weightcast.sync.errors import StorageError
+    from weightcast.sync.trace import build_trace
+    from weightcast.sync.trace_input import read_recording
+    from weightcast.sync.trace_merge import merge_phases
+
+    recording = read_recording(events)
+    phases = merge_phases(recording)
+    drawn = json.dumps(build_trace(phases, recording.reports), allow_nan=False)
+    try:
+        out.write_text(drawn + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write the trace to {out}: {error}; name another file with --out") from error
+    versions, processes = {phase.version for phase in phases} - {None}, {phase.process for phase in phases}
+    typer.echo(
+        f"{out}: {len(phases)} phases of {len(processes)} processes, {len(versions)} versions, "
+        f"{len(recording.reports)} reports; open it in https://ui.perfetto.dev"
+    )
+    if recording.num_figures:
+        typer.echo(f"without a time, left out: {recording.num_figures} lines of figures")
+    if recording.num_unfinished:
+        typer.echo(f"still being written, left out: the last line of {recording.num_unfinished} files")
+
+
 def main() -> None:
     """Run the command line. Exit code 2 for wrong input, 1 for a run that failed, each with one message."""
     try:

@@ -1,12 +1,16 @@
-"""The one small interface that every transport has.
+"""The small interfaces that transports have.
 
 A server holds one snapshot and answers requests for its chunks; a client asks sources for chunks and receives them.
 Both are driven by a loop that waits on their sockets, neither has a thread, and neither decides anything: what to
 ask, and whether to believe what came, is the protocol's business.
+
+Some memory can be read without its owner's help: on the same host, by RDMA, on the same GPU. A source then packs into
+`Exposed` memory, gives out tickets to it, and only says when a chunk is there; an engine that has a `Reach` reads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +20,20 @@ from weightcast.sync.arrival import Request
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.snapshot import Snapshot
 
+ByteArray: TypeAlias = npt.NDArray[np.uint8]
+
 
 @dataclass(frozen=True, slots=True)
 class ReceivedChunk:
-    """A chunk as it came; `buffer` is valid until the client receives again."""
+    """A chunk as it came; `buffer` is valid until the client receives again. None where no bytes followed."""
 
     rank: int
     header: ChunkHeader
-    buffer: npt.NDArray[np.uint8]
+    buffer: ByteArray | None
+
+
+Place: TypeAlias = Callable[[int, ChunkHeader], ByteArray | None]
+"""(source rank, header) -> where its body may be received, when it is no larger; None for the client's own memory."""
 
 
 class ChunkServer(Protocol):
@@ -53,7 +63,7 @@ class ChunkServer(Protocol):
         ...
 
     def answer(self) -> None:
-        """Answer the requests that are there, without waiting for more."""
+        """Answer the requests that are there, and earlier ones whose chunks became ready, without waiting for more."""
         ...
 
     def close(self) -> None:
@@ -72,10 +82,59 @@ class ChunkClient(Protocol):
         """Readable when `receive` has something to give."""
         ...
 
-    def receive(self, socket: zmq.Socket[bytes]) -> ReceivedChunk | None:
+    def receive(self, socket: zmq.Socket[bytes], place: Place) -> ReceivedChunk | None:
         """One chunk that is there, or None. `WireError` when it is malformed."""
         ...
 
     def close(self) -> None:
         """Stop asking."""
+        ...
+
+
+class Exposed(Protocol):
+    """Memory of this process that receivers may read. Each kind's module makes it by `expose(num_bytes)`."""
+
+    @property
+    def kind(self) -> str:
+        """The kind's name, as in tickets."""
+        ...
+
+    @property
+    def memory(self) -> ByteArray:
+        """The memory, writable here, zeroed when made."""
+        ...
+
+    @property
+    def ticket(self) -> bytes:
+        """What a receiver needs to reach it, at most `MAX_TICKET_BYTES`, in a checked form."""
+        ...
+
+    def close(self) -> None:
+        """Give out no more; receivers that have it open keep what they have."""
+        ...
+
+
+class Reach(Protocol):
+    """Memory of a source as a receiver has it. Each kind's module makes it by `reach(ticket, timeout_s)`."""
+
+    @property
+    def kind(self) -> str:
+        """The kind's name, as in tickets."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes may be read."""
+        ...
+
+    def view(self, start_byte: int, num_bytes: int) -> ByteArray | None:
+        """A read-only view, where the memory is mapped into this process; otherwise None."""
+        ...
+
+    def read(self, start_byte: int, into: ByteArray) -> None:
+        """Copy bytes from there; at most as long as the deadline with which the reach was made."""
+        ...
+
+    def close(self) -> None:
+        """Let go."""
         ...

@@ -1,22 +1,25 @@
-"""Chunks over ZeroMQ: zero-copy out of the snapshot, straight into one scratch buffer on the other side.
+"""Chunks over ZeroMQ: zero-copy out of the snapshot, straight to their places on the other side.
 
 Receiver-driven: nothing is sent that was not asked for, and an engine asks only for what it has room for, so a slow
-engine costs the source no memory (frames point into the snapshot). An engine that asks for more than
-`MAX_CREDIT_CHUNKS` chunks at once is not answered until what it asked for has left.
+engine costs the source no memory (frames point into the snapshot). A request for a chunk that is not packed yet waits
+until it is. An engine that asks for more than `MAX_CREDIT_CHUNKS` chunks at once is not answered until what it asked
+for has left.
+
+One connection of TCP carries 30 Gb/s at best, so an engine has several to each source.
 """
 
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import zmq
 
 from weightcast.sync.arrival import MAX_CREDIT_CHUNKS, Request
 from weightcast.sync.errors import WireError
 from weightcast.sync.messages import ChunkHeader, ChunkRequest, decode, encode
-from weightcast.sync.snapshot import Snapshot
+from weightcast.sync.snapshot import ABSENT, Snapshot
 from weightcast.sync.transports import zmq_sockets
-from weightcast.sync.transports.base import ReceivedChunk
+from weightcast.sync.transports.base import ByteArray, Place, ReceivedChunk
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 
 MAX_REQUEST_BYTES = 4096
@@ -31,6 +34,8 @@ class ZmqChunkServer:
         self.num_malformed = 0
         self._snapshot: Snapshot | None = None
         self._under_way: dict[bytes, deque[zmq.MessageTracker]] = {}
+        # Requests for chunks that are not packed yet, in the order in which they came; bounded a peer by its credit.
+        self._waiting: dict[bytes, deque[ChunkRequest]] = {}
 
     @property
     def is_sending(self) -> bool:
@@ -38,7 +43,7 @@ class ZmqChunkServer:
         return any(not tracker.done for trackers in self._under_way.values() for tracker in trackers)
 
     def hold(self, snapshot: Snapshot) -> None:
-        """Serve this snapshot from now on; requests for another are answered with 'not held'."""
+        """Serve this snapshot from now on; requests for another are answered with 'absent'."""
         self._snapshot = snapshot
         self._under_way.clear()
 
@@ -47,7 +52,9 @@ class ZmqChunkServer:
         self._snapshot = None
 
     def answer(self) -> None:
-        """Answer every request that is there."""
+        """Answer every request that is there, and earlier ones whose chunks became ready."""
+        for peer in list(self._waiting):
+            self._answer_waiting(peer)
         while True:
             try:
                 peer, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -57,24 +64,46 @@ class ZmqChunkServer:
                 request = decode(frames[0]) if len(frames) == 1 else None
             except WireError:
                 request = None
-            if isinstance(request, ChunkRequest):
-                self._send(peer, request)
-            else:
+            if not isinstance(request, ChunkRequest):
                 self.num_malformed += 1
+            elif self._must_wait(request):
+                waiting = self._waiting.setdefault(peer, deque())
+                if len(waiting) < MAX_CREDIT_CHUNKS:
+                    waiting.append(request)
+            else:
+                self._send(peer, request)
+
+    def _must_wait(self, request: ChunkRequest) -> bool:
+        snapshot = self._snapshot
+        return snapshot is not None and request.version == snapshot.version and not snapshot.is_ready(request.index)
+
+    def _answer_waiting(self, peer: bytes) -> None:
+        waiting = self._waiting.pop(peer)
+        still = deque(request for request in waiting if self._must_wait(request))
+        if still:
+            self._waiting[peer] = still
+        for request in waiting:
+            if not self._must_wait(request):
+                self._send(peer, request)
 
     def _send(self, peer: bytes, request: ChunkRequest) -> None:
         snapshot = self._snapshot
-        if snapshot is None or request.version != snapshot.version or request.index >= len(snapshot.buffers):
-            self.socket.send_multipart([peer, encode(ChunkHeader(request.version, request.index, False))])
+        if snapshot is None or request.version != snapshot.version:
+            body, body_hash = ABSENT, b""
+        else:
+            body = snapshot.body(request.index, request.base, reached=request.reached)
+            body_hash = snapshot.hash(request.index, body)
+        header = encode(ChunkHeader(request.version, request.index, body.encoding, body.base, body_hash))
+        if body.data is None:
+            self.socket.send_multipart([peer, header])
             return
         trackers = self._under_way.setdefault(peer, deque())
         while trackers and trackers[0].done:
             trackers.popleft()
         if len(trackers) >= MAX_CREDIT_CHUNKS:
             return
-        header = encode(ChunkHeader(request.version, request.index, True))
         self.socket.send_multipart([peer, header], zmq.SNDMORE)
-        tracker = self.socket.send(snapshot.buffers[request.index], copy=False, track=True)
+        tracker = self.socket.send(body.data, copy=False, track=True)
         assert tracker is not None
         trackers.append(tracker)
 
@@ -85,68 +114,75 @@ class ZmqChunkServer:
 
 
 class ZmqChunkClient:
-    """One DEALER a source. Received bytes lie in a scratch buffer that stays in cache."""
+    """`num_links` DEALERs a source, which take its chunks in turn."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: CurveKeys | None) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: CurveKeys | None, *, num_links: int = 1) -> None:
         self._context = context
         self._keys = keys
-        self._links: dict[tuple[int, str, int], zmq.Socket[bytes]] = {}
+        self._num_links = num_links
+        self._links: dict[tuple[int, str, int], list[zmq.Socket[bytes]]] = {}
         self._ranks: dict[zmq.Socket[bytes], int] = {}
-        self._scratch: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._scratch: ByteArray = np.empty(0, np.uint8)
 
     def ask(self, request: Request) -> None:
-        """Send a request, over a new link where the source is new."""
+        """Send a request, over new links where the source is new."""
         raw = encode(request.message)
-        socket = self._links.get((request.rank, request.address, request.chunk_bytes))
-        if socket is None:
-            socket = self._open(request)
+        links = self._links.get((request.rank, request.address, request.chunk_bytes))
+        if links is None:
+            links = self._open(request)
+        number = request.message.index % len(links)
         try:
-            socket.send(raw, zmq.NOBLOCK)
+            links[number].send(raw, zmq.NOBLOCK)
         except zmq.Again:
             # After a frame beyond the limit libzmq ends a link for good, and a plain send would wait for ever.
-            self._open(request).send(raw, zmq.NOBLOCK)
+            self._open(request)[number].send(raw, zmq.NOBLOCK)
 
-    def _open(self, request: Request) -> zmq.Socket[bytes]:
+    def _open(self, request: Request) -> list[zmq.Socket[bytes]]:
         self._drop_rank(request.rank)
         limit = request.chunk_bytes + _HEADER_ROOM_BYTES
-        socket = zmq_sockets.connect(self._context, request.address, self._keys, limit)
-        self._links[request.rank, request.address, request.chunk_bytes] = socket
-        self._ranks[socket] = request.rank
+        links = [zmq_sockets.connect(self._context, request.address, self._keys, limit) for _ in range(self._num_links)]
+        self._links[request.rank, request.address, request.chunk_bytes] = links
+        self._ranks |= dict.fromkeys(links, request.rank)
         if len(self._scratch) < request.chunk_bytes:
             self._scratch = np.empty(request.chunk_bytes, np.uint8)
-        return socket
+        return links
 
     def _drop_rank(self, rank: int) -> None:
-        """A source that moved: its old link would only reconnect forever."""
+        """A source that moved: its old links would only reconnect forever."""
         for key in [key for key in self._links if key[0] == rank]:
-            socket = self._links.pop(key)
-            del self._ranks[socket]
-            socket.close(0)
+            for socket in self._links.pop(key):
+                del self._ranks[socket]
+                socket.close(0)
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """The links."""
         return list(self._ranks)
 
-    def receive(self, socket: zmq.Socket[bytes]) -> ReceivedChunk | None:
+    def receive(self, socket: zmq.Socket[bytes], place: Place) -> ReceivedChunk | None:
         """One chunk, or None when there is none."""
         try:
             raw = socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
-        num_bytes = 0
-        if socket.rcvmore:
-            num_bytes = socket.recv_into(self._scratch.data)
-        extra_frames = 0
-        while socket.rcvmore:
-            socket.recv()
-            extra_frames += 1
-        header = decode(raw)
         rank = self._ranks[socket]
-        if not isinstance(header, ChunkHeader) or extra_frames or num_bytes > len(self._scratch):
-            raise WireError(
-                f"source rank {rank} sent something else than a chunk of at most {len(self._scratch)} bytes"
-            )
-        return ReceivedChunk(rank, header, self._scratch[:num_bytes])
+        try:
+            header = decode(raw)
+        except WireError:
+            for _ in _rest(socket):
+                pass
+            raise
+        if not isinstance(header, ChunkHeader):
+            for _ in _rest(socket):
+                pass
+            raise WireError(f"source rank {rank} sent a {type(header).__name__} instead of a chunk")
+        if not socket.rcvmore:
+            return ReceivedChunk(rank, header, None)
+        target = place(rank, header)
+        target = self._scratch if target is None else target
+        num_bytes = socket.recv_into(target.data)
+        if sum(1 for _ in _rest(socket)) or num_bytes > len(target):
+            raise WireError(f"source rank {rank} sent something else than a chunk of at most {len(target)} bytes")
+        return ReceivedChunk(rank, header, target[:num_bytes])
 
     def close(self) -> None:
         """Close every link."""
@@ -154,3 +190,9 @@ class ZmqChunkClient:
             socket.close(0)
         self._ranks.clear()
         self._links.clear()
+
+
+def _rest(socket: zmq.Socket[bytes]) -> Iterator[bytes]:
+    """The frames of a message that are left."""
+    while socket.rcvmore:
+        yield socket.recv()

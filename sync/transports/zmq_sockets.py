@@ -8,6 +8,7 @@ and only peers whose public key is on the list are heard.
 import ipaddress
 import os
 import re
+import secrets
 import socket as os_socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,15 @@ class _AllowList:
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether the peer with this public key (Z85) may speak."""
         return key in self._allowed
+
+
+def data_address(address: str, rank: int) -> str:
+    """Where a source serves its chunks: a free port on the interface that leads to rank 0, or a path beside its."""
+    parsed = parse_address(address)
+    if parsed.transport == "ipc":
+        return f"ipc://{parsed.host}.{rank}-{os.getpid()}-{secrets.token_hex(3)}"
+    host = parsed.host if parsed.is_local else own_host(parsed)
+    return f"tcp://{host}:*"
 
 
 def own_host(toward: Address) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 from importlib import import_module
 
 import codec
+import digests
 import engines
 import gpu
 import links
@@ -165,6 +166,29 @@ CPU_CASES: tuple[Case, ...] = (
         at_most(1.05),
         partial(moves.measure_memory, side="receiver"),
         "the model",
+    ),
+    *(
+        Case(
+            f"{what}_gbps",
+            f"{text}: speed against a plain copy",
+            None,
+            partial(digests.measure_digest, what=what),
+            "copy",
+        )
+        for what, text in (
+            ("digest", "a digest alone, one core"),
+            ("digest_numpy", "a digest alone, with numpy"),
+            ("copy_then_digest", "a copy, then its digest"),
+            ("copy_with_digest", "a copy with its digest, in one pass"),
+            ("land_chunks", "chunks hashed, then copied with their digests"),
+        )
+    ),
+    Case(
+        "shared_memory_read_gbps",
+        "a source's shared memory, read with its digest, one core: speed against a plain copy",
+        None,
+        digests.measure_read,
+        "copy",
     ),
 )
 

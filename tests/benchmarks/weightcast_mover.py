@@ -6,7 +6,6 @@ every version into parameters of its own (otherwise what was staged is what it h
 update gets it).
 """
 
-import inspect
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +28,13 @@ class PublishingSender:
         address = options.get("address") or f"ipc://{self._folder.name}/bench"
         arguments = {name: options[name] for name in ("delta", "chunk_bytes", "expose") if name in options}
         policy = FleetPolicy.all(minimum=options["receivers"])
-        # REMOVE known() when the publisher takes `delta`.
         self.publisher = WeightPublisher(
             state,
             address,
             policy=policy,
             timeout_s=TIMEOUT_S,
             keys=publisher_keys(options.get("keys")),
-            **known(WeightPublisher, arguments),
+            **arguments,
         )
         self.address = self.publisher.address
         self._members = options.get("members", options["receivers"]) if state.rank == 0 else 0
@@ -69,8 +67,8 @@ def describe_report(report: PublishReport) -> dict[str, Any]:
                 "pause_s": engine.pause_s,
                 "stage_s": engine.stage_s,
                 "spans_s": {span.phase: span.end_s - span.start_s for span in engine.spans},
-                # REMOVE getattr when reports say the transport.
-                "transport": getattr(engine, "transport", "zmq"),
+                "transport": engine.transport,
+                "num_bytes": engine.num_bytes,
             }
             for engine in report.engines
         },
@@ -82,13 +80,12 @@ class SubscribingReceiver:
 
     def __init__(self, specs: Sequence[TensorSpec], address: str, options: Mapping[str, Any]) -> None:
         arguments = {"transport": options["transport"]} if "transport" in options else {}
-        # REMOVE known() when the subscriber takes `transport`.
         self._subscriber = WeightSubscriber(
             address,
             engine=options.get("engine", "engine-0"),
             expect=specs,
             keys=engine_keys(options.get("keys")),
-            **known(WeightSubscriber, arguments),
+            **arguments,
         )
         self._loads = "device" in options
         self.tensors: Mapping[str, torch.Tensor] = allocate(specs, options["device"]) if self._loads else {}
@@ -133,11 +130,6 @@ def engine_keys(keys: Sequence[str] | None) -> CurveKeys | None:
         return None
     server, _, public, secret = (key.encode() for key in keys)
     return CurveKeys(public, secret, server=server)
-
-
-def known(target: Callable[..., object], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of `arguments` that `target` takes today."""
-    return {name: value for name, value in arguments.items() if name in inspect.signature(target).parameters}
 
 
 def _nothing() -> None:

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,10 @@ def build(folder: Path, settings: dict[str, Any], with_ddp: bool = False) -> tup
 
 def on_this_context_rank(*parts: torch.Tensor) -> list[torch.Tensor]:
     """Of each [batch, sequence] the tokens that this context parallel rank computes."""
-    cut = get_batch_on_this_cp_rank({str(number): part for number, part in enumerate(parts)})
+    settings: dict[str, Any] = {"cp_group": parallel_state.get_context_parallel_group()}
+    if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters:  # megatron-core 0.19
+        settings["is_hybrid_cp"] = False
+    cut = get_batch_on_this_cp_rank({str(number): part for number, part in enumerate(parts)}, **settings)
     return [part.contiguous() for part in cut.values()]
 
 

@@ -212,6 +212,8 @@ def refuse_misuse(models: str, out: str) -> dict[str, Any]:
     without = AutoBridge.from_hf_pretrained(Path(models, "llama3.1"))
     Path(out, "full").mkdir()
     Path(out, "full", "file").touch()
+    Path(out, "cut").mkdir()
+    Path(out, "cut", "metadata.json").write_text('{"sharded')
     return {
         "gpt2": message(lambda: AutoBridge.from_hf_pretrained(Path(out, "gpt2"))),
         "can handle": [AutoBridge.can_handle(Path(out, name)) for name in ("gpt2", "empty", "absent/x/y")],
@@ -226,6 +228,7 @@ def refuse_misuse(models: str, out: str) -> dict[str, Any]:
         "other model": message(lambda: other.plan(model)),
         "setting": message(lambda: bridge.load_megatron_model(Path(out), tensor_parallel=2)),
         "no checkpoint": message(lambda: bridge.load_megatron_model(Path(out, "gpt2"))),
+        "cut checkpoint": message(lambda: bridge.load_megatron_model(Path(out, "cut"))),
         "checkpoint of another shape": message(lambda: bridge.load_megatron_model(Path(out, "saved"))),
         "checkpoint with more": message(lambda: without.load_megatron_model(Path(out, "saved"))),
         "checkpoint with less": message(lambda: with_biases.load_megatron_model(Path(out, "saved"))),
@@ -251,6 +254,7 @@ def test_misuse_is_refused_with_a_remedy(tiny_models: Path, tmp_path: Path) -> N
         "other model": "UnmappedTensor: ",
         "setting": "ConfigError: the provider has no setting 'tensor_parallel'",
         "no checkpoint": "gpt2 is no Megatron checkpoint; give a folder that save_megatron_model wrote",
+        "cut checkpoint": "CheckpointMismatch: " + str(tmp_path / "cut" / "metadata.json is damaged ("),
         "checkpoint of another shape": "linear_proj.weight has shape (32, 32) in the model and (32, 64) in ",
         "checkpoint with more": "_layernorm.weight in ",
         "checkpoint with less": "in the model and does not exist in ",

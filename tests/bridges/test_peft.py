@@ -93,7 +93,7 @@ def test_a_folder_comes_back_bit_for_bit(adapters: Path, case: str, layout: str)
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("differences")
-@pytest.mark.parametrize("case", ["lora-fused-rslora", "dora"])
+@pytest.mark.parametrize("case", ["lora-fused-rslora", "lora-behind-norms", "dora"])
 def test_peft_loads_what_is_saved(adapters: Path, case: str) -> None:
     expected = load_file(adapters / case / "expected.safetensors")["logits"]
     assert torch.equal(peft_logits(adapters / case / "model", adapters / case / "tp2"), expected)

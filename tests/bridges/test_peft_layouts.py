@@ -41,11 +41,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-ep2-etp1": SPLIT | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
 }
 LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
+ALPHAS = {"*.layers.2.*.linear_kv_up_proj": 3}
 CASES: dict[str, tuple[str, LoRA]] = {
-    "experts": ("qwen3-moe-biases-one-dense-layer", LoRA(dim=3, alpha=6)),
+    "experts": ("qwen3-moe-biases-one-dense-layer", LoRA(dim=3, alpha=6, rank_pattern={"linear_fc2": 2})),
     "experts-canonical": ("mixtral-window", CanonicalLoRA(dim=3, alpha=6)),
     "experts-dora": ("qwen2-moe-gated-shared-expert", DoRA(dim=3, alpha=6)),
-    "latent": ("deepseek-v3", LoRA(dim=3, alpha=6, target_modules=LATENT)),
+    "latent": ("deepseek-v3", LoRA(dim=3, alpha=6, target_modules=LATENT, alpha_pattern=ALPHAS)),
 }
 
 

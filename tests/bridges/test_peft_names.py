@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 
 from weightcast.bridges.models.llama import LLAMA
 from weightcast.bridges.models.phi3 import PHI3
@@ -13,6 +14,7 @@ from weightcast.bridges.peft.load import find_targets
 from weightcast.bridges.peft.names import linear_of_key, peft_name, select_parts, split_peft_name
 from weightcast.bridges.peft.rules import adapter_rules
 from weightcast.bridges.peft.save import target_modules
+from weightcast.bridges.peft.settings import UpdateSettings, find_settings, shorten
 from weightcast.bridges.rules import FusedQkv, ModelDimensions, Segment
 from weightcast.sync.errors import ConfigError, UnmappedTensor
 from weightcast.sync.regions import TensorSpec
@@ -78,6 +80,8 @@ def test_names_of_peft_go_both_ways() -> None:
         ({"lora_A_init_method": "ones"}, "'kaiming'"),
         ({"lora_B_init_method": "xavier"}, "start as no change"),
         ({"target_modules": []}, "is empty"),
+        ({"rank_pattern": {"linear_proj": 0}}, "ranks must be at least 1"),
+        ({"alpha_pattern": {"linear_k": 8}}, "target 'linear_qkv' instead of 'linear_k', or use CanonicalLoRA"),
         ({"target_modules": ["linear_q"]}, "target 'linear_qkv' instead of 'linear_q', or use CanonicalLoRA"),
     ],
 )
@@ -94,6 +98,54 @@ def test_dora_drops_inputs_only() -> None:
 def test_scaling_is_that_of_peft() -> None:
     assert LoRA(dim=16, alpha=32).scaling == 2
     assert LoRA(dim=16, alpha=32, use_rslora=True).scaling == 8
+
+
+RANKS = {"*.layers.3.*.linear_q": 2, "linear_qkv": 5, "linear_v": 7}
+
+
+@pytest.mark.parametrize(
+    ("linear", "part", "rank"),
+    [
+        (QKV, "adapter_q", 2),
+        (QKV, "adapter_k", 5),
+        (QKV, "adapter_v", 5),  # the first that fits
+        (QKV.replace("3", "2"), "adapter_q", 5),
+        (QKV, "", 5),
+        ("decoder.layers.3.self_attention.linear_proj", "", 16),
+    ],
+)
+def test_the_first_pattern_that_fits_says_the_rank(linear: str, part: str, rank: int) -> None:
+    recipe = CanonicalLoRA(dim=16, alpha=32, rank_pattern=RANKS, alpha_pattern={"linear_q": 8})
+    settings = recipe.settings_of(linear, part)
+    assert (settings.rank, settings.alpha) == (rank, 8 if part == "adapter_q" else 32)
+    assert settings.scaling == settings.alpha / settings.rank
+
+
+@given(
+    ranks=st.dictionaries(
+        st.sampled_from(
+            ["q_proj", r"layers\.[02]\..*_proj", "self_attn.k_proj", "layers.1.mlp.up_proj", "proj", "k_proj"]
+        ),
+        st.integers(1, 9),
+    )
+)
+def test_patterns_of_a_folder_mean_what_they_mean_to_peft(ranks: dict[str, int]) -> None:
+    names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+    modules = [f"model.layers.{layer}.{name}" for layer in (0, 1, 11) for name in names]
+    found = find_settings(UpdateSettings(4, 8, False), ranks, {}, [f"{module}.weight" for module in modules])
+    for module in modules:
+        assert found[f"{module}.weight"].rank == ranks.get(get_pattern_key(list(ranks), module), 4)
+
+
+@given(st.dictionaries(st.sampled_from([f"layers.{n}.{name}" for n in range(12) for name in "qkv"]), st.integers(1, 3)))
+def test_shortened_patterns_give_every_value_again(values: dict[str, int]) -> None:
+    pattern = shorten(values, default=2)
+    assert 2 not in pattern.values()
+    found = find_settings(UpdateSettings(2, 8, False), pattern, {}, values)
+    assert {name: settings.rank for name, settings in found.items()} == values
+    for last_name in "qkv":
+        own = {value for name, value in values.items() if name.endswith(last_name)}
+        assert (last_name in pattern) == (len(own) == 1 and own != {2})
 
 
 def test_excluded_linears_are_left_alone() -> None:

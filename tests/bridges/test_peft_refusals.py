@@ -1,6 +1,7 @@
 """What adapters and their folders are refused for, in one process: each error names the thing and the remedy."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ def test_a_target_that_is_not_there_is_refused(bridge: AutoBridge) -> None:
         build(bridge, LoRA(target_modules=["linear_proj", "linear_qvk"]))
 
 
+@pytest.mark.parametrize("key", ["linear_fc1", "linear_k", "linear_qvk", "*.layers.9.*.linear_q"])
+def test_a_pattern_that_means_no_adapter_is_refused(bridge: AutoBridge, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"names '{re.escape(key)}', which means none of the adapters"):
+        build(bridge, CanonicalLoRA(target_modules=["linear_q", "linear_proj"], rank_pattern={key: 4}))
+
+
 def test_a_second_recipe_and_a_wrapped_model_are_refused(bridge: AutoBridge) -> None:
     with pytest.raises(ConfigError, match="has adapters already"):
         LoRA().apply(build(bridge, LoRA()))
@@ -153,8 +160,12 @@ def test_bf16_sums_are_rounded_once(tiny_models: Path) -> None:
         ({"use_dora": True}, CheckpointMismatch, "there is no lora_magnitude_vector"),
         ({"peft_type": "LOHA"}, UnsupportedModel, "peft_type='LOHA', which is not computed here"),
         ({"bias": "all"}, UnsupportedModel, "bias='all'"),
-        ({"modules_to_save": ["lm_head"]}, UnsupportedModel, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 8}}, UnsupportedModel, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, UnsupportedModel, r"modules_to_save=\['lm_head'\], which"),
+        ({"rank_pattern": {"q_proj": 8}}, CheckpointMismatch, "says r=8 for it in rank_pattern; take both files"),
+        ({"rank_pattern": {"q_proj": 0}}, CheckpointMismatch, r"\{'q_proj': 0\} is not above 0"),
+        ({"rank_pattern": {"q_proj": None}}, CheckpointMismatch, "is not the configuration of a LoRA adapter"),
+        ({"alpha_pattern": {"q_proj(": 8}}, CheckpointMismatch, "is not the configuration of a LoRA adapter"),
+        ({"alpha_pattern": ["q_proj"]}, CheckpointMismatch, "is not the configuration of a LoRA adapter"),
         ({"init_lora_weights": "pissa"}, UnsupportedModel, "changes the base model's weights"),
         ({"lora_alpha": None}, CheckpointMismatch, "is not the configuration of a LoRA adapter"),
     ],
@@ -201,14 +212,37 @@ def test_incomplete_and_strange_tensors_are_refused(
 
 def test_a_folder_of_another_recipe_is_refused(bridge: AutoBridge, folder: Path) -> None:
     for recipe, error, message in (
-        (LoRA(dim=8, target_modules=["linear_qkv"]), ConfigError, "has rank 4, the model's adapters have 8"),
-        (LoRA(dim=RANK, alpha=4, target_modules=["linear_qkv"]), ConfigError, r"has scaling 2.0, .* have 1.0"),
-        (DoRA(dim=RANK, alpha=8), ConfigError, "has use_dora False"),
+        (
+            LoRA(dim=8, target_modules=["linear_qkv"]),
+            ConfigError,
+            r"has 4 as rank of \S+_proj.weight, the model's adapters have 8",
+        ),
+        (LoRA(dim=RANK, alpha=4, target_modules=["linear_qkv"]), ConfigError, r"has 2.0 as scaling of .* have 1.0"),
+        (DoRA(dim=RANK, alpha=8), ConfigError, "has False as use_dora"),
         (LoRA(dim=RANK, alpha=8), CheckpointMismatch, "lora_A.weight is not in"),
         (LoRA(dim=RANK, alpha=8, target_modules=["*.layers.0.*qkv"]), CheckpointMismatch, "has no adapter"),
     ):
         with pytest.raises(error, match=message):
             bridge.load_hf_adapter(build(bridge, recipe), folder)
+
+
+def test_different_ranks_do_not_go_into_one(bridge: AutoBridge, folder: Path) -> None:
+    def cut_one(tensors: Tensors) -> None:
+        name = f"{PREFIX}.1.self_attn.v_proj.lora"
+        tensors |= {f"{name}_A.weight": tensors[f"{name}_A.weight"][:3].clone()}
+        tensors |= {f"{name}_B.weight": tensors[f"{name}_B.weight"][:, :3].clone()}
+
+    change_tensors(folder, cut_one)
+    change_settings(folder, rank_pattern={"model.layers.1.self_attn.v_proj": 3}, alpha_pattern={"k_proj": 1})
+    model = build(bridge, LoRA(dim=RANK, alpha=8, target_modules=["linear_qkv"]))
+    with pytest.raises(ConfigError, match=r"has 0.25 as scaling of \S+k_proj.weight, the model's adapters have 2.0"):
+        bridge.load_hf_adapter(model, folder)
+    model = build(bridge)
+    bridge.load_hf_adapter(model, folder)  # chooses by itself
+    adapters = [layer.self_attention.linear_qkv.adapter for layer in model[0].decoder.layers]
+    # The A's of all are the same, but not what they are multiplied with.
+    assert [len(adapters[layer].adapter_v.linear_in.weight) for layer in (0, 1)] == [RANK, 3]
+    assert [adapters[1].adapter_k.scaling, adapters[1].adapter_v.scaling] == [0.25, 8 / 3]
 
 
 def test_different_inputs_do_not_go_into_one(bridge: AutoBridge, folder: Path) -> None:

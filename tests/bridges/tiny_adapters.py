@@ -64,12 +64,17 @@ def _phi3() -> PretrainedConfig:
     return Phi3Config(**COMMON | ids, rope_parameters=DEFAULT_ROPE)
 
 
+# Other ranks for a part of a fused linear, for all linears of a name, and for one of them.
+PATTERNS: dict[str, Any] = {
+    "rank_pattern": {"v_proj": 3, "model.layers.1.mlp.down_proj": 2},
+    "alpha_pattern": {"o_proj": 5, "model.layers.2.self_attn.q_proj": 7.5},
+}
 CASES: dict[str, AdapterCase] = {
     "lora": AdapterCase(_qwen2, ATTENTION + MLP),
     "lora-fused-rslora": AdapterCase(_llama, ATTENTION + MLP, {"use_rslora": True}, shared_inputs=True),
-    "lora-behind-norms": AdapterCase(_gemma2, ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+    "lora-behind-norms": AdapterCase(_gemma2, ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], PATTERNS),
     "lora-fused-in-hf": AdapterCase(_phi3, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
-    "dora": AdapterCase(_qwen2, ["q_proj", "v_proj", "o_proj", *MLP], {"use_dora": True}),
+    "dora": AdapterCase(_qwen2, ["q_proj", "v_proj", "o_proj", *MLP], {"use_dora": True} | PATTERNS),
     "dora-fused-biases": AdapterCase(_llama, ATTENTION + MLP, {"use_dora": True}, shared_inputs=True),
 }
 RANK, ALPHA = 6, 9

@@ -1,5 +1,6 @@
 """The main job, end to end, as a newcomer starts it: real trainer ranks, real engines, and the report they leave."""
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.sync.trace_format import check_trace
 
 from weightcast.adapters.demo.embedded_model import make_embedded_model, standard_library_files
 
@@ -48,16 +50,32 @@ def check_report(out: Path, steps: int) -> str:
     return page
 
 
+def check_drawn_trace(folder: Path, steps: int) -> None:
+    """`weightcast trace` on the events of the demo in `out/demo`: the reports and all processes' logs, as one."""
+    command = [sys.executable, "-m", "weightcast", "trace", "out/demo/events", "--out", "trace.json"]
+    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    assert f"{steps} versions, {steps} reports" in done.stdout
+    events = check_trace(json.loads((folder / "trace.json").read_text()))
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert names == {"trainer-0", "trainer-1", "fleet", "engine"}  # the report's spans are those of the logs
+    # From this rank's packing to the engine's staging, and on to its loading, for every version.
+    assert [event["ph"] for event in events if event["ph"] in "stf"] == ["s", "t", "f"] * steps
+    assert sum(event["name"] == "received bytes" for event in events) == steps
+
+
 @pytest.mark.slow
 def test_make_demo(tmp_path: Path) -> None:
-    done = make_demo("STEPS=3", f"OUT={tmp_path / 'out'}")
+    out = tmp_path / "out" / "demo"
+    done = make_demo("STEPS=3", f"OUT={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "checksums checked" in done.stdout and "Proved: the engine at version 3" in done.stdout
-    page = check_report(tmp_path / "out", steps=3)
+    page = check_report(out, steps=3)
     assert "trainer-1" in page and "the embedded Qwen3" in page
-    before, after = (load_file(tmp_path / "out" / name / "model.safetensors") for name in ("model", "export"))
+    before, after = (load_file(out / name / "model.safetensors") for name in ("model", "export"))
     assert before.keys() == after.keys()
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    check_drawn_trace(tmp_path, steps=3)
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Addresses that the tests of sync publish on."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +21,12 @@ def ipc() -> Iterator[str]:
 def address(request: pytest.FixtureRequest) -> str:
     """A free address of each transport."""
     return "tcp://127.0.0.1:0" if request.param == "tcp" else str(request.getfixturevalue("ipc"))
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """A folder for sockets with a short path that every user can enter, as the one for temporary files."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 """A man in the middle: a real forwarder between engines and a publisher, whose chunks a test may alter.
 
-It passes control messages on as they are, but for the addresses of the sources, which it replaces by its own.
+It passes control messages on as they are, but for the addresses of the sources, which it replaces by its own, and
+tickets to their memory, which would lead around it.
 
     with Middle(publisher.address, alter) as middle:
         WeightSubscriber(middle.address)
@@ -13,7 +14,7 @@ from types import TracebackType
 
 import zmq
 
-from weightcast.sync.messages import Announce, ChunkHeader, decode, encode
+from weightcast.sync.messages import Announce, ChunkHeader, Layout, decode, encode
 
 Alter = Callable[[int, bytes, bytes], list[list[bytes]]]
 """(chunk index, header frame, body) -> the messages that the engine gets instead."""
@@ -74,6 +75,8 @@ class Middle:
         if isinstance(message, ChunkHeader) and len(frames) == 2:
             return self.alter(message.index, *frames)
         if isinstance(message, Announce):
+            return [[encode(replace(message, tickets=()))]]
+        if isinstance(message, Layout):
             (offer,) = message.offers
             self._data_target = offer.address
             return [[encode(replace(message, offers=(replace(offer, address=self._data_address),)))]]

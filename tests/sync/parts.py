@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from weightcast.sync import HeldRegion, Limits, Region, TensorSpec, WeightPublisher, WeightSubscriber
 from weightcast.sync.errors import WeightcastError
-from weightcast.sync.messages import Span
+from weightcast.sync.records import Span
 
 # Patient enough for a busy machine, and quick to notice the dead.
 LIMITS = Limits(chunk_timeout_s=0.5, lost_after_s=4.0)
@@ -102,13 +102,14 @@ class Engine:
     make: Callable[..., WeightSubscriber] = WeightSubscriber
     kwargs: dict[str, object] = field(default_factory=dict)
     refuse: str = ""
+    limits: Limits = LIMITS
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     errors: list[WeightcastError] = field(default_factory=list)
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop`."""
-        with self.make(self.address, engine=self.name, limits=LIMITS, **self.kwargs) as subscriber:
+        with self.make(self.address, engine=self.name, limits=self.limits, **self.kwargs) as subscriber:
             while not stop.is_set():
                 try:
                     update = subscriber.wait(0.1)

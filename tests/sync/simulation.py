@@ -4,29 +4,33 @@ Control messages keep their order, and a broken connection loses what was under 
 routing id, as TCP and ZeroMQ do. Chunk requests are lost when the test says so.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from tests.sync.parts import TensorSource, bits, make_specs, split_rows
 
-from weightcast.sync import FleetPolicy, Limits, Version
+from weightcast.sync import FleetPolicy, Limits, Region, Version
 from weightcast.sync.arrival import Effect, Request, Tell
 from weightcast.sync.chunks import lay_out_chunks
-from weightcast.sync.coordinator import Coordinator, Outgoing
+from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.messages import (
     PROTOCOL,
     Announce,
     ChunkHeader,
     Message,
     Packed,
+    Packing,
     Published,
     SourceHello,
     decode,
     encode,
 )
-from weightcast.sync.snapshot import Snapshot, allocate_arena, pack_snapshot
+from weightcast.sync.packer import Packer, PackMode
+from weightcast.sync.records import SourceReport
+from weightcast.sync.roster import Outgoing
+from weightcast.sync.snapshot import ABSENT, Snapshot, allocate_arena
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.version import fingerprint
 
@@ -38,40 +42,61 @@ CHUNK_BYTES = 4096
 
 
 def model_of(version: Version) -> dict[str, torch.Tensor]:
-    """The weights of a version: nothing else has these bits."""
+    """The weights of a version: nothing else has these bits. Few elements change from one number to the next."""
     value = version.epoch * 1000 + version.number
-    return {"w": torch.full((4, 600), value, dtype=torch.int32), "scale": torch.tensor(value, dtype=torch.float64)}
+    weights = torch.full((4, 3000), version.epoch, dtype=torch.int32)
+    weights[:, :: 7 + version.number % 3] = value
+    return {"w": weights, "still": torch.full((900,), version.epoch), "scale": torch.tensor(value, dtype=torch.float64)}
 
 
 SPECS = tuple(make_specs(model_of(Version(0, 0))))
 
 
 class Trainer:
-    """One life of a publisher: a coordinator, and the snapshots of its sources."""
+    """One life of a publisher: a coordinator, and the packers of its sources."""
 
-    def __init__(self, epoch: int, policy: FleetPolicy, now_s: float) -> None:
+    def __init__(self, epoch: int, policy: FleetPolicy, mode: PackMode) -> None:
         self.coordinator = Coordinator(SPECS, NUM_SOURCES, epoch, CHUNK_BYTES, policy, LOST_AFTER_S, 0.0)
         self.number = 0
+        self.mode: PackMode = mode
         self.snapshots: dict[int, Snapshot] = {}
         self.published: list[Published] = []
-        self._rows = {spec.name: split_rows(spec, NUM_SOURCES) for spec in SPECS}
+        self.tensors = model_of(Version(epoch, 0))
+        rows = {spec.name: split_rows(spec, NUM_SOURCES) for spec in SPECS}
         for rank in range(NUM_SOURCES):
-            regions = tuple(self._rows[spec.name][rank] for spec in SPECS)
+            regions = tuple(rows[spec.name][rank] for spec in SPECS)
             hello = SourceHello(PROTOCOL, rank, NUM_SOURCES, fingerprint(SPECS), f"at-{epoch}-{rank}", regions)
             assert all(not out.peer.startswith(b"e") for out in self.coordinator.add_source(b"s%d" % rank, hello))
+        assert self.coordinator.roster.layout is not None
+        self.packers = [self._make_packer(offer.regions) for offer in self.coordinator.roster.layout.offers]
 
-    def pack(self, rank: int, now_s: float, timeout_s: float) -> list[Outgoing]:
-        """Pack the share of a source."""
-        version = Version(self.coordinator.epoch, self.number)
-        regions = self.coordinator._assigned[rank]
-        source = TensorSource(model_of(version), rank, NUM_SOURCES, regions)
-        specs = {spec.name: spec for spec in SPECS}
+    def _make_packer(self, regions: tuple[Region, ...]) -> Packer:
+        held = {held.region: held for held in TensorSource(self.tensors, regions=regions).held()}
         chunks = lay_out_chunks(regions, {spec.name: spec.dtype for spec in SPECS}, CHUNK_BYTES)
-        held = {held.region: held for held in source.held()}
-        snapshot = pack_snapshot(version, held, specs, regions, chunks, allocate_arena(chunks))
-        self.snapshots[rank] = snapshot
-        part = Packed(self.number, snapshot.hashes, np.array(snapshot.digests, "<u8").tobytes(), ())
-        return self.coordinator.add_part(b"s%d" % rank, part, now_s, now_s + timeout_s if rank == 0 else None)
+        arena = allocate_arena(sum(chunk.num_bytes for chunk in chunks))
+        return Packer(held, {spec.name: spec for spec in SPECS}, regions, chunks, arena, history=2)
+
+    def begin(self, rank: int, now_s: float, timeout_s: float) -> list[Outgoing]:
+        """A source begins to pack."""
+        version = Version(self.coordinator.epoch, self.number)
+        for name, tensor in model_of(version).items():
+            self.tensors[name].copy_(tensor)
+        self.snapshots[rank] = self.packers[rank].begin(version, self.mode)
+        deadline_s = now_s + timeout_s if rank == 0 else None
+        return self.coordinator.add_packing(b"s%d" % rank, Packing(self.number, ()), now_s, deadline_s)
+
+    def pack(self, rank: int, count: int, now_s: float) -> list[Outgoing]:
+        """A source packs some chunks more; the last one completes its part."""
+        snapshot = self.snapshots.get(rank)
+        if snapshot is None or snapshot.version.number != self.number or snapshot.num_ready == len(snapshot):
+            return []
+        for _ in range(min(count, len(snapshot) - snapshot.num_ready)):
+            self.packers[rank].pack_next(snapshot)
+        if snapshot.num_ready < len(snapshot):
+            return []
+        digests = np.array(self.packers[rank].digests(), "<u8").tobytes()
+        part = Packed(self.number, digests, SourceReport(rank, 0.0, 0, 0, None), ())
+        return self.coordinator.add_part(b"s%d" % rank, part, now_s)
 
 
 @dataclass
@@ -91,13 +116,15 @@ class SimulatedEngine:
 class World:
     """All of it."""
 
-    def __init__(self, policy: FleetPolicy) -> None:
+    def __init__(self, policy: FleetPolicy, mode: PackMode) -> None:
         self.now_s = 0.0
         self.policy = policy
         self.epoch = 1
-        self.trainer: Trainer = Trainer(1, policy, 0.0)
+        self.mode: PackMode = mode
+        self.trainer: Trainer = Trainer(1, policy, mode)
         self.engines: dict[str, SimulatedEngine] = {}
         self.released_at: dict[Version, set[str]] = {}
+        self.seen: Counter[str] = Counter()
         self._peers = 0
 
     def _new_peer(self) -> bytes:
@@ -145,15 +172,20 @@ class World:
             return
         request = engine.asked.popleft()
         snapshot = self.trainer.snapshots.get(request.rank)
-        if request.address != f"at-{self.trainer.coordinator.epoch}-{request.rank}" or snapshot is None:
+        if request.address != f"at-{self.trainer.coordinator.epoch}-{request.rank}":
             return
         version, index = request.message.version, request.message.index
-        held = snapshot.version == version
-        buffer = np.frombuffer(snapshot.buffers[index] if held else b"", np.uint8).copy()
-        if damage and held:
-            buffer[0] ^= 1
-        header = ChunkHeader(version, index, held)
-        self.do(engine, engine.subscription.land(request.rank, header, buffer, self.now_s))
+        is_held = snapshot is not None and snapshot.version == version
+        if snapshot is not None and is_held and not snapshot.is_ready(index):
+            engine.asked.append(request)
+            return
+        body = snapshot.body(index, request.message.base) if snapshot is not None and is_held else ABSENT
+        data = None if body.data is None else np.frombuffer(body.data, np.uint8).copy()
+        header = ChunkHeader(version, index, body.encoding, body.base, body.hash())
+        if damage and data is not None:
+            data[0] ^= 1
+        self.seen[body.encoding] += 1
+        self.do(engine, engine.subscription.land(request.rank, header, data, self.now_s))
 
     def break_connection(self, engine: SimulatedEngine) -> None:
         """What was under way is lost, in both directions; ZeroMQ reconnects under another routing id."""
@@ -164,7 +196,7 @@ class World:
     def replace_trainer(self) -> None:
         """A new life of the publisher at the same address."""
         self.epoch += 1
-        self.trainer = Trainer(self.epoch, self.policy, self.now_s)
+        self.trainer = Trainer(self.epoch, self.policy, self.mode)
         for engine in self.engines.values():
             self.break_connection(engine)
 

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,19 @@ from tests.sync.parts import LIMITS, WAIT_S, Engine, TensorSource, assert_same_b
 
 from weightcast.sync import WeightPublisher, WeightSubscriber
 from weightcast.sync.errors import DeadlineExceeded, EngineError, WireError
-from weightcast.sync.messages import Announce, ChunkHeader, Goodbye, Offer, Pong, Welcome, encode
+from weightcast.sync.messages import (
+    PROTOCOL,
+    Announce,
+    ChunkHeader,
+    Goodbye,
+    Layout,
+    Pong,
+    Sealed,
+    Welcome,
+    decode,
+    encode,
+)
+from weightcast.sync.records import Offer
 from weightcast.sync.regions import Region
 from weightcast.sync.version import Version
 
@@ -26,6 +39,18 @@ Change = Callable[[bytes, bytes], list[list[bytes]]]
 def flip(header: bytes, body: bytes) -> list[list[bytes]]:
     """One bit of the body."""
     return [[header, body[:7] + bytes([body[7] ^ 16]) + body[8:]]]
+
+
+def read(header: bytes) -> ChunkHeader:
+    """A chunk's header."""
+    message = decode(header)
+    assert isinstance(message, ChunkHeader)
+    return message
+
+
+def unknown(header: bytes, index: int) -> ChunkHeader:
+    """A header of another chunk."""
+    return replace(read(header), index=index)
 
 
 CHANGES: dict[str, Change] = {
@@ -40,8 +65,17 @@ CHANGES: dict[str, Change] = {
     "a duplicate that differs": lambda header, body: [[header, body], *flip(header, body)],
     "another message": lambda header, body: [[encode(Goodbye("no", False)), body], [header, body]],
     "no message": lambda header, body: [[b"\xc1", body], [header, body]],
-    "an unknown chunk": lambda header, body: [[encode(ChunkHeader(Version(1, 1), 9999, True)), body], [header, body]],
-    "an older version": lambda header, body: [[encode(ChunkHeader(Version(1, 0), 0, False))], [header, body]],
+    "an unknown chunk": lambda header, body: [[encode(unknown(header, 9999)), body], [header, body]],
+    "an older version": lambda header, body: [
+        [encode(ChunkHeader(Version(1, 0), 0, "absent", None, b""))],
+        [header, body],
+    ],
+    "another encoding": lambda header, body: [[encode(replace(read(header), encoding="delta")), body]],
+    "another hash": lambda header, body: [[encode(replace(read(header), hash=bytes(16))), body]],
+    "nothing changed": lambda header, body: [[encode(replace(read(header), encoding="same"))]],
+    "a base that it has not": lambda header, body: [
+        [encode(replace(read(header), encoding="same", base=Version(1, 0)))]
+    ],
     "nothing": lambda header, body: [],
 }
 
@@ -173,7 +207,9 @@ HOSTILE = [
     b"\x83\xa4kind\xa4Pong\xa5epoch" + b"\x91" * 1010 + b"\xc0\xa5known\xc3",
     b"\x83\xa4kind\xa4Ping\xa1a\x01\xc4\x01b\x02",
     encode(Pong(3, False)),
-    encode(Announce(Version(1, 1), 16, b"", ())),
+    encode(Announce(Version(1, 1), ())),
+    encode(Layout(1, 16, ())),
+    encode(Sealed(Version(1, 1), b"")),
 ]
 
 
@@ -199,19 +235,19 @@ def test_a_source_at_an_impossible_address_is_refused(address: str, tmp_path: Pa
     rogue = context.socket(zmq.ROUTER)
     port = rogue.bind_to_random_port("tcp://127.0.0.1")
     specs = TensorSource(make_model(27)).specs()[-1:]
-    offer = Offer(0, address, (Region(specs[0].name, (0,), specs[0].shape),), bytes(16))
+    offer = Offer(0, address, (Region(specs[0].name, (0,), specs[0].shape),))
     with WeightSubscriber(f"tcp://127.0.0.1:{port}", engine="e", limits=LIMITS) as subscriber:
         peer, _ = rogue.recv_multipart()
         for message in (
-            *(Welcome(1, 5, tuple(specs)), Announce(Version(5, 1), 4096, bytes(8), (offer,))),
-            *(Pong(5, True), Announce(Version(5, 2), 4096, b"", ())),
+            *(Welcome(PROTOCOL, 5, tuple(specs)), Layout(5, 4096, (offer,)), Announce(Version(5, 1), ())),
+            *(Pong(5, True), Announce(Version(5, 2), ()), Sealed(Version(5, 2), b"")),
         ):
             rogue.send_multipart([peer, encode(message)])
         for raw in HOSTILE:
             rogue.send_multipart([peer, raw])
         with pytest.raises((WireError, DeadlineExceeded), match=r"source rank 0|digests"):
             subscriber.wait(2)
-        rogue.send_multipart([peer, encode(Welcome(1, 6, ()))])
+        rogue.send_multipart([peer, encode(Welcome(PROTOCOL, 6, ()))])
         deadline_s = time.monotonic() + WAIT_S
         while subscriber.specs(1) != ():
             assert time.monotonic() < deadline_s

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.sync.parts import PROPERTY
 
 from weightcast.sync import delta_kernel
+from weightcast.sync.compiled import LEVELS
 from weightcast.sync.delta_codec import apply_delta, as_elements, encode_delta
 from weightcast.sync.delta_format import ELEMENT_TYPES, HEADER_BYTES, Delta, ElementArray, parse_delta
 from weightcast.sync.delta_torch import apply_on_device, encode_on_device
@@ -74,7 +75,7 @@ def test_a_torn_apply_is_healed_by_another(
 def test_the_paths_write_the_same_bytes(states: tuple[ElementArray, ElementArray]) -> None:
     base, new = states
     expected = encode_delta(base, new, use_kernel=False)
-    levels = delta_kernel.LEVELS[: delta_kernel.LEVELS.index(delta_kernel.level()) + 1]
+    levels = LEVELS[: LEVELS.index(delta_kernel.level()) + 1]
     for level in levels:
         delta = delta_kernel.encode(base, new, 1 << 30, level)
         assert delta is not None and delta.to_bytes() == expected

@@ -9,7 +9,8 @@ from weightcast.sync.arrival import Tell
 from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.errors import ConfigError, PeerLost
 from weightcast.sync.fleet import EngineStatus, note_serving
-from weightcast.sync.messages import PROTOCOL, Goodbye, Hello, Packed, Pong, Serving, SourceHello, Welcome
+from weightcast.sync.messages import PROTOCOL, Goodbye, Hello, Packed, Packing, Pong, Serving, SourceHello, Welcome
+from weightcast.sync.records import SourceReport
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.version import Version, fingerprint
 
@@ -67,8 +68,8 @@ def test_a_rank_that_packs_too_late_is_passed_over_and_takes_part_again() -> Non
 
     def pack(rank: int, number: int, now_s: float) -> None:
         digests = bytes(8) if rank == 0 else b""
-        hashes = bytes(16) if rank == 0 else b""
-        coordinator.add_part(bytes([rank]), Packed(number, hashes, digests, ()), now_s, now_s + 5)
+        coordinator.add_packing(bytes([rank]), Packing(number, ()), now_s, now_s + 5)
+        coordinator.add_part(bytes([rank]), Packed(number, digests, SourceReport(rank, 0.0, 0, 0, None), ()), now_s)
 
     pack(0, 1, now_s=0.0)
     assert coordinator.tick(now_s=6.0), "the deadline ends version 1"
@@ -95,7 +96,7 @@ def test_an_engine_met_anew_does_not_shorten_its_pause() -> None:
     assert note_serving(status, Serving(version, 0.0, ())).pause_s == 0.25
 
 
-@pytest.mark.parametrize("limits", [{"credit_chunks": 0}, {"credit_chunks": 65}, {"under_way_chunks": 0}])
+@pytest.mark.parametrize("limits", [{"credit_chunks": 0}, {"credit_chunks": 65}, {"under_way_chunks": 0}, {"links": 0}])
 def test_credit_that_would_stall_is_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="credit"):
         Limits(**limits)

@@ -14,31 +14,39 @@ from tests.sync.parts import PROPERTY
 from weightcast.sync import messages as m
 from weightcast.sync.errors import WireError
 from weightcast.sync.messages import decode, encode
+from weightcast.sync.records import EngineReport, Offer, SourceReport, Span, Ticket
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.version import Version
 
 V = Version(1_700_000_000_000, 7)
-SPAN = m.Span("stage", 1.5, 2.5)
+SPAN = Span("stage", 1.5, 2.5)
+REPORT = EngineReport("e", "serving", 0.1, 0.2, 3, 4, (SPAN,), "", "zmq", 2)
+TICKET = Ticket(0, "shared_memory", b"\6" * 40)
 REGION = Region("model.w", (0, 4), (8, 2))
 EXAMPLES: list[m.Message] = [
     m.Hello(1, "engine-0", "receiver", None),
     m.Hello(1, "engine-0", "observer", V),
     m.Ping(),
-    m.Staged(V, 10, 0.5, 3, (SPAN, SPAN)),
+    m.Staged(V, 10, 0.5, 3, (SPAN, SPAN), "shared_memory", 1),
     m.Serving(V, 0.0, ()),
     m.Failed(V, "out of memory"),
     m.Bye(),
     m.Welcome(1, 5, (TensorSpec("a", torch.bfloat16, (2, 3)), TensorSpec("b", torch.bool, ()))),
-    m.Announce(V, 4096, b"\1" * 16, (m.Offer(0, "tcp://127.0.0.1:1", (REGION,), b"\2" * 16),)),
+    m.Layout(5, 4096, (Offer(0, "tcp://127.0.0.1:1", (REGION,)),)),
+    m.Announce(V, (TICKET,)),
+    m.Sealed(V, b"\1" * 16),
     m.Release(V),
     m.Pong(5, True),
     m.Goodbye("closed", False),
     m.SourceHello(1, 0, 2, "f" * 32, "ipc:///tmp/x", (REGION, REGION)),
     m.Assigned(5, 4096, (REGION,)),
-    m.Packed(7, b"\3" * 32, b"\4" * 8, (SPAN,)),
-    m.Published(V, (m.EngineReport("e", "serving", 0.1, 0.2, 3, 4, (SPAN,), ""),), 1, 2, (SPAN,), ""),
-    m.ChunkRequest(V, 3),
-    m.ChunkHeader(V, 3, False),
+    m.Packing(7, (TICKET, TICKET)),
+    m.Packed(7, b"\4" * 8, SourceReport(0, 0.5, 10, 1, 3, 2), (SPAN,)),
+    m.Published(V, (REPORT,), (SourceReport(0, 0.5, 10, 10, None, 2),), 2, (SPAN,), "", "on", "deltas are quicker"),
+    m.ChunkRequest(V, 3, None, False),
+    m.ChunkRequest(V, 3, V, True),
+    m.ChunkHeader(V, 3, "dense", None, b"\5" * 16),
+    m.ChunkHeader(V, 3, "same", V, b""),
 ]
 
 
@@ -133,10 +141,13 @@ def test_deep_nesting_is_refused(depth: int) -> None:
         (EXAMPLES[7], "specs", [["a", [["int8"]], [1]]], "one of the dtypes"),
         (EXAMPLES[7], "specs", [["a", "int8", [1] * 9]], "at most 8"),
         (EXAMPLES[7], "specs", [["a", "int8", [1 << 49]]], "integer"),
-        (EXAMPLES[13], "regions", [["a", [0, 0], [1]]], "as many offsets"),
-        (EXAMPLES[16], "index", 1 << 23, "integer"),
-        (EXAMPLES[14], "digests", "text", "bytes"),
-        (EXAMPLES[15], "error", b"x" * (1 << 20), "bytes of length 1048576"),
+        (EXAMPLES[15], "regions", [["a", [0, 0], [1]]], "as many offsets"),
+        (EXAMPLES[19], "index", 1 << 23, "integer"),
+        (EXAMPLES[21], "encoding", "gzip", "one of"),
+        (EXAMPLES[21], "hash", b"x" * 17, "at most 16 bytes"),
+        (EXAMPLES[16], "tickets", [[0, "shared_memory", b"x" * 1025]], "at most 1024 bytes"),
+        (EXAMPLES[17], "digests", "text", "bytes"),
+        (EXAMPLES[18], "error", b"x" * (1 << 20), "bytes of length 1048576"),
     ],
 )
 def test_values_out_of_bounds_are_named(message: m.Message, field: str, value: Any, match: str) -> None:

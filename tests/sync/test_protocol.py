@@ -6,6 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.sync.simulation import World
 
 from weightcast.sync import FleetPolicy, Version
+from weightcast.sync.packer import PackMode
 
 NAMES = ("a", "b", "c")
 ENGINE = st.sampled_from(NAMES)
@@ -14,9 +15,12 @@ ENGINE = st.sampled_from(NAMES)
 class Fleet(RuleBasedStateMachine):
     """Three engines, two sources, and lives of a trainer that follow each other."""
 
-    @initialize(policy=st.sampled_from([FleetPolicy.all(), FleetPolicy.quorum(1), FleetPolicy.quorum(2)]))
-    def begin(self, policy: FleetPolicy) -> None:
-        self.world = World(policy)
+    @initialize(
+        policy=st.sampled_from([FleetPolicy.all(), FleetPolicy.quorum(1), FleetPolicy.quorum(2)]),
+        mode=st.sampled_from(["off", "on", "zstd"]),
+    )
+    def begin(self, policy: FleetPolicy, mode: PackMode) -> None:
+        self.world = World(policy, mode)
         for name in NAMES:
             self.world.start_engine(name)
 
@@ -24,11 +28,14 @@ class Fleet(RuleBasedStateMachine):
     def publish(self, timeout_s: float) -> None:
         trainer = self.world.trainer
         trainer.number += 1
-        # As the publisher does: nothing is served while a snapshot is packed.
-        trainer.snapshots.clear()
         for rank in (1, 0):
-            self.world.send(trainer.pack(rank, self.world.now_s, timeout_s))
+            self.world.send(trainer.begin(rank, self.world.now_s, timeout_s))
             self.world.note_release()
+
+    @rule(rank=st.sampled_from([0, 1]), count=st.integers(1, 30))
+    def pack(self, rank: int, count: int) -> None:
+        self.world.send(self.world.trainer.pack(rank, count, self.world.now_s))
+        self.world.note_release()
 
     @rule(name=ENGINE, count=st.integers(1, 6))
     def converse(self, name: str, count: int) -> None:
@@ -109,7 +116,9 @@ class Fleet(RuleBasedStateMachine):
         """No more faults, and time enough for every limit to pass."""
         for engine in self.world.engines.values():
             engine.silent = False
-        for _ in range(30):
+        for _ in range(40):
+            self.pack(0, 100)
+            self.pack(1, 100)
             self.world.advance(0.6)
             for engine in self.world.engines.values():
                 if engine.subscription.taken is not None:

@@ -5,29 +5,37 @@ A new transport joins by an entry in `TRANSPORTS`.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zmq
+from tests.sync.packed import CHUNK_BYTES, Packed, head, make_packed
 from tests.sync.parts import WAIT_S, make_model
-from tests.sync.test_staging import CHUNK_BYTES, V1, pack
 
 from weightcast.sync import Version
-from weightcast.sync.arrival import Request
+from weightcast.sync.arrival import MAX_CREDIT_CHUNKS, Request
+from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.errors import WireError
 from weightcast.sync.messages import ChunkHeader, ChunkRequest
 from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.transports.base import ChunkClient, ChunkServer
 from weightcast.sync.transports.zmq_chunks import ZmqChunkClient, ZmqChunkServer
 from weightcast.sync.transports.zmq_sockets import make_context
 
+V1, V2 = Version(1, 1), Version(1, 2)
 Context = zmq.Context[zmq.Socket[bytes]]
 Make = Callable[[Context, Path], tuple[ChunkServer, ChunkClient]]
 TRANSPORTS: dict[str, Make] = {
     "zmq over tcp": lambda context, folder: (
         ZmqChunkServer(context, "tcp://127.0.0.1:0", None),
         ZmqChunkClient(context, None),
+    ),
+    "zmq over three links": lambda context, folder: (
+        ZmqChunkServer(context, "tcp://127.0.0.1:0", None),
+        ZmqChunkClient(context, None, num_links=3),
     ),
     "zmq over ipc": lambda context, folder: (
         ZmqChunkServer(context, f"ipc://{folder}/s", None),
@@ -38,17 +46,19 @@ TRANSPORTS: dict[str, Make] = {
 
 @dataclass
 class Link:
-    """A server with a snapshot, and a client."""
+    """A server with a snapshot of a source, and a client."""
 
     server: ChunkServer
     client: ChunkClient
+    packed: Packed
     snapshot: Snapshot
 
-    def ask(self, version: Version, index: int) -> None:
+    def ask(self, version: Version, index: int, base: Version | None = None, *, reached: bool = False) -> None:
         """Ask for a chunk."""
-        self.client.ask(Request(3, self.server.address, CHUNK_BYTES, ChunkRequest(version, index)))
+        message = ChunkRequest(version, index, base, reached)
+        self.client.ask(Request(3, self.server.address, CHUNK_BYTES, message))
 
-    def hear(self) -> tuple[ChunkHeader, bytes] | None:
+    def hear(self, into: ByteArray | None = None) -> tuple[ChunkHeader, bytes] | None:
         """The next chunk, or None after a while."""
         deadline_s = time.monotonic() + WAIT_S / 20
         while time.monotonic() < deadline_s:
@@ -56,10 +66,20 @@ class Link:
             self.server.answer()
             for socket in self.client.sockets():
                 socket.poll(10)
-                if received := self.client.receive(socket):
+                if received := self.client.receive(socket, lambda rank, header: into):
                     assert received.rank == 3
-                    return received.header, received.buffer.tobytes()
+                    return received.header, b"" if received.buffer is None else received.buffer.tobytes()
         return None
+
+    def wanted(self, index: int, base: Version | None = None) -> tuple[ChunkHeader, bytes]:
+        """What should be heard."""
+        body = self.snapshot.body(index, base)
+        return head(self.snapshot, index, body), b"" if body.data is None else bytes(body.data)
+
+
+def absent(version: Version, index: int) -> tuple[ChunkHeader, bytes]:
+    """What is heard of a chunk that is not held."""
+    return ChunkHeader(version, index, "absent", None, b""), b""
 
 
 @pytest.fixture(params=sorted(TRANSPORTS))
@@ -67,9 +87,10 @@ def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     """A link of each transport."""
     context, _ = make_context(None)
     server, client = TRANSPORTS[request.param](context, tmp_path)
-    snapshot, _ = pack(make_model(51, rows=900))
+    packed = make_packed(make_model(51, rows=900))
+    snapshot = packed.pack(1)
     server.hold(snapshot)
-    yield Link(server, client, snapshot)
+    yield Link(server, client, packed, snapshot)
     client.close()
     server.close()
     context.destroy(linger=0)
@@ -77,9 +98,24 @@ def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
 
 
 def test_every_chunk_comes_as_it_was_packed(link: Link) -> None:
-    for index in range(len(link.snapshot.chunks)):
+    for index in range(len(link.snapshot)):
         link.ask(V1, index)
-        assert link.hear() == (ChunkHeader(V1, index, True), bytes(link.snapshot.buffers[index]))
+        assert link.hear() == link.wanted(index)
+
+
+def test_a_body_is_received_where_the_receiver_says(link: Link) -> None:
+    place = np.zeros(CHUNK_BYTES, np.uint8)
+    link.ask(V1, 0)
+    heard = link.hear(place)
+    assert heard == link.wanted(0) and place[: len(heard[1])].tobytes() == heard[1]
+
+
+def test_a_body_larger_than_its_place_is_refused(link: Link) -> None:
+    link.ask(V1, 0)
+    with pytest.raises(WireError, match="at most 100 bytes"):
+        link.hear(np.zeros(100, np.uint8))
+    link.ask(V1, 1)
+    assert link.hear() == link.wanted(1)
 
 
 def test_chunks_may_be_asked_for_ahead_and_twice(link: Link) -> None:
@@ -87,36 +123,72 @@ def test_chunks_may_be_asked_for_ahead_and_twice(link: Link) -> None:
     for index in wanted:
         link.ask(V1, index)
     heard = [link.hear() for _ in wanted]
-    assert heard == [(ChunkHeader(V1, index, True), bytes(link.snapshot.buffers[index])) for index in wanted]
+    assert sorted(heard, key=str) == sorted((link.wanted(index) for index in wanted), key=str)
     assert link.hear() is None
 
 
-@pytest.mark.parametrize(("version", "index"), [(Version(1, 2), 0), (Version(0, 1), 0), (V1, 10_000)])
+@pytest.mark.parametrize(("version", "index"), [(V2, 0), (Version(0, 1), 0), (V1, 10_000)])
 def test_what_is_not_held_is_said(link: Link, version: Version, index: int) -> None:
     link.ask(version, index)
-    assert link.hear() == (ChunkHeader(version, index, False), b"")
+    assert link.hear() == absent(version, index)
 
 
 def test_another_snapshot_replaces_the_one_before(link: Link) -> None:
     link.server.drop()
     link.ask(V1, 0)
-    assert link.hear() == (ChunkHeader(V1, 0, False), b"")
-    newer = replace(link.snapshot, version=Version(1, 2))
-    link.server.hold(newer)
-    link.ask(Version(1, 2), 0)
+    assert link.hear() == absent(V1, 0)
+    link.packed.tensors["embed.weight"].view(torch.int16)[0, 0] += 1
+    link.snapshot = link.packed.pack(2)
+    link.server.hold(link.snapshot)
+    link.ask(V2, 0)
+    assert link.hear() == link.wanted(0)
     link.ask(V1, 0)
-    assert link.hear() == (ChunkHeader(Version(1, 2), 0, True), bytes(newer.buffers[0]))
-    assert link.hear() == (ChunkHeader(V1, 0, False), b"")
+    assert link.hear() == absent(V1, 0)
+    for index, encoding in ((0, "delta"), (1, "same")):
+        link.ask(V2, index, base=V1)
+        heard = link.hear()
+        assert heard == link.wanted(index, V1) and heard[0].encoding == encoding
+
+
+def test_a_chunk_that_is_not_packed_yet_comes_when_it_is(link: Link) -> None:
+    link.snapshot = link.packed.packer.begin(V2, "off")
+    link.server.hold(link.snapshot)
+    link.ask(V2, 1)
+    link.ask(V2, 0)
+    assert link.hear() is None
+    link.packed.packer.pack_next(link.snapshot)
+    assert link.hear() == link.wanted(0)
+    assert link.hear() is None
+    link.packed.packer.pack_next(link.snapshot)
+    assert link.hear() == link.wanted(1)
+
+
+def test_requests_that_wait_are_bounded_and_dropped_with_their_version(link: Link) -> None:
+    link.snapshot = link.packed.packer.begin(V2, "off")
+    link.server.hold(link.snapshot)
+    for _ in range(4 * MAX_CREDIT_CHUNKS):
+        link.ask(V2, 3)
+    assert link.hear() is None
+    link.server.drop()
+    heard = 0
+    while (answer := link.hear()) is not None:
+        assert answer == absent(V2, 3)
+        heard += 1
+    assert 0 < heard <= 3 * MAX_CREDIT_CHUNKS
+
+
+def test_what_a_receiver_reads_by_itself_is_not_sent(link: Link) -> None:
+    link.ask(V1, 2, reached=True)
+    assert link.hear() == (ChunkHeader(V1, 2, "dense", None, b""), b"")
 
 
 def test_memory_may_be_written_once_nothing_is_under_way(link: Link) -> None:
     # Large enough that ZeroMQ does not copy it.
-    arena = np.full(1 << 20, 7, np.uint8)
-    chunk = replace(link.snapshot.chunks[0], num_bytes=len(arena))
-    link.server.hold(Snapshot(V1, (chunk,), (arena.data.toreadonly(),), bytes(16), (0,)))
-    link.client.ask(Request(3, link.server.address, len(arena), ChunkRequest(V1, 0)))
+    packed = make_packed({"w": torch.full((1 << 20,), 7, dtype=torch.uint8)}, chunk_bytes=1 << 20)
+    link.server.hold(packed.pack(1))
+    link.client.ask(Request(3, link.server.address, 1 << 20, ChunkRequest(V1, 0, None, False)))
     heard = link.hear()
-    assert heard is not None and heard[1] == arena.tobytes()
+    assert heard is not None and heard[1] == packed.tensors["w"].numpy().tobytes()
     link.server.drop()
     deadline_s = time.monotonic() + WAIT_S
     while link.server.is_sending:

@@ -146,6 +146,10 @@ def test_layout_is_worked_out() -> None:
         (["checkpoint.save_interval=5"], 1, "say where to save"),
         (["publish.wait_for=1"], 1, "publish.to is not"),
         (["publish.to=tcp://127.0.0.1:0"], 2, "name a port that is free"),
+        (["publish.delta=sometimes"], 1, "publish.delta='sometimes' is not known; use one of auto, on, off, zstd"),
+        (["publish.report_log=reports.jsonl"], 1, "publish.report_log is set and publish.to is not"),
+        (["publish.metrics_port=9464"], 1, "publish.metrics_port is set and publish.to is not"),
+        (["publish.to=tcp://127.0.0.1:5600", "publish.metrics_port=70000"], 1, "use 1 to 65535, or 0"),
         (["dataset.files=[/nowhere/a.txt]"], 1, "there is no file '/nowhere/a.txt'"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.ranks import find_free_port
 from tests.trainer.runs import words_for
 
 from weightcast.sync import WeightSubscriber
+from weightcast.sync.report_log import read_reports
 
 STEPS = 3
 
@@ -113,6 +115,37 @@ def test_other_ranks_tell_of_their_own_work(published: tuple[dict[int, dict[str,
     assert {record["process"] for record in records} == {"trainer-1"}
     names = [record["phase"] for record in records if record.get("version") == 2 and "phase" in record]
     assert names == ["forward_backward", "optimizer", "step", "publish.pack"]
+
+
+def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: list[Path], tmp_path: Path) -> None:
+    address = f"tcp://127.0.0.1:{find_free_port()}"
+    words = [
+        *words_for(gemma3_bf16, texts, tmp_path / "cache"),
+        *(f"train.train_iters={STEPS}", f"publish.to={address}", "publish.wait_for=1"),
+        *("publish.overlap=true", "publish.delta=on", f"publish.report_log={tmp_path / 'reports.jsonl'}"),
+        *(f"checkpoint.export_hf={tmp_path / 'export'}", f"logger.events={tmp_path / 'events.jsonl'}"),
+    ]
+    trainer = start(1, words, tmp_path / "log")
+    try:
+        with WeightSubscriber(address, engine="test-engine", transport="zmq") as subscriber:
+            for number in range(1, STEPS + 1):
+                update = subscriber.wait(timeout_s=120)
+                assert update.version.number == number
+                last = {name: tensor.clone() for name, tensor in update}
+                time.sleep(0.3)
+                update.commit()
+            assert trainer.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    finally:
+        trainer.kill()
+        trainer.wait()
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in last.items())
+    reports = list(read_reports(tmp_path / "reports.jsonl"))
+    assert [report.version.number for report in reports] == [1, 2, 3]
+    assert reports[0].density is None and all(0 < (report.density or 0) <= 1 for report in reports[1:])
+    rows = [record for record in read_events(tmp_path / "events.jsonl.0") if record.get("event") == "version"]
+    # The first version is begun at once; the others wait for the engine, which takes its time over the one before.
+    assert rows[0]["stall_s"] < 0.3 <= rows[0]["stage_s"] + reports[0].phases_s["commit"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""What the workers that share a copy say to each other. A file descriptor of the arena comes with `Joined`.
+
+follower -> leader    Join, Take, GiveBack
+leader -> follower    Joined | OtherModel, Offered, Withdrawn, Granted | Denied
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from weightcast.sync.host.arena import MAX_ARENA_BYTES
+from weightcast.sync.host.pool import Staged
+from weightcast.sync.schema import checked, optional, real, record, text, uint
+from weightcast.sync.version import Version
+
+_STAGED = record(Staged, record(Version, uint(), uint()), uint())
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A worker wants to follow; `model` is `version.fingerprint` of its specs."""
+
+    model: str = checked(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """It does; what is staged now, if anything."""
+
+    num_bytes: int = checked(uint(MAX_ARENA_BYTES))
+    offered: Staged | None = checked(optional(_STAGED))
+
+
+@dataclass(frozen=True, slots=True)
+class OtherModel:
+    """It cannot: the leader's tensors are others."""
+
+    model: str = checked(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A version is staged, and leases are given for it."""
+
+    staged: Staged = checked(_STAGED)
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The staged version is to be overwritten; no more leases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A follower asks for a lease on the copy in the state `state`."""
+
+    state: int = checked(uint())
+    request: int = checked(uint())
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """It has it, for `lease_s` seconds at least."""
+
+    request: int = checked(uint())
+    lease_s: float = checked(real)
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """That state is no longer on offer."""
+
+    request: int = checked(uint())
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """The follower's lease ends."""
+
+
+TO_LEADER: dict[str, type[Any]] = {"join": Join, "take": Take, "give_back": GiveBack}
+TO_FOLLOWER: dict[str, type[Any]] = {
+    "joined": Joined,
+    "other_model": OtherModel,
+    "offered": Offered,
+    "withdrawn": Withdrawn,
+    "granted": Granted,
+    "denied": Denied,
+}
+KINDS = {cls: kind for kind, cls in (TO_LEADER | TO_FOLLOWER).items()}

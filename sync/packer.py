@@ -1,0 +1,164 @@
+"""The packer: copies a source's live regions into its arena, chunk by chunk, and finds what changed.
+
+    packer = Packer(held, specs, regions, chunks, arena, history=4)
+    snapshot = packer.begin(version, "on")
+    for index in range(len(snapshot)):
+        packer.pack_next(snapshot)          # from here on chunk `index` may be served, and the rest goes on
+    packer.digests()                        # one a region: their sums over the sources vouch for whole tensors
+
+The arena always holds the bits of the version that was packed last, so it is also what the next version is compared
+with: a delta costs the source no second copy of its share. From the moment that a chunk is packed the trainer may
+change its parameters.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from weightcast.sync.chunk_delta import count_changes, encode_chunk, list_parts
+from weightcast.sync.chunks import Chunk, Piece
+from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.digest import add_digests, copy_with_digest
+from weightcast.sync.errors import SourceError
+from weightcast.sync.regions import HeldRegion, Region, TensorSpec
+from weightcast.sync.snapshot import MAX_DELTA_SHARE, ChunkState, Snapshot
+from weightcast.sync.version import Version
+
+PackMode: TypeAlias = Literal["off", "on", "zstd"]
+"""Whether a version is compared with the one before: not at all, or for deltas, plain or entropy-coded."""
+
+
+class Packer:
+    """See the module. `chunks` is the layout of `regions`; `history` says over how many versions deltas may reach."""
+
+    def __init__(
+        self,
+        held: Mapping[Region, HeldRegion],
+        specs: Mapping[str, TensorSpec],
+        regions: Sequence[Region],
+        chunks: Sequence[Chunk],
+        arena: ByteArray,
+        history: int,
+    ) -> None:
+        dtypes = {name: spec.dtype for name, spec in specs.items()}
+        self.arena = arena
+        self.num_bytes = sum(chunk.num_bytes for chunk in chunks)
+        self.delta_bytes = 0
+        self.changed_elements: int | None = None
+        self._held = held
+        self._dtypes = dtypes
+        self._regions = regions
+        self._scratch = np.zeros(max((chunk.num_bytes for chunk in chunks), default=0), np.uint8)
+        self._states = [
+            ChunkState(chunk, list_parts(chunk, dtypes), bits, history)
+            for chunk, bits in zip(chunks, _cut(arena, chunks), strict=True)
+        ]
+        self._mode: PackMode = "off"
+        self._digests: dict[Region, int] = {}
+        self._owners: Iterator[tuple[Region, torch.Tensor]] = iter(())
+        self._owner: tuple[Region, torch.Tensor] | None = None
+        self._left_elements = 0
+
+    def move(self, arena: ByteArray) -> None:
+        """Go on in other memory, with the same bits: the old arena is still read by somebody."""
+        arena[:] = self.arena
+        self.arena = arena
+        for state, bits in zip(self._states, _cut(arena, [state.chunk for state in self._states]), strict=True):
+            state.bits = bits
+
+    def begin(self, version: Version, mode: PackMode) -> Snapshot:
+        """A snapshot of which no chunk is packed yet. The one before must not be served any more."""
+        self._mode = mode if any(state.version is not None for state in self._states) else "off"
+        self.delta_bytes = 0
+        self.changed_elements = None if self._mode == "off" else 0
+        self._digests = dict.fromkeys(self._regions, 0)
+        self._owners = self._walk_regions()
+        self._left_elements = 0
+        return Snapshot(version, self._states, prefer_packed=self._mode == "zstd")
+
+    def pack_next(self, snapshot: Snapshot) -> None:
+        """Pack the next chunk. Raises `SourceError` when a live view no longer has its region's shape."""
+        state = self._states[snapshot.num_ready]
+        if self._mode == "off" or state.version is None:
+            # Should the copy break off, these bits are no version's.
+            state.version = None
+            self._fill(state, state.bits)
+            state.advance(snapshot.version, None)
+            self.delta_bytes += state.chunk.num_bytes
+        else:
+            self._pack_change(state, snapshot.version)
+        snapshot.num_ready += 1
+
+    def digests(self) -> tuple[int, ...]:
+        """The digest of each region, once all chunks are packed."""
+        return tuple(self._digests.values())
+
+    def _pack_change(self, state: ChunkState, version: Version) -> None:
+        fresh = self._scratch[: state.chunk.num_bytes]
+        self._fill(state, fresh)
+        max_bytes = int(MAX_DELTA_SHARE * state.chunk.num_bytes)
+        delta = encode_chunk(state.bits, fresh, state.parts, max_bytes, pack=self._mode == "zstd")
+        assert self.changed_elements is not None
+        if delta is None:
+            self.delta_bytes += state.chunk.num_bytes
+            self.changed_elements += count_changes(state.bits, fresh, state.parts)
+        else:
+            self.delta_bytes += len(delta.packed if delta.packed is not None else delta.forward)
+            self.changed_elements += delta.num_changes
+        if delta is None or not delta.is_same:
+            state.bits[:] = fresh
+        state.advance(version, delta)
+
+    def _fill(self, state: ChunkState, buffer: ByteArray) -> None:
+        """Copy a chunk's pieces from their live views into `buffer`, and digest them while they are in cache."""
+        end = 0
+        for piece in state.chunk.pieces:
+            buffer[end : piece.start_byte] = 0  # the scratch buffer had other chunks before
+            end = piece.start_byte + piece.num_bytes
+            region, live = self._find(piece.region)
+            target = view_piece(piece, self._dtypes[region.name], buffer)
+            source = live[_slices_within(piece.region, region)]
+            digest = copy_with_digest(target, source, piece.region, reread=True)
+            self._digests[region] = add_digests(self._digests[region], digest)
+
+    def _walk_regions(self) -> Iterator[tuple[Region, torch.Tensor]]:
+        for region in self._regions:
+            if region.numel:
+                live = self._held[region].live()
+                if tuple(live.shape) != region.shape:
+                    raise SourceError(
+                        f"the live view of {region} has the shape {tuple(live.shape)}; "
+                        "the model changed after its plan was made: make the publisher after the model is wrapped"
+                    )
+                yield region, live
+
+    def _find(self, piece: Region) -> tuple[Region, torch.Tensor]:
+        """The region around `piece`, and its live view, taken once a region: pieces come in the order of regions."""
+        if not self._left_elements:
+            self._owner = next(self._owners)
+            self._left_elements = self._owner[0].numel
+        assert self._owner is not None and piece.name == self._owner[0].name
+        self._left_elements -= piece.numel
+        return self._owner
+
+
+def _cut(arena: ByteArray, chunks: Sequence[Chunk]) -> Iterator[ByteArray]:
+    start = 0
+    for chunk in chunks:
+        yield arena[start : start + chunk.num_bytes]
+        start += chunk.num_bytes
+
+
+def _slices_within(piece: Region, region: Region) -> tuple[slice, ...]:
+    return tuple(
+        slice(start - base, start - base + size)
+        for start, base, size in zip(piece.offset, region.offset, piece.shape, strict=True)
+    )
+
+
+def view_piece(piece: Piece, dtype: torch.dtype, buffer: ByteArray) -> torch.Tensor:
+    """The piece's place in a chunk's bytes, as a tensor of the piece's shape."""
+    raw = torch.from_numpy(buffer[piece.start_byte : piece.start_byte + piece.num_bytes])
+    return raw.view(dtype).view(piece.region.shape)

@@ -1,0 +1,80 @@
+"""The shadow: the staged copy of the model that a receiver keeps between versions.
+
+It is no engine's memory: an engine loads from it. So a version may be written over the one before while the engine
+serves, and a delta is applied where the old bits lie. The shadow knows of which version the bits of each chunk are.
+
+    tensors = shadow.open(layouts, specs)      # memory for the next version, with the last one's bits where possible
+    shadow.base(rank, index)                   # Version, or None: nothing that a delta could begin from
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weightcast.sync.layout import SourceLayout
+from weightcast.sync.regions import TensorSpec
+from weightcast.sync.version import Version
+
+ChunkKey: TypeAlias = tuple[int, int]
+"""(source rank, index)."""
+
+
+class BufferPool:
+    """Host buffers by tensor name, reused once no tensor lies on them any more."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
+        # A tensor keeps the array that it was made of alive, and so do its views: a dead lease means free memory.
+        self._leases: dict[str, weakref.ref[npt.NDArray[np.uint8]]] = {}
+
+    def take(self, spec: TensorSpec, *, keep_bits: bool = False) -> torch.Tensor:
+        """A tensor for `spec` on memory that nobody else looks at.
+
+        Its contents are undefined, or, with `keep_bits`, those of the tensor of this name that was taken before.
+        """
+        if not spec.num_bytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        buffer = self._buffers.get(spec.name)
+        if buffer is None or len(buffer) != spec.num_bytes or self._leases[spec.name]() is not None:
+            fresh = np.empty(spec.num_bytes, np.uint8)
+            if keep_bits and buffer is not None:
+                fresh[:] = buffer
+            self._buffers[spec.name] = buffer = fresh
+        lease = buffer.view()
+        self._leases[spec.name] = weakref.ref(lease)
+        return torch.from_numpy(lease).view(spec.dtype).view(spec.shape)
+
+
+class Shadow:
+    """See the module. `tensors` are handed out only as long as nobody else looks at their memory."""
+
+    def __init__(self) -> None:
+        self._pool = BufferPool()
+        self._specs: Sequence[TensorSpec] = ()
+        self._layouts: Mapping[int, SourceLayout] = {}
+        self._versions: dict[ChunkKey, Version] = {}
+
+    def open(self, layouts: Mapping[int, SourceLayout], specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
+        """The model's tensors, in HF order. Where an engine still holds one, its bits are copied to other memory."""
+        if layouts != self._layouts or specs != self._specs:
+            # The same index now means other bytes.
+            self._versions.clear()
+            self._layouts, self._specs = layouts, specs
+        return {spec.name: self._pool.take(spec, keep_bits=bool(self._versions)) for spec in specs}
+
+    def base(self, key: ChunkKey) -> Version | None:
+        """The version whose bits a chunk's pieces have."""
+        return self._versions.get(key)
+
+    def forget(self, keys: Iterable[ChunkKey]) -> None:
+        """These chunks' bits are no version's: they are being written, or proved wrong."""
+        for key in keys:
+            self._versions.pop(key, None)
+
+    def note(self, key: ChunkKey, version: Version) -> None:
+        """A chunk's pieces have the bits of `version` now."""
+        self._versions[key] = version

@@ -1,0 +1,60 @@
+"""A rank's share of the model: its live regions, and the memory that they are packed into.
+
+share = Share(source, history=4, expose=("shared_memory",))
+packer = share.prepare(regions, chunk_bytes, is_read=False)     # regions as rank 0 assigned them
+share.tickets                                                   # how engines may read that memory by themselves
+"""
+
+from collections.abc import Sequence
+
+from weightcast.sync.chunks import lay_out_chunks
+from weightcast.sync.packer import Packer
+from weightcast.sync.records import Ticket
+from weightcast.sync.regions import Region, check_unique_names
+from weightcast.sync.source import WeightSource
+from weightcast.sync.transports.reaches import Arena, check_kinds, make_arena
+
+
+class Share:
+    """See the module. Raises `SourceError` when tensor names repeat, `ConfigError` for an unknown kind of memory."""
+
+    def __init__(self, source: WeightSource, history: int, expose: Sequence[str]) -> None:
+        self.rank = source.rank
+        self.specs = tuple(source.specs())
+        check_unique_names(self.specs)
+        self.held = {held.region: held for held in source.held()}
+        self._specs_by_name = {spec.name: spec for spec in self.specs}
+        self._history = history
+        self._expose = check_kinds(expose)
+        self._laid_out: tuple[tuple[Region, ...], int] | None = None
+        self._packer: Packer | None = None
+        self._arena: Arena | None = None
+
+    def prepare(self, regions: tuple[Region, ...], chunk_bytes: int, *, is_read: bool) -> Packer:
+        """The packer of `regions`. With `is_read`, somebody still reads what was packed last: it goes on elsewhere."""
+        if self._packer is None or self._laid_out != (regions, chunk_bytes):
+            dtypes = {spec.name: spec.dtype for spec in self.specs}
+            chunks = lay_out_chunks(regions, dtypes, chunk_bytes)
+            arena = self._renew_arena(sum(chunk.num_bytes for chunk in chunks))
+            self._packer = Packer(self.held, self._specs_by_name, regions, chunks, arena.memory, self._history)
+            self._laid_out = (regions, chunk_bytes)
+        elif is_read:
+            self._packer.move(self._renew_arena(self._packer.num_bytes).memory)
+        return self._packer
+
+    def _renew_arena(self, num_bytes: int) -> Arena:
+        self.close()
+        self._arena = make_arena(self._expose, num_bytes)
+        return self._arena
+
+    @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Tickets to the memory that is packed into."""
+        if self._arena is None:
+            return ()
+        return tuple(Ticket(self.rank, kind, data) for kind, data in self._arena.tickets)
+
+    def close(self) -> None:
+        """Give out no more tickets."""
+        if self._arena is not None:
+            self._arena.close()

@@ -1,0 +1,152 @@
+"""Memory that is read without its owner's help, of whichever kind: made on a source, opened on an engine.
+
+    arena = make_arena(("shared_memory",), num_bytes)       # private memory where the machine has none of these
+    arena.tickets                                           # for the announcement
+
+    reaches = Reaches("auto", timeout_s=2)
+    reaches.renew(announce.tickets, num_sources)            # {source rank: kind} of those that are read so
+
+Each kind is a module beside this one, with `expose(num_bytes)` and `reach(ticket, timeout_s)`; it is imported when
+somebody asks for it.
+"""
+
+import importlib
+import logging
+from collections.abc import Sequence
+
+from weightcast.sync.errors import ConfigError, WeightcastError
+from weightcast.sync.records import Ticket
+from weightcast.sync.snapshot import allocate_arena
+from weightcast.sync.transports.base import ByteArray, Exposed, Reach
+from weightcast.sync.transports.choose import Choice, Context, Offers, blend_rate, choose_reach
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("shared_memory", "mooncake", "cuda_ipc")
+
+
+def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The kinds themselves, or `ConfigError` for an unknown one."""
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise ConfigError(f"no such kind of memory: {', '.join(unknown)}; allowed are {', '.join(KINDS)}")
+    return tuple(kinds)
+
+
+class Arena:
+    """Memory that a source packs into, and how it may be reached."""
+
+    def __init__(self, memory: ByteArray, exposed: Exposed | None) -> None:
+        self.memory = memory
+        self._exposed = exposed
+
+    @property
+    def tickets(self) -> tuple[tuple[str, bytes], ...]:
+        """(kind, ticket) of each way to reach it."""
+        return () if self._exposed is None else ((self._exposed.kind, self._exposed.ticket),)
+
+    def close(self) -> None:
+        """Give out no more tickets. Whoever reads it may go on."""
+        if self._exposed is not None:
+            self._exposed.close()
+
+
+def make_arena(kinds: Sequence[str], num_bytes: int) -> Arena:
+    """Zeroed memory of the first kind that this machine has, or private memory."""
+    for kind in check_kinds(kinds) if num_bytes else ():
+        try:
+            module = importlib.import_module(f"weightcast.sync.transports.{kind}")
+            exposed: Exposed = module.expose(num_bytes)
+        except (ImportError, OSError, WeightcastError) as error:
+            logger.info("engines cannot read this source's memory by %s: %s", kind, error)
+            continue
+        return Arena(exposed.memory, exposed)
+    return Arena(allocate_arena(num_bytes), None)
+
+
+class Reaches:
+    """What an engine has open of its sources' memory, and which way it takes to each.
+
+    `wanted` is "auto", "zmq" or one kind; `timeout_s` bounds every read.
+    """
+
+    def __init__(self, wanted: str, timeout_s: float) -> None:
+        if wanted not in ("auto", "zmq", *KINDS):
+            allowed = ", ".join(("auto", "zmq", *KINDS))
+            raise ConfigError(f"transport={wanted!r} is not known; use one of {allowed}")
+        self._wanted = wanted
+        self._timeout_s = timeout_s
+        self._open: dict[Ticket, Reach] = {}
+        self._failed: dict[Ticket, str] = {}
+        self._rates: dict[str, float] = {}
+        self._choices: dict[int, Choice] = {}
+
+    def renew(self, tickets: Sequence[Ticket], num_sources: int) -> dict[int, str]:
+        """Open what is new and close what is gone; the kind by which each source rank is read, of those that are.
+
+        Raises `ReachError` when the one kind that is wanted cannot be had.
+        """
+        for ticket in [ticket for ticket in self._open if ticket not in tickets]:
+            self._open.pop(ticket).close()
+        self._failed = {ticket: why for ticket, why in self._failed.items() if ticket in tickets}
+        for ticket in tickets:
+            if self._wanted in ("auto", ticket.kind) and ticket not in self._open and ticket not in self._failed:
+                self._try(ticket)
+        for rank in range(num_sources):
+            self._choose(rank, [ticket for ticket in tickets if ticket.rank == rank])
+        return {rank: choice.kind for rank, choice in self._choices.items() if choice.kind != "zmq"}
+
+    def _try(self, ticket: Ticket) -> None:
+        try:
+            if ticket.kind not in KINDS:
+                raise ConfigError(f"no such kind of memory: {ticket.kind}")
+            module = importlib.import_module(f"weightcast.sync.transports.{ticket.kind}")
+            self._open[ticket] = module.reach(ticket.data, self._timeout_s)
+        except (ImportError, OSError, WeightcastError) as error:
+            # Once a ticket: every version names it again.
+            self._failed[ticket] = str(error)
+
+    def _choose(self, rank: int, tickets: Sequence[Ticket]) -> None:
+        open_kinds = {ticket.kind for ticket in tickets if ticket in self._open}
+        is_near = bool(open_kinds & {"shared_memory", "cuda_ipc"})
+        before = self._choices.get(rank)
+        context = Context(
+            same_host=is_near,
+            same_uid=is_near,
+            same_gpu="cuda_ipc" in open_kinds,
+            rates=self._rates,
+            current=None if before is None else before.kind,
+            failed={ticket.kind: self._failed[ticket] for ticket in tickets if ticket in self._failed},
+            wanted=self._wanted,
+        )
+        offers = Offers({ticket.kind for ticket in tickets}, open_kinds | {"zmq"})
+        choice = self._choices[rank] = choose_reach(offers, context)
+        if before is None or choice.kind != before.kind:
+            logger.info("from source rank %d by %s", rank, choice)
+
+    def note_rate(self, kind: str, num_bytes: int, seconds: float) -> None:
+        """A version that came by one kind took so long."""
+        rate = blend_rate(self._rates.get(kind), num_bytes, seconds)
+        if rate is not None:
+            self._rates[kind] = rate
+
+    def get(self, rank: int) -> Reach | None:
+        """A source's memory, of the kind that was chosen."""
+        choice = self._choices.get(rank)
+        found = (
+            reach
+            for ticket, reach in self._open.items()
+            if choice and (ticket.rank, ticket.kind) == (rank, choice.kind)
+        )
+        return next(found, None)
+
+    def give_up(self, rank: int, reason: str) -> None:
+        """Let go of a source's memory, and do not try these tickets again."""
+        for ticket in [ticket for ticket in self._open if ticket.rank == rank]:
+            self._open.pop(ticket).close()
+            self._failed[ticket] = reason
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for reach in self._open.values():
+            reach.close()
+        self._open.clear()

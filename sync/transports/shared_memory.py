@@ -1,0 +1,224 @@
+"""Shared memory: engines on the trainer's host read a source's arena where it lies, and copy once.
+
+    exposed = expose(num_bytes)           # source: exposed.memory is the arena, exposed.ticket says how to get in
+    memory = reach(ticket, timeout_s)     # engine: memory.view(start_byte, num_bytes)
+
+The arena has no name in the file system. A thread of the source hands a read-only descriptor of it to whoever is of
+the same user (or an allowed one), reaches the socket in a folder of that user's own, and knows the ticket's token. So
+nobody can put something else in its place, and when a process is killed nothing stays but that folder and its dead
+socket, which the next source of the user removes.
+"""
+
+import hmac
+import os
+import secrets
+import time
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from weightcast.sync import schema
+from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WireError
+from weightcast.sync.host import folders
+from weightcast.sync.host.arena import MAX_ARENA_BYTES, Arena, map_arena
+from weightcast.sync.host.packets import Connection, connect, listen
+from weightcast.sync.host.server import PacketServer
+from weightcast.sync.schema import binary, checked, text, uint
+
+KIND = "shared_memory"
+MAX_TICKET_BYTES = 1024
+TOKEN_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemoryTicket:
+    """Where a source hands out its memory, and what to say there. `host` names a boot of a machine."""
+
+    host: str = checked(text)
+    path: str = checked(text)
+    token: bytes = checked(binary(TOKEN_BYTES))
+    num_bytes: int = checked(uint(MAX_ARENA_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """An engine's word to the source."""
+
+    token: bytes = checked(binary(TOKEN_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The source's answer; a descriptor comes with it."""
+
+    num_bytes: int = checked(uint(MAX_ARENA_BYTES))
+
+
+_TO_SOURCE: dict[str, type[Any]] = {"open": Open}
+_TO_ENGINE: dict[str, type[Any]] = {"opened": Opened}
+
+
+class ExposedMemory:
+    """A source's arena, and the thread that hands it out; see `expose`."""
+
+    kind = KIND
+
+    def __init__(self, num_bytes: int, allowed_uids: frozenset[int], base: Path | None) -> None:
+        self._arena = Arena(num_bytes)
+        self.memory: npt.NDArray[np.uint8] = self._arena.memory
+        # Others of the allowed users must get through the folder; that its name is no secret does no harm.
+        is_private = allowed_uids <= {os.geteuid()}
+        folder = folders.make_socket_folder(base, mode=0o700 if is_private else 0o711)
+        self._remove_folder = weakref.finalize(self, _remove_own_folder, folder, os.getpid())
+        path = folder / folders.SOCKET_NAME
+        token = secrets.token_bytes(TOKEN_BYTES)
+        ticket = SharedMemoryTicket(_host(), str(path), token, num_bytes)
+        self.ticket: bytes = schema.pack(KIND, ticket)
+        assert len(self.ticket) <= MAX_TICKET_BYTES
+        listener = listen(path, mode=0o600 if is_private else 0o666)
+        handler = _HandsOut(token, self._arena)
+        self._server: PacketServer | None = PacketServer(listener, _TO_SOURCE, handler, allowed_uids | {os.geteuid()})
+
+    def close(self) -> None:
+        """Refuse new engines. Those that have the memory open keep it, and so does whoever has `memory`."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            self._remove_folder()
+            self._arena.close()
+
+
+class _HandsOut:
+    """What the source's thread does: a descriptor for the right token, nothing for anything else."""
+
+    def __init__(self, token: bytes, arena: Arena) -> None:
+        self._token = token
+        self._arena = arena
+
+    def heard(self, peer: Connection, message: Open) -> bool:
+        if hmac.compare_digest(message.token, self._token):
+            peer.send("opened", Opened(len(self._arena.memory)), self._arena.descriptor)
+        return False
+
+    def left(self, peer: Connection) -> None:
+        pass
+
+
+def expose(num_bytes: int, *, allowed_uids: Collection[int] = (), base: Path | None = None) -> ExposedMemory:
+    """An arena of `num_bytes` that engines of this host may read; all of its memory is taken at once.
+
+    `allowed_uids` may read it besides this process's own user. `base` is where the folder of its socket is made (by
+    default `XDG_RUNTIME_DIR`, or the folder for temporary files), which both sides must see under one path.
+    Raises `StorageError` when there is too little memory, `ReachError` when there is no safe place for the socket.
+    """
+    return ExposedMemory(num_bytes, frozenset(allowed_uids), base)
+
+
+class ReachedMemory:
+    """A source's arena, mapped read-only; see `reach`."""
+
+    kind = KIND
+
+    def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
+        self._memory: npt.NDArray[np.uint8] | None = memory
+        self.num_bytes = len(memory)
+
+    def view(self, start_byte: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """A read-only view of the source's memory, which may change under it. `WireError` when it is not all there."""
+        assert self._memory is not None, "the memory was closed"
+        if start_byte < 0 or num_bytes < 0 or start_byte + num_bytes > self.num_bytes:
+            raise WireError(f"{num_bytes} bytes from {start_byte} on are outside the source's {self.num_bytes} bytes")
+        return self._memory[start_byte : start_byte + num_bytes]
+
+    def read(self, start_byte: int, into: npt.NDArray[np.uint8]) -> None:
+        """Copy bytes from `start_byte` on, as many as `into` takes."""
+        np.copyto(into, self.view(start_byte, len(into)))
+
+    def close(self) -> None:
+        """Let go of the memory; it is unmapped when the last view of it is gone."""
+        self._memory = None
+
+
+def read_ticket(ticket: bytes) -> SharedMemoryTicket:
+    """The ticket, or `WireError` when it cannot be one of `expose`."""
+    if len(ticket) > MAX_TICKET_BYTES:
+        raise WireError(f"a ticket of {len(ticket)} bytes exceeds the limit of {MAX_TICKET_BYTES}")
+    read: SharedMemoryTicket = schema.unpack(ticket, {KIND: SharedMemoryTicket})
+    path = Path(read.path)
+    if not path.is_absolute() or ".." in path.parts or path.name != folders.SOCKET_NAME:
+        raise WireError(f"{schema.show(read.path)} is no path of a source's socket")
+    if not path.parent.name.startswith(folders.PREFIX) or len(os.fsencode(path)) > folders.MAX_PATH_BYTES:
+        raise WireError(f"{schema.show(read.path)} is no path of a source's socket")
+    if len(read.token) != TOKEN_BYTES or not read.num_bytes:
+        raise WireError(f"a ticket with a token of {len(read.token)} bytes for {read.num_bytes} bytes of memory")
+    return read
+
+
+def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()) -> ReachedMemory:
+    """The memory behind a ticket, mapped; its pages too, as far as `timeout_s` allows.
+
+    The source must be of this process's user or of `allowed_uids`. Raises `WireError` for a malformed ticket, and
+    `ReachError` when the source is on another host, of another user, or gone, or when its memory is not what it says.
+    """
+    read = read_ticket(ticket)
+    deadline_s = time.monotonic() + timeout_s
+    owners = frozenset(allowed_uids) | {os.geteuid()}
+    connection = _knock(read, owners, timeout_s)
+    try:
+        connection.send("open", Open(read.token))
+        answer, descriptor = connection.receive(_TO_ENGINE, deadline_s - time.monotonic())
+    except DeadlineExceeded:
+        raise ReachError(f"the source at {read.path} did not answer within {timeout_s:.1f} s") from None
+    except PeerLost:
+        raise ReachError(
+            f"the source at {read.path} refused: the ticket is of an earlier life of it, this process's user "
+            f"{os.geteuid()} is not allowed, or too many ask at once; get a new ticket, or use another transport"
+        ) from None
+    finally:
+        connection.close()
+    if descriptor is None:
+        raise ReachError(f"the source at {read.path} handed over no memory")
+    try:
+        if answer.num_bytes != read.num_bytes:
+            raise ReachError(f"the source at {read.path} has {answer.num_bytes} bytes, its ticket {read.num_bytes}")
+        return ReachedMemory(map_arena(descriptor, read.num_bytes, deadline_s - time.monotonic()))
+    finally:
+        os.close(descriptor)
+
+
+def _knock(ticket: SharedMemoryTicket, owners: frozenset[int], timeout_s: float) -> Connection:
+    path = Path(ticket.path)
+    try:
+        folders.check_folder(path.parent, owners)
+        return connect(path, owners, timeout_s)
+    except FileNotFoundError:
+        if ticket.host != _host():
+            reason = "it is on another host; use a transport that goes over the network"
+        else:
+            reason = "the source ended, or lives in a container whose folder for sockets is not mounted here"
+    except PermissionError:
+        reason = f"it belongs to another user; run both as one, or let the source allow the uid {os.geteuid()}"
+    except ConnectionRefusedError:
+        reason = "the source ended without closing it; get a new ticket"
+    except DeadlineExceeded as error:
+        reason = str(error)
+    raise ReachError(f"no memory to reach at {path}: {reason}")
+
+
+def _host() -> str:
+    """A name for this machine until it boots again; only messages depend on it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _remove_own_folder(folder: Path, pid: int) -> None:
+    """Not in a forked child, whose parent still uses it."""
+    if os.getpid() == pid:
+        folders.remove_socket_folder(folder)
