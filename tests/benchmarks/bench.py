@@ -11,12 +11,14 @@ this machine lacks something is recorded as not run.
 """
 
 import argparse
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import torch
 from cases import TABLES
@@ -147,6 +149,10 @@ def show_plan(cases: Sequence[Case]) -> None:
     console.print(table)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Do what the command line says; the exit code."""
     options = parse()
@@ -161,6 +167,8 @@ def main() -> int:
         console.print("\n".join([*faults, "write it again: python tests/benchmarks/bench.py --page"] if faults else []))
         return 1 if faults else 0
     torch.set_num_threads(1)
+    # So that processes and namespaces are ended by whoever made them.
+    signal.signal(signal.SIGTERM, _interrupt)
     return run(options)
 
 

@@ -12,7 +12,7 @@ import engines
 import gpu
 import links
 import moves
-from records import Case, Reading, Settings, at_least, at_most
+from records import Case, CaseError, Reading, Settings, at_least, at_most
 
 DENSITIES = {"008": 0.008, "023": 0.023, "066": 0.066}
 # dense bytes over delta bytes, plain and with zstandard
@@ -21,8 +21,11 @@ BYTES_TARGETS = {"008": (110, 170), "023": (42, 70), "066": (15, 30)}
 
 def measure_buckets(settings: Settings) -> Reading:
     """Gloo in buckets against gloo a parameter."""
-    reading: Reading = import_module("collective_case").measure(settings)
-    return reading
+    try:
+        value_s, baseline_s = import_module("collective_case").measure(settings.rounds, settings.quick)
+    except SystemExit as error:
+        raise CaseError(str(error)) from None
+    return Reading([value_s], [baseline_s], "s", "one source, one engine", rounds=settings.rounds)
 
 
 def _against(name: str, module: str, place: str, limit: float, needs: tuple[str, ...] = (), note: str = "") -> Case:

@@ -4,21 +4,25 @@
         ...                                        # processes in net.spokes[i].namespace and net.hub
 
 Spoke `i` has the address 10.77.i.1, the hub 10.77.i.2 on that link; the hub forwards between its links, so that the
-spokes reach each other. Needs root and iproute2. Everything is removed at the end, also after an error.
+spokes reach each other. Needs root and iproute2. Everything is removed at the end, also after an error; what a process
+that was killed has left is removed by the next one. A process has one star at a time.
 """
 
 import os
-import secrets
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from records import CaseError
 
 # A queue for this long before packets are dropped; a burst of what a link of 2 Gb/s sends in one tick of 4 ms.
 _LATENCY = "50ms"
 _BURST = "1mb"
+# The process that made a namespace is in its name.
+_NAME = re.compile(r"wc(\d+)-(?:hub|s\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,8 @@ class Star:
 @contextmanager
 def star(rates: Sequence[str]) -> Iterator[Star]:
     """One link a rate (in tc's words, such as `1gbit`), limited from the spoke to the hub."""
-    tag = f"wc{secrets.token_hex(3)}"
+    _remove_stale()
+    tag = f"wc{os.getpid()}"
     hub = f"{tag}-hub"
     with ExitStack() as stack:
         _make_namespace(stack, hub)
@@ -58,7 +63,14 @@ def star(rates: Sequence[str]) -> Iterator[Star]:
 def list_namespaces() -> list[str]:
     """The names of those that a star made and has not removed."""
     names = [line.split()[0] for line in _run("ip", "netns", "list").splitlines() if line]
-    return [name for name in names if name.startswith("wc") and "-" in name]
+    return [name for name in names if _NAME.fullmatch(name)]
+
+
+def _remove_stale() -> None:
+    for name in list_namespaces():
+        match = _NAME.fullmatch(name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            _run("ip", "netns", "delete", name)
 
 
 def _make_namespace(stack: ExitStack, name: str) -> None:

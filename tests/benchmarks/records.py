@@ -66,6 +66,8 @@ class Reading:
     unit: str
     note: str = ""
     details: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    """How many rounds the values are of, where a case gives medians only; otherwise there is a value a round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def make_record(case: Case, reading: Reading, measured_at: str, commit: str) -> 
         baseline=case.baseline,
         baseline_value=baseline_value,
         ratio=ratio,
-        rounds=len(reading.values),
+        rounds=reading.rounds or len(reading.values),
         target=str(case.target) if case.target else "",
         reached=case.target.is_reached(ratio) if case.target else None,
         note=reading.note,

@@ -229,6 +229,12 @@ def test_links_are_limited_and_removed_also_after_an_error() -> None:
         raise ZeroDivisionError
     assert network.list_namespaces() == before
 
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    subprocess.run(["ip", "netns", "add", f"wc{dead.pid}-hub"], check=True)
+    with network.star(["1gbit"]):
+        assert f"wc{dead.pid}-hub" not in network.list_namespaces(), "left by a process that was killed"
+
 
 def test_gpu_cases_import_and_plan_without_a_gpu() -> None:
     importlib.import_module("baselines.checkpoint_engine_ipc")
