@@ -2,13 +2,14 @@
 #
 #   make demo [ENGINE=transformers|vllm] [MODEL=folder-or-hub-id] [DATA=file.txt] [STEPS=6] [TP=ranks] [OUT=out/demo]
 #   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
-#   make test | test-quick | lint | test-all | bench | clean
+#   make test | test-quick | lint | test-all | clean
+#   make bench | bench-gpu [BENCH_ARGS='--cases shm_vs_memcpy --rounds 9']   tests/benchmarks/README.md says what it is
 #   make test-latest [PYTHON312=python] [LATEST_TRANSFORMERS=5.23.0]   bridges and trainer with the newest Megatron-Core
 
 GIVEN = $(if $(TP), --tp '$(TP)')$(if $(MODEL), --model '$(MODEL)')$(if $(DATA), --data '$(DATA)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-all test-latest lint bench clean
+.PHONY: help setup demo test test-quick test-all test-latest lint bench bench-gpu clean
 
 ENGINE ?= transformers
 STEPS ?= 6
@@ -27,6 +28,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BASE := $(VENV)/.installed-base
 VLLM := $(VENV)/.installed-vllm
+BENCH := $(VENV)/.installed-bench
+BENCH_GPU := $(VENV)/.installed-bench-gpu
 LATEST_VENV := .venv-latest
 LATEST := $(LATEST_VENV)/.installed-$(LATEST_MEGATRON)-$(LATEST_TRANSFORMERS)
 INPUTS := pyproject.toml constraints.txt
@@ -35,7 +38,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 help:
-	@sed -n '3,6s/^#   //p' Makefile
+	@sed -n '3,7s/^#   //p' Makefile
 
 $(PY):
 	@.ci/make_venv $(VENV) $(PYTHON)
@@ -95,8 +98,21 @@ $(LATEST): pyproject.toml | $(LATEST_VENV)/bin/python
 test-latest: $(LATEST)
 	$(LATEST_VENV)/bin/python -m pytest -m 'not long and not vllm' $(LATEST_TESTS)
 
-bench: $(BASE)
+# Mooncake's library wants libibverbs1, libcurl4 and libnuma1 of the system.
+$(BENCH): $(VLLM)
+	@echo "weightcast: installing what the bench compares with into $(VENV) (about a minute, once)"
+	$(PIP) --editable '.[bench]'
+	@touch $@
+
+$(BENCH_GPU): $(BASE)
+	$(PIP) --editable '.[bench-gpu]'
+	@touch $@
+
+bench: $(BENCH)
 	$(PY) tests/benchmarks/bench.py $(BENCH_ARGS)
+
+bench-gpu: $(BENCH_GPU)
+	$(PY) tests/benchmarks/bench.py --gpu $(BENCH_ARGS)
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/weightcast.egg-info

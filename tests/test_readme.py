@@ -18,6 +18,7 @@ from weightcast.adapters.demo.embedded_model import make_embedded_model
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TIMEOUT_S = 200
+STAMPS = (".installed-base", ".installed-vllm", ".installed-bench", ".installed-bench-gpu")
 
 # command in the README -> the test that runs it
 EXERCISED = {
@@ -61,6 +62,7 @@ EXERCISED = {
     "make test": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",
     "make setup": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",
     "make bench": "tests/test_readme.py::test_make_bench",
+    "make bench-gpu": "tests/test_readme.py::test_make_bench_gpu",
 }
 # Shell blocks that end by themselves when they are run as they stand, in a folder that holds `path/to/hf`.
 RUN_HERE = (
@@ -100,7 +102,7 @@ def environment() -> dict[str, str]:
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`make` in the root with this interpreter's environment as its `.venv`, taken as set up."""
     venv = Path(sys.prefix)
-    ready = [f"--assume-old={venv}/{stamp}" for stamp in (".installed-base", ".installed-vllm")]
+    ready = [f"--assume-old={venv}/{stamp}" for stamp in STAMPS]
     return subprocess.run(
         ["make", *ready, f"VENV={venv}", *arguments],
         cwd=ROOT,
@@ -172,6 +174,14 @@ def test_make_test_runs_pytest_after_its_set_up() -> None:
 
 @pytest.mark.slow
 def test_make_bench(tmp_path: Path) -> None:
-    done = make("bench", f"BENCH_ARGS=--rounds 1 --tiny --out {tmp_path / 'results.json'}")
+    done = make("bench", f"BENCH_ARGS=--rounds 1 --quick --cases shm_vs_memcpy --out {tmp_path}")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "stage_zmq_ipc" in (tmp_path / "results.json").read_text()
+    assert "shm_vs_memcpy" in (tmp_path / "results" / "cpu.json").read_text()
+    assert "shm_vs_memcpy" in (tmp_path / "README.md").read_text()
+
+
+def test_make_bench_gpu() -> None:
+    """Without a GPU it can only plan; tests/benchmarks has the rest."""
+    done = make("bench-gpu", "BENCH_ARGS=--plan")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "gpu_ipc_vs_copy" in done.stdout

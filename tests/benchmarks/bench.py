@@ -1,127 +1,176 @@
-"""The benchmark: how long a version of a 1 GB model takes into an engine's staging memory, against a plain copy.
+"""The benchmark program: runs cases, writes the results file and the page.
 
-make bench        or        python tests/benchmarks/bench.py [--rounds 5] [--out tests/benchmarks/results/cpu.json]
+    make bench        make bench-gpu        or, with options,
+    python tests/benchmarks/bench.py [--gpu] [--cases a,b] [--rounds 5] [--quick] [--out FOLDER]
+    python tests/benchmarks/bench.py --plan        what would run here, and what is lacking for the rest
+    python tests/benchmarks/bench.py --page        the page and the plots again, without measuring
+    python tests/benchmarks/bench.py --check       exit code 1 when the page is not of the results
 
-The trainer's stand-in is another process; every round runs each case once, interleaved with its baseline, a
-one-thread copy of the same tensors inside this process. Figures are medians over the rounds; a ratio compares within
-the run only. What was staged is compared with what was published, bit sums against bit sums, in every round.
+A case that fails is recorded with its error, the others go on, and the exit code is 1 at the end. A case for which
+this machine lacks something is recorded as not run.
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import tempfile
-from dataclasses import asdict
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import torch
-import zmq
-from delta_codec import run_codec
-from digest import run_digest
-from engine_pause import run_pause
-from harness import TIMEOUT_S, Record, running_publisher, time_copy
+from cases import TABLES
+from machine import describe_machine, describe_versions, find_lack
+from page import render, show
+from plots import describe_origin, draw_plots, hash_results, list_plots
+from records import Case, CaseError, Record, Settings, make_empty_record, make_record
+from results import describe_commit, describe_time, read_results, renew, start_from, write_results
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from shapes import TINY, qwen3_specs
-from shared_memory import run_shared_memory
-
-import weightcast
-from weightcast.sync import TensorSpec, Update, WeightSubscriber
 
 HERE = Path(__file__).parent
+QUICK_FOLDER = Path("out/bench")
+MIN_ROUNDS = 5
+console = Console(width=150, soft_wrap=True)
 
 
-def sum_bits(update: Update) -> int:
-    """The sum of all elements' bits, as the publishing process computes it."""
-    return sum(int(tensor.view(torch.int16).sum(dtype=torch.int64)) for _, tensor in update)
-
-
-def run_staging(rounds: int, specs: list[TensorSpec], ipc: str, tiny: bool) -> list[Record]:
-    """Stage over tcp and ipc, each round next to a copy of the same bytes."""
-    names = ("stage_zmq_tcp", "stage_zmq_ipc")
-    source = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs]
-    target = [torch.ones(spec.shape, dtype=spec.dtype) for spec in specs]
-    time_copy(source, target)
-    times_s: dict[str, list[float]] = {name: [] for name in (*names, "memcpy", "pack", "publish")}
-    num_bytes = sum(spec.num_bytes for spec in specs)
-    with running_publisher(["tcp://127.0.0.1:0", ipc], tiny) as publisher:
-        subscribers = [WeightSubscriber(address, expect=specs) for address in publisher.addresses]
-        for number in range(rounds + 1):
-            for index, name in enumerate(names):
-                copy_s = time_copy(source, target)
-                publisher.send("publish", index, number * len(names) + index + 1)
-                update = subscribers[index].wait(TIMEOUT_S)
-                stage_s, staged_bits = update.stats.stage_s, sum_bits(update)
-                update.commit()
-                answer = publisher.read()
-                if answer["bits"] != staged_bits or answer["num_bytes"] != num_bytes:
-                    raise SystemExit(f"{name}: what was staged is not what was published")
-                if number:  # the first round faults memory in on both sides
-                    times_s["memcpy"].append(copy_s)
-                    times_s["pack"].append(answer["phases_s"]["pack"])
-                    times_s[name].append(stage_s)
-        for subscriber in subscribers:
-            subscriber.close()
-    copy_s = statistics.median(times_s["memcpy"])
-    records = []
-    for name in (*names, "pack"):
-        value = statistics.median(times_s[name])
-        note = f"{num_bytes / value / 1e9:.2f} GB/s, the copy {num_bytes / copy_s / 1e9:.2f} GB/s"
-        records.append(Record(name, value, "s", "memcpy", copy_s, value / copy_s, rounds, note))
-    return records
-
-
-def describe_machine() -> dict[str, str | int]:
-    """What the figures were taken on."""
-    cpu = next((row.split(":")[1].strip() for row in _read_lines("/proc/cpuinfo") if row.startswith("model name")), "")
-    return {
-        "cpu": cpu or platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zmq": zmq.zmq_version(),
-        "weightcast": weightcast.__version__,
-    }
-
-
-def _read_lines(path: str) -> list[str]:
-    file = Path(path)
-    return file.read_text().splitlines() if file.exists() else []
-
-
-def show(records: list[Record]) -> None:
-    """The records as a table on the terminal."""
-    table = Table("case", "value", "unit", "baseline", "baseline value", "ratio", "note")
-    for record in records:
-        cells = (f"{record.value:.3f}", record.unit, record.baseline, f"{record.baseline_value:.3f}")
-        table.add_row(record.case, *cells, f"{record.ratio:.2f}", record.note)
-    Console(width=140).print(table)
-
-
-def main() -> None:
-    """Run all cases, show them, and write the results file."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
-    parser.add_argument("--tiny", action="store_true", help="a model of 40 MB: to try the program, not for figures")
-    parser.add_argument("--skip-engine", action="store_true", help="measure staging only, without starting an engine")
-    options = parser.parse_args()
+    parser.add_argument("--gpu", action="store_true", help="the cases of one GPU instead of the CPU's")
+    parser.add_argument("--cases", default="", help="names, separated by commas; all by default")
+    parser.add_argument("--rounds", type=int, default=MIN_ROUNDS, help="that count; at least 5, but with --quick")
+    parser.add_argument("--quick", action="store_true", help="small models: to try the program, not for figures")
+    parser.add_argument("--out", type=Path, help="folder of results/, plots/ and README.md; here by default")
+    parser.add_argument("--plan", action="store_true", help="say what would run, and measure nothing")
+    parser.add_argument("--page", action="store_true", help="write the page again, and measure nothing")
+    parser.add_argument("--check", action="store_true", help="compare the page with the results, and change nothing")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or (options.rounds < MIN_ROUNDS and not options.quick):
+        parser.error(f"--rounds {options.rounds}: figures are medians of at least {MIN_ROUNDS}; fewer with --quick")
+    table = TABLES["gpu" if options.gpu else "cpu"]
+    wanted = [name for name in options.cases.split(",") if name]
+    if unknown := sorted(set(wanted) - {case.name for case in table}):
+        parser.error(f"--cases {', '.join(unknown)} unknown; known are {', '.join(case.name for case in table)}")
+    options.chosen = [case for case in table if not wanted or case.name in wanted]
+    options.out = options.out or (QUICK_FOLDER if options.quick else HERE)
+    if options.quick and options.out.resolve() == HERE:
+        parser.error(f"--quick --out {options.out}: figures of small models do not belong there; name another folder")
+    return options
+
+
+def run_case(case: Case, settings: Settings, commit: str) -> Record:
+    """Measure one case; whatever goes wrong becomes its record."""
+    measured_at = describe_time()
+    if lack := find_lack(case.needs):
+        return make_empty_record(case, "not run", lack, measured_at, commit)
+    try:
+        record = make_record(case, case.measure(settings), measured_at, commit)
+        return replace(record, note=f"quick, no figure; {record.note}") if settings.quick else record
+    except CaseError as error:
+        return make_empty_record(case, "failed", str(error), measured_at, commit)
+    except Exception as error:
+        console.print(escape(traceback.format_exc()))
+        return make_empty_record(case, "failed", f"{type(error).__name__}: {error}", measured_at, commit)
+
+
+def run(options: argparse.Namespace) -> int:
+    """All chosen cases; results are written after each, so that a run that is ended keeps what it has."""
+    kind = "gpu" if options.gpu else "cpu"
+    path = options.out / "results" / f"{kind}.json"
+    former, machine = read_results(path), describe_machine()
+    results = start_from(former, machine, describe_versions())
+    if former is not None and not results.records and former.records:
+        console.print(f"the former results are of another machine, {former.machine}: they are left out")
+    settings, commit = Settings(options.rounds, options.quick), describe_commit()
+    ran: list[Record] = []
+    for case in options.chosen:
+        start_s = time.monotonic()
+        record = run_case(case, settings, commit)
+        ran.append(record)
+        results = renew(results, record, TABLES[kind])
+        write_results(path, results)
+        console.print(f"{record.case}: {_describe(record)} ({time.monotonic() - start_s:.0f} s)")
+    write_page(options.out)
+    _show(ran)
+    return 1 if any(record.status == "failed" for record in ran) else 0
+
+
+def _describe(record: Record) -> str:
+    if record.value is None or record.baseline_value is None:
+        return escape(f"{record.status}: {record.note}")
+    return f"{show(record.value, record.unit)}, {record.baseline} {show(record.baseline_value, record.unit)}"
+
+
+def _show(records: list[Record]) -> None:
+    table = Table("case", "value", "baseline", "", "ratio", "to reach", "reached")
+    for record in records:
+        if record.value is None or record.baseline_value is None or record.ratio is None:
+            table.add_row(record.case, record.status, "", record.baseline, "", record.target, "")
+            continue
+        values = (show(record.value, record.unit), show(record.baseline_value, record.unit), record.baseline)
+        reached = {True: "yes", False: "no", None: ""}[record.reached]
+        table.add_row(record.case, *values, f"{record.ratio:.3g}", record.target, reached)
+    console.print(table)
+
+
+def write_page(folder: Path) -> None:
+    """The page and its plots, from the results files in `folder`."""
+    results = {kind: read_results(folder / "results" / f"{kind}.json") for kind in TABLES}
+    for kind, found in results.items():
+        if found is not None:
+            digest = hash_results(folder / "results" / f"{kind}.json")
+            draw_plots(kind, found, digest, folder / "plots")
+    (folder / "README.md").write_text(render(results))
+
+
+def check_page(folder: Path) -> list[str]:
+    """What is not as the results say; empty when all is."""
+    results = {kind: read_results(folder / "results" / f"{kind}.json") for kind in TABLES}
+    page = folder / "README.md"
+    faults = [] if page.exists() and page.read_text() == render(results) else [f"{page} is not of the results"]
+    for kind, found in results.items():
+        for name, _ in list_plots(kind, found) if found is not None else ():
+            plot = folder / "plots" / name
+            origin = describe_origin(hash_results(folder / "results" / f"{kind}.json"))
+            if not plot.exists() or origin not in plot.read_text():
+                faults.append(f"{plot} is not of the results")
+    return faults
+
+
+def show_plan(cases: Sequence[Case]) -> None:
+    """The table, and for each case what this machine lacks."""
+    table = Table("case", "figure", "to reach", "baseline", "here")
+    for case in cases:
+        table.add_row(case.name, case.figure, str(case.target or ""), case.baseline, find_lack(case.needs) or "runs")
+    console.print(table)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Do what the command line says; the exit code."""
+    options = parse()
+    if options.plan:
+        show_plan(options.chosen)
+        return 0
+    if options.page:
+        write_page(options.out)
+        return 0
+    if options.check:
+        faults = check_page(options.out)
+        console.print("\n".join([*faults, "write it again: python tests/benchmarks/bench.py --page"] if faults else []))
+        return 1 if faults else 0
     torch.set_num_threads(1)
-    specs = qwen3_specs(**TINY) if options.tiny else qwen3_specs()
-    with tempfile.TemporaryDirectory() as folder:
-        records = run_staging(options.rounds, specs, f"ipc://{folder}/bench", options.tiny)
-        records += run_codec(options.rounds, options.tiny)
-        records += run_digest(options.rounds, options.tiny)
-        records += run_shared_memory(options.rounds, options.tiny)
-        if not (options.skip_engine or options.tiny):
-            records.append(run_pause(options.rounds, specs, Path(folder)))
-    results = {"machine": describe_machine(), "records": [asdict(record) for record in records]}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
-    show(records)
+    # So that processes and namespaces are ended by whoever made them.
+    signal.signal(signal.SIGTERM, _interrupt)
+    return run(options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

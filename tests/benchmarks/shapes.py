@@ -1,10 +1,10 @@
 """Tensor shapes of real models, so that a benchmark moves what users move: few large tensors and many small ones."""
 
+from collections.abc import Callable
+
 import torch
 
 from weightcast.sync import TensorSpec
-
-TINY = {"layers": 2, "vocab": 4096}
 
 
 def qwen3_specs(
@@ -15,8 +15,9 @@ def qwen3_specs(
     head_dim: int = 128,
     intermediate: int = 3072,
     vocab: int = 151_936,
+    tied: bool = True,
 ) -> list[TensorSpec]:
-    """The tensors of a Qwen3 checkpoint with tied embeddings, bf16; the defaults are Qwen3-0.6B's, 1.19 GB."""
+    """The tensors of a Qwen3 checkpoint, bf16; the defaults are Qwen3-0.6B's with tied embeddings, 1.19 GB."""
     rows: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocab, hidden))]
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -34,4 +35,21 @@ def qwen3_specs(
             (f"{prefix}mlp.down_proj.weight", (hidden, intermediate)),
         ]
     rows.append(("model.norm.weight", (hidden,)))
+    if not tied:
+        rows.append(("lm_head.weight", (vocab, hidden)))
     return [TensorSpec(name, torch.bfloat16, shape) for name, shape in rows]
+
+
+def _tiny() -> list[TensorSpec]:
+    return qwen3_specs(layers=2, vocab=4096)
+
+
+def _qwen3_8b() -> list[TensorSpec]:
+    return qwen3_specs(layers=36, hidden=4096, heads=32, intermediate=12_288, tied=False)
+
+
+MODELS: dict[str, Callable[[], list[TensorSpec]]] = {
+    "tiny": _tiny,  # 71 MB: to try the program
+    "qwen3-0.6b": qwen3_specs,  # 1.19 GB
+    "qwen3-8b": _qwen3_8b,  # 16.4 GB
+}

@@ -1,0 +1,118 @@
+"""Cases that move a whole model from one process into another: weightcast's transports against each baseline.
+
+"For the place": on one host weightcast has shared memory; between hosts (here the loopback) it has ZeroMQ. A baseline
+is met by the best of what there is for its place.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+
+from measure import take_turns
+from peers import Link
+from records import Reading, Settings
+from shapes import MODELS
+
+OURS = "weightcast_mover"
+TCP = "tcp://127.0.0.1:0"
+# The transports for each place, as options of both ends.
+PLACES: dict[str, tuple[dict[str, Any], ...]] = {
+    "host": ({"transport": "shared_memory"},),
+    "network": ({"transport": "zmq", "address": TCP},),
+}
+
+
+def model_for(settings: Settings) -> str:
+    """1.19 GB, or a small one to try the program."""
+    return "tiny" if settings.quick else "qwen3-0.6b"
+
+
+def num_bytes(model: str) -> int:
+    """Of a whole model."""
+    return sum(spec.num_bytes for spec in MODELS[model]())
+
+
+def race(
+    settings: Settings, *, place: str, baseline: str | None, options: Mapping[str, Any] | None = None, note: str = ""
+) -> Reading:
+    """The best of our transports for `place` against a baseline's module, in GB/s; None is a copy in the sender."""
+    model = model_for(settings)
+    with ExitStack() as stack:
+        ours = {ours["transport"]: stack.enter_context(Link(OURS, model, options=ours)) for ours in PLACES[place]}
+        contestants: dict[str, Callable[[], float]] = {name: _seconds(link) for name, link in ours.items()}
+        if baseline is None:
+            contestants["baseline"] = next(iter(ours.values())).copy
+        else:
+            contestants["baseline"] = _seconds(stack.enter_context(Link(baseline, model, options=options or {})))
+        times_s = take_turns(contestants, settings.rounds)
+        carried = {name: ", ".join(link.transports()) for name, link in ours.items()}
+    theirs_s = times_s.pop("baseline")
+    best = min(times_s, key=lambda name: median(times_s[name]))
+    size_gb = num_bytes(model) / 1e9
+    return Reading(
+        [size_gb / s for s in times_s[best]],
+        [size_gb / s for s in theirs_s],
+        "GB/s",
+        f"carried by {carried[best]}; {note}".rstrip("; "),
+        {f"{name}_s": median(values) for name, values in times_s.items()} | {"baseline_s": median(theirs_s)},
+    )
+
+
+def race_workers(settings: Settings, *, workers: int) -> Reading:
+    """Seconds until the last of several engine workers of a host has a version, against a single worker."""
+    model = model_for(settings)
+    options = PLACES["host"][0]
+    with (
+        Link(
+            OURS, model, options=options, receiver_options=_named(workers), receiver_namespaces=[None] * workers
+        ) as many,
+        Link(OURS, model, options=options) as one,
+    ):
+        times_s = take_turns({"many": _seconds(many), "one": _seconds(one)}, settings.rounds)
+        note = f"carried by {', '.join(many.transports())}"
+    return Reading(times_s["many"], times_s["one"], "s", note)
+
+
+def _named(count: int) -> list[dict[str, Any]]:
+    return [{"engine": f"worker-{number}"} for number in range(count)]
+
+
+def _seconds(link: Link) -> Callable[[], float]:
+    return lambda: link.move().seconds
+
+
+def measure_checking(settings: Settings) -> Reading:
+    """Seconds of checking what came, against the seconds of its publish, over the loopback.
+
+    The engine's own span `check` where it reports one. Without it, everything that it holds is checked once more
+    after each version, on one thread: xxh3-128 of every 4 MiB and the digest of every tensor.
+    """
+    checks_s: list[float] = []
+    publishes_s: list[float] = []
+    with Link(OURS, model_for(settings), options=PLACES["network"][0]) as link:
+        for number in range(settings.rounds + 1):
+            move = link.move()
+            (engine,) = move.senders[0]["engines"].values()
+            is_reported = "check" in engine["spans_s"]
+            check_s = engine["spans_s"]["check"] if is_reported else link.receivers[0].ask("check")["check_s"]
+            if number:
+                checks_s.append(check_s)
+                publishes_s.append(move.senders[0]["end_s"] - move.senders[0]["start_s"])
+    return Reading(checks_s, publishes_s, "s", "as the engine reports" if is_reported else "checked once more, apart")
+
+
+def measure_memory(settings: Settings, *, side: str) -> Reading:
+    """The peak of a process's memory beyond what it had before it met the other end, against the model.
+
+    Versions differ in 0.8 % of the elements. Of the receiver all counts, for it holds no model but what it stages.
+    """
+    model = model_for(settings)
+    extra_bytes: list[float] = []
+    with Link(OURS, model, {"step": "sparse", "density": 0.008}, PLACES["network"][0]) as link:
+        for number in range(settings.rounds + 1):
+            move = link.move()
+            if number:
+                answers = move.senders if side == "source" else move.receivers
+                extra_bytes.append(answers[0]["extra_bytes"] / 1e9)
+    return Reading(extra_bytes, [num_bytes(model) / 1e9] * settings.rounds, "GB")

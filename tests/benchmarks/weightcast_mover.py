@@ -1,0 +1,146 @@
+"""Weightcast's own two ends, through its public classes and nothing else: `WeightPublisher` and `WeightSubscriber`.
+
+Options of both: `address` to publish on; `transport`, `delta`, `chunk_bytes` as the classes take them; `keys` as
+(publisher's public, secret, engine's public, secret). Of the receiver: `engine`, its name; `device`, where it loads
+every version into parameters of its own (otherwise what was staged is what it has, as an engine that iterates over an
+update gets it).
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from model_state import ModelState, allocate
+from peer_process import synchronize
+
+from weightcast.sync import CurveKeys, FleetPolicy, PublishReport, TensorSpec, WeightPublisher, WeightSubscriber
+
+TIMEOUT_S = 120.0
+
+
+class PublishingSender:
+    """A trainer rank: its `send` is `publish`."""
+
+    def __init__(self, state: ModelState, options: Mapping[str, Any]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        address = options.get("address") or f"ipc://{self._folder.name}/bench"
+        arguments = {name: options[name] for name in ("delta", "chunk_bytes", "expose") if name in options}
+        policy = FleetPolicy.all(minimum=options["receivers"])
+        self.publisher = WeightPublisher(
+            state,
+            address,
+            policy=policy,
+            timeout_s=TIMEOUT_S,
+            keys=publisher_keys(options.get("keys")),
+            **arguments,
+        )
+        self.address = self.publisher.address
+        self._members = options.get("members", options["receivers"]) if state.rank == 0 else 0
+
+    def connect(self) -> None:
+        """Wait for all members of the fleet."""
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while len(self.publisher.fleet()) < self._members:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"{self._members} members were to join, there are {self.publisher.fleet()}")
+            time.sleep(0.02)
+
+    def send(self, number: int) -> dict[str, Any]:
+        """Publish, and wait until the fleet serves it. Answers the report's figures."""
+        return describe_report(self.publisher.publish(number, timeout_s=TIMEOUT_S))
+
+    def close(self) -> None:
+        """End."""
+        self.publisher.close()
+        self._folder.cleanup()
+
+
+def describe_report(report: PublishReport) -> dict[str, Any]:
+    """The figures of a report that cases use."""
+    return {
+        "phases_s": report.phases_s,
+        "num_bytes": report.num_bytes,
+        "engines": {
+            engine.engine: {
+                "pause_s": engine.pause_s,
+                "stage_s": engine.stage_s,
+                "spans_s": {span.phase: span.end_s - span.start_s for span in engine.spans},
+                "transport": engine.transport,
+                "num_bytes": engine.num_bytes,
+            }
+            for engine in report.engines
+        },
+    }
+
+
+class SubscribingReceiver:
+    """An engine's side: what `wait` returns is staged, complete, verified and released."""
+
+    def __init__(self, specs: Sequence[TensorSpec], address: str, options: Mapping[str, Any]) -> None:
+        arguments = {"transport": options["transport"]} if "transport" in options else {}
+        self._subscriber = WeightSubscriber(
+            address,
+            engine=options.get("engine", "engine-0"),
+            expect=specs,
+            keys=engine_keys(options.get("keys")),
+            **arguments,
+        )
+        self._loads = "device" in options
+        self.tensors: Mapping[str, torch.Tensor] = allocate(specs, options["device"]) if self._loads else {}
+        self._commit: Callable[[], None] = _nothing
+
+    def receive(self, number: int) -> dict[str, Any]:
+        """Wait for the version; load it where there are parameters to load it into."""
+        if not self._loads:
+            self.tensors = {}  # as an engine that has loaded them: memory is reused only when nobody holds it
+        update = self._subscriber.wait(TIMEOUT_S)
+        if update.version.number != number:
+            raise RuntimeError(f"version {number} was to come, {update.version} came")
+        if self._loads:
+            for name, tensor in update:
+                self.tensors[name].copy_(tensor)
+            synchronize()
+        else:
+            self.tensors = dict(update)
+        self._commit = update.commit
+        return {"stage_s": update.stats.stage_s, "checksums_checked": update.stats.checksums_checked}
+
+    def finish(self) -> None:
+        """Serve it."""
+        self._commit()
+
+    def close(self) -> None:
+        """End."""
+        self._subscriber.close()
+
+
+def publisher_keys(keys: Sequence[str] | None) -> CurveKeys | None:
+    """The publishing side's keys; sources share one pair and hear each other."""
+    if keys is None:
+        return None
+    public, secret, engine, _ = (key.encode() for key in keys)
+    return CurveKeys(public, secret, server=public, allowed=(engine, public))
+
+
+def engine_keys(keys: Sequence[str] | None) -> CurveKeys | None:
+    """The engines' keys."""
+    if keys is None:
+        return None
+    server, _, public, secret = (key.encode() for key in keys)
+    return CurveKeys(public, secret, server=server)
+
+
+def _nothing() -> None:
+    return None
+
+
+def open_sender(state: ModelState, options: Mapping[str, Any]) -> PublishingSender:
+    """The trainer's side."""
+    return PublishingSender(state, options)
+
+
+def open_receiver(specs: Sequence[TensorSpec], address: str, options: Mapping[str, Any]) -> SubscribingReceiver:
+    """The engine's side."""
+    return SubscribingReceiver(specs, address, options)
