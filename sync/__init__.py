@@ -13,10 +13,18 @@ from weightcast.sync.publisher import PublishReport, WeightPublisher
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.source import ModuleSource, WeightSource
 from weightcast.sync.subscriber import Update, UpdateStats, WeightSubscriber
+from weightcast.sync.transports.collective import (
+    CollectiveReceiver,
+    CollectiveSource,
+    broadcast_version,
+    receive_version,
+)
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Manifest, Version
 
 __all__ = [
+    "CollectiveReceiver",
+    "CollectiveSource",
     "CurveKeys",
     "EngineReport",
     "EngineStatus",
@@ -35,4 +43,6 @@ __all__ = [
     "WeightPublisher",
     "WeightSource",
     "WeightSubscriber",
+    "broadcast_version",
+    "receive_version",
 ]
