@@ -22,10 +22,18 @@ from weightcast.sync.report import PublishReport
 from weightcast.sync.report_log import ReportLog
 from weightcast.sync.source import ModuleSource, WeightSource
 from weightcast.sync.subscriber import Update, UpdateStats, WeightSubscriber
+from weightcast.sync.transports.collective import (
+    CollectiveReceiver,
+    CollectiveSource,
+    broadcast_version,
+    receive_version,
+)
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Manifest, Version
 
 __all__ = [
+    "CollectiveReceiver",
+    "CollectiveSource",
     "CurveKeys",
     "DeltaMode",
     "DiskLimits",
@@ -54,5 +62,7 @@ __all__ = [
     "WeightPublisher",
     "WeightSource",
     "WeightSubscriber",
+    "broadcast_version",
     "materialize",
+    "receive_version",
 ]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from weightcast.sync.messages import Span
+from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version
 

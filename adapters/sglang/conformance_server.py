@@ -91,7 +91,7 @@ class Workers:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise EngineError(f"worker {process.args} ended with {process.wait()}")
+            raise EngineError(f"a worker ended with {process.wait()}")
         answer: Answer = json.loads(line)
         return answer
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
 
 Answer = dict[str, Any]
 _GROUP_TIMEOUT = timedelta(minutes=5)
@@ -45,7 +47,7 @@ class Worker:
         rank = body["rank_offset"] + self.tp_rank
         url = f"tcp://{body['master_address']}:{body['master_port']}"
         try:
-            store, rank, size = next(c10d.rendezvous(url, rank, body["world_size"], timeout=_GROUP_TIMEOUT))
+            store, rank, size = next(rendezvous(url, rank, body["world_size"], timeout=_GROUP_TIMEOUT))
             store.set_timeout(_GROUP_TIMEOUT)
             name = body["group_name"]
             group, _ = c10d._new_process_group_helper(
@@ -53,7 +55,7 @@ class Worker:
                 rank,
                 [],
                 c10d.Backend(body["backend"]),
-                dist.PrefixStore(name, store),
+                PrefixStore(name, store),
                 group_name=name,
                 backend_options=None,
                 timeout=_GROUP_TIMEOUT,

@@ -20,7 +20,7 @@ import xxhash
 
 from weightcast.sync import schema
 from weightcast.sync.errors import ConfigError, WireError
-from weightcast.sync.messages import REGION, SIZES, SPEC, VERSION
+from weightcast.sync.records import REGION, SIZES, SPEC, VERSION
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.schema import checked, many, optional, record, show, text, uint
 from weightcast.sync.version import Version

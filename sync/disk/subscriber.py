@@ -30,7 +30,7 @@ from weightcast.sync.disk.records import MAX_TENSORS, Hashing
 from weightcast.sync.disk.staged import StageStats
 from weightcast.sync.disk.store import Store, open_store
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, VersionError
-from weightcast.sync.messages import Span
+from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version
 

@@ -11,8 +11,9 @@ backend is made directly on a store, as torch makes it inside, and every operati
 
 Facts, seen with torch 2.13: a killed peer makes Gloo's operations fail at once; a stopped one leaves them waiting for
 their timeout, which an operation may have for itself; `abort` of Gloo does nothing, and dropping the last reference to
-a group waits for its operations. Hence `close` leaves that to a thread of its own where some are under way. torch's NCCL watchdog by default
-ends the whole process when an operation times out, which must not happen to a trainer: these groups have it off.
+a group waits for its operations. Hence `close` leaves that to a thread of its own where some are under way. torch's
+NCCL watchdog by default ends the whole process when an operation times out, which must not happen to a trainer: these
+groups have it off.
 
 Collectives are neither encrypted nor authenticated. They belong on a private network.
 """
@@ -23,12 +24,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 from weightcast.sync.errors import AddressError, ConfigError, DeadlineExceeded, PeerLost
@@ -72,7 +74,7 @@ def call_within(function: Callable[[], Result], timeout_s: float) -> Result:
     return result  # type: ignore[return-value]
 
 
-def listen_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
+def listen_store(host: str, port: int, timeout_s: float) -> TCPStore:
     """A store on `host` alone (a port of 0 takes a free one). Raises `AddressError` when it cannot be bound.
 
     torch's own store listens on every interface whatever address it is given (CVE-2025-47277), so it gets a socket.
@@ -86,17 +88,15 @@ def listen_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
         listener.close()
         raise AddressError(f"cannot listen on {host}:{port}: {error.strerror}; give a free port, or 0") from None
     port = listener.getsockname()[1]
-    return dist.TCPStore(
-        host, port, None, True, timedelta(seconds=timeout_s), False, master_listen_fd=listener.detach()
-    )
+    return TCPStore(host, port, None, True, timedelta(seconds=timeout_s), False, master_listen_fd=listener.detach())
 
 
-def connect_store(host: str, port: int, deadline: float) -> dist.TCPStore:
+def connect_store(host: str, port: int, deadline: float) -> TCPStore:
     """The store that another process listens with. Raises `DeadlineExceeded` when it is not there in time."""
     left_s = max(0.1, deadline - time.monotonic())
     _await_listener(host, port, deadline)
     try:
-        return dist.TCPStore(host, port, None, False, timedelta(seconds=left_s), False)
+        return TCPStore(host, port, None, False, timedelta(seconds=left_s), False)
     except RuntimeError as error:
         raise PeerLost(f"the store at {host}:{port} does not answer: {_first_line(error)}") from None
 
@@ -105,20 +105,25 @@ def _await_listener(host: str, port: int, deadline: float) -> None:
     """Wait for the port quietly: torch's store writes a page of warnings while it does."""
     while True:
         try:
-            socket.create_connection((host, port), timeout=1.0).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(
-                    f"nobody listens at {host}:{port} ({error}); start source rank 0 first, or give more time"
-                ) from None
-            time.sleep(0.05)
+            with socket.create_connection((host, port), timeout=1.0) as found:
+                if found.getsockname() != found.getpeername():  # a port of this host's may be met with itself
+                    return
+            error: OSError = ConnectionRefusedError("nobody but this socket itself")
+        except OSError as refused:
+            error = refused
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(
+                f"nobody listens at {host}:{port} ({error}); start source rank 0 first, or give more time"
+            ) from None
+        time.sleep(0.05)
 
 
 class BroadcastGroup:
     """A process group whose rank 0 sends to all others. Used by one thread; `close` it once it is broken."""
 
-    def __init__(self, backend: Any, kind: str, device: torch.device) -> None:
+    def __init__(self, backend: Any, kind: str, device: torch.device, store: Store | None = None) -> None:
+        # A store written in Python must outlive its backend, which holds the C++ half alone.
+        self._store = store
         self.kind = kind
         self.device = device
         self.rank = int(backend.rank())
@@ -128,7 +133,7 @@ class BroadcastGroup:
 
     @classmethod
     def build(
-        cls, kind: str, store: dist.Store, rank: int, size: int, timeout_s: float, interface: str = ""
+        cls, kind: str, store: Store, rank: int, size: int, timeout_s: float, interface: str = ""
     ) -> "BroadcastGroup":
         """Meet the other ranks; all must call with the same store. At most `timeout_s`, then `DeadlineExceeded`.
 
@@ -164,22 +169,27 @@ class BroadcastGroup:
         self._pending = [pair for pair in self._pending if pair[0] is not work]
 
     def _is_done(self, work: Any, slice_s: float) -> bool:
+        if not self._has_ended(work, slice_s):
+            return False
         try:
-            if self.kind == "gloo":
-                work.wait(timedelta(seconds=slice_s))
-                return True
-            # A wait of NCCL's with a timeout aborts the communicator when it ends without success.
-            end_s = time.monotonic() + slice_s
-            while not work.is_completed():
-                if time.monotonic() > end_s:
-                    return False
-                time.sleep(_NCCL_POLL_S)
-            work.wait()
-            return True
+            work.wait()  # comes back at once, and says whether it failed
         except RuntimeError as error:
-            if not work.is_completed():
-                return False
             raise PeerLost(f"a broadcast failed: {_first_line(error)}") from None
+        return True
+
+    def _has_ended(self, work: Any, slice_s: float) -> bool:
+        if self.kind == "gloo":
+            # Its timeout is an error like any other, and the work may end between the two: only this tells them apart.
+            with suppress(RuntimeError):
+                work.wait(timedelta(seconds=slice_s))
+            return bool(work.is_completed())
+        # A wait of NCCL's with a timeout aborts the communicator when it ends without success.
+        end_s = time.monotonic() + slice_s
+        while not work.is_completed():
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(_NCCL_POLL_S)
+        return True
 
     def close(self) -> None:
         """Give the group up. Does not wait for broadcasts that are still under way, nor for the other ranks."""
@@ -212,24 +222,24 @@ def check_backend(kind: str) -> str:
     return kind
 
 
-def make_gloo(store: dist.Store, rank: int, size: int, timeout_s: float, interface: str = "") -> Any:
+def make_gloo(store: Store, rank: int, size: int, timeout_s: float, interface: str = "") -> Any:
     """A Gloo backend on `store`. Raises `DeadlineExceeded` when the other ranks do not come."""
-    options = c10d.ProcessGroupGloo._Options()
+    gloo: Any = c10d.ProcessGroupGloo  # its options are not in torch's stubs
+    options = gloo._Options()
     options._timeout = timedelta(seconds=timeout_s)
-    device = c10d.ProcessGroupGloo.create_device
-    options._devices = [device(hostname=interface) if interface else c10d.ProcessGroupGloo.create_default_device()]
+    options._devices = [gloo.create_device(hostname=interface) if interface else gloo.create_default_device()]
     options._threads = 2
     store.set_timeout(timedelta(seconds=timeout_s))
     try:
         # Its own timeout comes first, unless the store's host was stopped.
-        return call_within(lambda: c10d.ProcessGroupGloo(store, rank, size, options), timeout_s + 1.0)
+        return call_within(lambda: gloo(store, rank, size, options), timeout_s + 1.0)
     except (RuntimeError, TimeoutError) as error:
         raise DeadlineExceeded(
             f"rank {rank} of {size} did not meet the other ranks within {timeout_s:.1f} s: {_first_line(error)}"
         ) from None
 
 
-def make_nccl(store: dist.Store, rank: int, size: int, timeout_s: float) -> Any:
+def make_nccl(store: Store, rank: int, size: int, timeout_s: float) -> Any:
     """An NCCL backend on `store`, whose watchdog does not end the process. It meets its peers at its first use."""
     options = c10d.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)

@@ -1,9 +1,9 @@
 """Groups whose other end is an engine's own receiver, and the sender for them.
 
-SGLang's workers make their end by torch's `_new_process_group_helper` on a `PrefixStore` of the group's name. That helper
-wants no default group either, but enters the group into torch's registry, and splits it off the default group where
-that is bound to a device; here the same keys are used and nothing else is touched. (`init_process_group` meets on other
-keys, and hangs.) A worker's ranks begin at the engine's offset, and rank 0 sends.
+SGLang's workers make their end by torch's `_new_process_group_helper` on a `PrefixStore` of the group's name. That
+helper needs no default group either, but enters the group into torch's registry, and splits it off the default group
+where that is bound to a device; here the same keys are used and nothing else is touched. (`init_process_group` meets on
+other keys, and hangs.) A worker's ranks begin at the engine's offset, and rank 0 sends.
 
     store = listen_store("10.0.0.1", 0, timeout_s=60)
     group = meet_sglang(store, "weights", "nccl", size=1 + num_workers, timeout_s=60)
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d as c10d
 
 from weightcast.sync.errors import ConfigError, ModelMismatch
@@ -29,7 +29,7 @@ Find = Callable[[str], torch.Tensor]
 
 
 def meet_sglang(
-    store: dist.Store, group_name: str, kind: str, size: int, timeout_s: float, interface: str = ""
+    store: Store, group_name: str, kind: str, size: int, timeout_s: float, interface: str = ""
 ) -> BroadcastGroup:
     """Rank 0's end of a group of SGLang's workers. Blocks until all have come, `DeadlineExceeded` when they do not.
 
@@ -37,9 +37,7 @@ def meet_sglang(
     """
     check_backend(kind)
     first_device = next(iter(c10d.BackendConfig(c10d.Backend(kind)).get_device_backend_map()))
-    prefixed = dist.PrefixStore(
-        f"{first_device}/", dist.PrefixStore(f"{group_name}/", dist.PrefixStore(group_name, store))
-    )
+    prefixed = PrefixStore(f"{first_device}/", PrefixStore(f"{group_name}/", PrefixStore(group_name, store)))
     return BroadcastGroup.build(kind, prefixed, 0, size, timeout_s, interface)
 
 

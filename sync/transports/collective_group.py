@@ -23,7 +23,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, PeerLost
 from weightcast.sync.transports import collective_roster
@@ -47,14 +47,14 @@ _REQUEST_S = 30.0  # of the store's own requests, none of which waits for anothe
 class Rendezvous:
     """One member's way into the store. Thread-safe; `close` it when the member leaves."""
 
-    def __init__(self, store: dist.TCPStore, name: str, lost_after_s: float, interface: str, is_host: bool) -> None:
+    def __init__(self, store: TCPStore, name: str, lost_after_s: float, interface: str, is_host: bool) -> None:
         self.name = name
         self.address = f"tcp://{store.host}:{store.port}"
         self.lost_after_s = lost_after_s
         self.is_host = is_host
         self._interface = interface
-        self._store = dist.PrefixStore("weightcast", store)
-        self._beats = dist.PrefixStore("weightcast", store.clone())
+        self._store = PrefixStore("weightcast", store)
+        self._beats = PrefixStore("weightcast", connect_store(store.host, store.port, time.monotonic() + _REQUEST_S))
         self._stop = threading.Event()
         self._beat()
         self._thread = threading.Thread(target=self._keep_beating, daemon=True, name=f"weightcast-beat-{name}")
@@ -154,7 +154,7 @@ class Rendezvous:
             for source in roster.sources:
                 members = (source_name(source), *roster.engines)
                 if self.name in members:
-                    store = dist.PrefixStore(f"group/{generation}/{source}", self._store)
+                    store = PrefixStore(f"group/{generation}/{source}", self._store)
                     left_s = max(0.1, deadline - time.monotonic())
                     rank = members.index(self.name)
                     groups[source] = BroadcastGroup.build(backend, store, rank, len(members), left_s, self._interface)

@@ -76,11 +76,10 @@ class BucketReceiver:
         self._allocate(plan)
         under_way = [self._post_bucket(bucket, deadline) for bucket in plan.buckets[:1]]
         for bucket in plan.buckets:
-            header, data = self._finish_bucket(*under_way.pop(), bucket, plan, deadline, watch, opened.version)
+            header, data = self._finish_bucket(under_way.pop(), bucket, plan, deadline, watch, opened.version)
             if bucket.index + 1 < len(plan.buckets):
                 under_way.append(self._post_bucket(plan.buckets[bucket.index + 1], deadline))
-            bad = self._take(bucket, header, data, take)
-            damaged += bad
+            damaged += self._take(bucket, header, data, take)
             num_bytes += bucket.num_bytes
         seal = self._await_header(Kind.SEAL, plan, deadline, watch, opened.version)
         return Received(opened.version, num_bytes, tuple(damaged), self._receive_seal(seal, deadline, watch))
@@ -102,16 +101,14 @@ class BucketReceiver:
 
     def _finish_bucket(
         self,
-        header_work: Any,
-        raw: torch.Tensor,
-        data_work: Any,
-        data: torch.Tensor,
+        under_way: tuple[Any, torch.Tensor, Any, torch.Tensor],
         bucket: Bucket,
         plan: BucketPlan,
         deadline: float,
         watch: Watch,
         version: Version,
     ) -> tuple[Header, npt.NDArray[np.uint8]]:
+        header_work, raw, data_work, data = under_way
         self._group.wait(header_work, deadline, watch)
         header = self._check(raw, Kind.BUCKET, plan, version)
         expected = (bucket.index, bucket.num_bytes, len(bucket.slots))

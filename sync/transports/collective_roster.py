@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from weightcast.sync import schema
 from weightcast.sync.errors import ConfigError, WireError
-from weightcast.sync.messages import REGION, SPEC, VERSION
+from weightcast.sync.records import REGION, SPEC, VERSION
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.schema import checked, many, text, uint
 from weightcast.sync.version import Version

@@ -2,8 +2,8 @@
 
 Their receivers take whole HF tensors from rank 0 of a group, in the order of a list of names that was posted before,
 and trust every byte. Both sides cut the list into broadcasts by the same rule; where the cut differs by one tensor,
-the transfer hangs or loads garbage. Read in vLLM 0.32 (`distributed/weight_transfer/packed_tensor.py`, `nccl_engine.py`)
-and SGLang 0.5.23 (`srt/weight_sync/tensor_bucket.py`, `srt/managers/io_struct.py`).
+the transfer hangs or loads garbage. Read in vLLM 0.32 (`packed_tensor.py`, `nccl_engine.py` of its
+`distributed/weight_transfer`) and SGLang 0.5.23 (`srt/weight_sync/tensor_bucket.py`, `srt/managers/io_struct.py`).
 
     for bucket in plan_sglang_buckets(specs, 512 << 20):
         payload = sglang_update_payload(bucket, group_name="weights", flush_cache=False)
@@ -69,8 +69,8 @@ def _check_aligned(bucket: NamedBucket) -> None:
     for spec in bucket.specs:
         if at % spec.dtype.itemsize:
             raise ConfigError(
-                f"{spec.name} ({dtype_name(spec.dtype)}) would begin at byte {at} of a packed buffer, where its receiver "
-                "cannot view it; plan and announce sort_by_itemsize(specs)"
+                f"{spec.name} ({dtype_name(spec.dtype)}) would begin at byte {at} of a packed buffer, where its "
+                "receiver cannot view it; plan and announce sort_by_itemsize(specs)"
             )
         at += spec.num_bytes
 
@@ -157,7 +157,7 @@ def vllm_update_info(specs: Sequence[TensorSpec]) -> dict[str, Any]:
 def sglang_init_payload(
     master: tuple[str, int], *, rank_offset: int, world_size: int, group_name: str, backend: str
 ) -> dict[str, Any]:
-    """The body of `/init_weights_update_group`: the engine's worker of tensor-parallel rank t gets `rank_offset + t`."""
+    """The body of `/init_weights_update_group`: an engine's worker of tensor-parallel rank t gets `rank_offset + t`."""
     if not 1 <= rank_offset < world_size or not group_name:
         raise ConfigError(
             f"rank_offset {rank_offset} in a group {group_name!r} of {world_size}: give a name, and ranks from 1 on"

@@ -8,8 +8,8 @@ Right after joining, every worker issues an all_reduce of one float, which rank 
     group = meet_vllm(size, timeout_s=60, announce=start_joining)    # announce(id_b64) posts to every engine, at once
     NamedSender(group).send_all(plan_vllm_packed(specs), find, deadline, watch)
 
-All ranks must enter at the same time, so `announce` begins the calls and returns (see `vllm_init_info`). Read in vLLM 0.32
-(`nccl_common.py`, `pynccl.py`) and torch 2.13; not run, as it takes GPUs of two processes.
+All ranks must enter at the same time, so `announce` begins the calls and returns (see `vllm_init_info`). Read in vLLM
+0.32 (`nccl_common.py`, `pynccl.py`) and torch 2.13; not run, as it takes a GPU for each of two processes.
 """
 
 import base64
@@ -21,6 +21,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, PeerLost
 from weightcast.sync.transports.collective_backend import BroadcastGroup, call_within, check_backend, make_nccl
@@ -30,7 +31,7 @@ NCCL_ID_BYTES = 128
 MAX_RANKS = 128
 
 
-class IdStore(dist.Store):
+class IdStore(Store):
     """A store of this process alone, which hands on the NCCL id that is written to it."""
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class IdStore(dist.Store):
         with self._lock:
             return all(key in self._values for key in keys)
 
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Nobody else writes here, so what is missing stays missing."""
         if not self.check(keys):
             raise RuntimeError(f"the keys {keys} were not set")
@@ -119,4 +120,4 @@ def meet_vllm(size: int, timeout_s: float, announce: Callable[[str], None]) -> B
     except RuntimeError as error:
         cause = PeerLost(f"vLLM's workers could not be met: {error}") if errors.empty() else errors.get()
         raise cause from error
-    return BroadcastGroup(backend, "nccl", torch.device("cuda", torch.cuda.current_device()))
+    return BroadcastGroup(backend, "nccl", torch.device("cuda", torch.cuda.current_device()), store)

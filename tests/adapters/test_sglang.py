@@ -199,10 +199,13 @@ def test_a_worker_that_is_lost_does_not_hang_the_trainer_and_a_new_engine_is_met
                 with pytest.raises((EngineError, DeadlineExceeded, PeerLost)):
                     updater.update("2", specs, tensors.__getitem__)
                 assert time.monotonic() - start_s < 9.0
-    with ConformanceServer() as server, SGLangClient(server.url, timeout_s=TIMEOUT_S) as client:
-        with SGLangUpdater([SGLangTarget("engine-0", client)], backend="gloo", timeout_s=TIMEOUT_S) as updater:
-            updater.update("3", specs, tensors.__getitem__)
-            assert client.weight_version() == "3"
+    with (
+        ConformanceServer() as server,
+        SGLangClient(server.url, timeout_s=TIMEOUT_S) as client,
+        SGLangUpdater([SGLangTarget("engine-0", client)], backend="gloo", timeout_s=TIMEOUT_S) as updater,
+    ):
+        updater.update("3", specs, tensors.__getitem__)
+        assert client.weight_version() == "3"
 
 
 def test_workers_that_do_not_come_are_a_deadline() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._C._distributed_c10d import PrefixStore
 
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import DTYPES, TensorSpec
@@ -114,7 +114,7 @@ def gloo_pair() -> Iterator[list[BroadcastGroup]]:
     groups: list[Any] = [None, None]
 
     def build(rank: int) -> None:
-        groups[rank] = BroadcastGroup.build("gloo", dist.PrefixStore("a", stores[rank]), rank, 2, WAIT_S, "127.0.0.1")
+        groups[rank] = BroadcastGroup.build("gloo", PrefixStore("a", stores[rank]), rank, 2, WAIT_S, "127.0.0.1")
 
     threads = [threading.Thread(target=build, args=(rank,)) for rank in (0, 1)]
     for thread in threads:

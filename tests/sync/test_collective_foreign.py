@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from tests.sync.collective_peers import PATIENCE_S, peers
 from tests.sync.parts import WAIT_S
+from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
 
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch
 from weightcast.sync.regions import TensorSpec
@@ -36,12 +38,13 @@ def find(name: str) -> torch.Tensor:
 
 def be_worker(pipe: Any, port: int, offset: int, tp_rank: int, world_size: int) -> None:
     """A worker with a default group of its own, that joins as SGLang's `init_custom_process_group` does."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     limit = timedelta(seconds=PATIENCE_S)
     rank = offset + tp_rank
-    store, rank, size = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", rank, world_size, timeout=limit))
-    group, _ = c10d._new_process_group_helper(
-        size, rank, [], c10d.Backend("gloo"), dist.PrefixStore("weights", store), group_name="weights", timeout=limit
+    store, rank, size = next(rendezvous(f"tcp://127.0.0.1:{port}", rank, world_size, timeout=limit))
+    helper: Any = c10d._new_process_group_helper
+    group, _ = helper(
+        size, rank, [], c10d.Backend("gloo"), PrefixStore("weights", store), group_name="weights", timeout=limit
     )
     c10d._world.pg_group_ranks[group] = {member: member for member in range(size)}
     flat = torch.empty(sum(spec.num_bytes for spec in SPECS), dtype=torch.uint8)
@@ -92,14 +95,14 @@ def test_tensors_must_be_what_was_announced() -> None:
 
 def test_the_store_hands_on_an_id_and_nothing_else() -> None:
     store = IdStore()
-    through_torch = dist.PrefixStore("cuda/", store)
+    through_torch = PrefixStore("cuda/", store)
     with pytest.raises(DeadlineExceeded, match="made no id within"):
         store.await_id(0.05)
     nccl_id = bytes(range(NCCL_ID_BYTES))
     heard: list[bytes] = []
     thread = threading.Thread(target=lambda: heard.append(store.await_id(WAIT_S)))
     thread.start()
-    through_torch.set("note", b"something else")
+    through_torch.set("note", "something else")
     through_torch.set("0", nccl_id.decode("latin1").encode("latin1").hex())  # twice as long: no id
     store.set("cuda//0", nccl_id)
     thread.join(WAIT_S)
@@ -110,10 +113,12 @@ def test_the_store_hands_on_an_id_and_nothing_else() -> None:
 
 
 def test_a_backend_can_be_made_on_that_store() -> None:
-    options = c10d.ProcessGroupGloo._Options()
+    gloo: Any = c10d.ProcessGroupGloo
+    options = gloo._Options()
     options._timeout = timedelta(seconds=WAIT_S)
-    options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    group = c10d.ProcessGroupGloo(dist.PrefixStore("x", IdStore()), 0, 1, options)
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    store = IdStore()
+    group = gloo(PrefixStore("x", store), 0, 1, options)
     assert group.size() == 1
 
 

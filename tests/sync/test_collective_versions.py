@@ -1,4 +1,4 @@
-"""Whole versions by broadcast, between real processes over gloo: several sources, several engines, and what goes wrong."""
+"""Whole versions by broadcast, between real processes over gloo: many sources, many engines, and what goes wrong."""
 
 import signal
 import threading
@@ -86,13 +86,16 @@ def test_versions_arrive_whole_on_every_engine(num_engines: int) -> None:
 def test_many_sources_broadcast_at_once() -> None:
     tensors = make_model(2, ROWS)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with making_source(tensors, 2, world_size=3) as source, engines_of(source, 2, 2) as engines:
-        with peers(*((small_source, source.address, tensors, rank, 3, [1, 2]) for rank in (1, 2))) as others:
-            for number in (1, 2):
-                report = source.broadcast(number)
-                shares = [report.num_bytes, *(peer.hear()["num_bytes"] for peer in others)]
-                assert total <= sum(shares) <= total + 4096 and min(shares) > total / 4
-                assert {engine.hear()["bits"] for engine in engines} == {name_bits(tensors)}
+    with (
+        making_source(tensors, 2, world_size=3) as source,
+        engines_of(source, 2, 2) as engines,
+        peers(*((small_source, source.address, tensors, rank, 3, [1, 2]) for rank in (1, 2))) as others,
+    ):
+        for number in (1, 2):
+            report = source.broadcast(number)
+            shares = [report.num_bytes, *(peer.hear()["num_bytes"] for peer in others)]
+            assert total <= sum(shares) <= total + 4096 and min(shares) > total / 4
+            assert {engine.hear()["bits"] for engine in engines} == {name_bits(tensors)}
 
 
 def test_the_trainers_default_group_is_neither_needed_nor_touched() -> None:
@@ -160,33 +163,38 @@ def test_an_engine_lost_in_the_middle_of_a_version(how: signal.Signals) -> None:
     engines: list[Peer] = []
     source_of = Interrupting(tensors, lambda: engines[0].signal(how))
     options: dict[str, Any] = {"timeout_s": PATIENCE_S, "lost_after_s": LOST_AFTER_S, "bucket_bytes": 4 << 20}
-    with CollectiveSource(source_of, "tcp://127.0.0.1:0", engines=("engine-0", "engine-1"), **options) as source:
-        with engines_of(source, 2, 1) as made:
-            engines += made
-            start_s = time.monotonic()
-            with pytest.raises(PeerLost, match="lost: engine-0"):
-                source.broadcast(1)
-            assert time.monotonic() - start_s < MOST_S + 5.0
-            assert engines[1].hear()["error"] == "PeerLost"
-            engines[1].tell("rejoin")
-            source_of._act = lambda: None
-            source.rebuild()
-            assert len(source.broadcast(2).engines) == 1
-            assert engines[1].hear()["bits"] == name_bits(tensors)
+    with (
+        CollectiveSource(source_of, "tcp://127.0.0.1:0", engines=("engine-0", "engine-1"), **options) as source,
+        engines_of(source, 2, 1) as made,
+    ):
+        engines += made
+        start_s = time.monotonic()
+        with pytest.raises(PeerLost, match="lost: engine-0"):
+            source.broadcast(1)
+        assert time.monotonic() - start_s < MOST_S + 5.0
+        assert engines[1].hear()["error"] == "PeerLost"
+        engines[1].tell("rejoin")
+        source_of._act = lambda: None
+        source.rebuild()
+        assert len(source.broadcast(2).engines) == 1
+        assert engines[1].hear()["bits"] == name_bits(tensors)
 
 
 def test_a_source_that_is_lost_is_named_and_the_rest_says_what_is_missing() -> None:
     tensors = make_model(6, ROWS)
-    with making_source(tensors, 1, world_size=2) as source, engines_of(source, 1, 2) as (engine,):
-        with peers((small_source, source.address, tensors, 1, 2, [1, 2])) as (other,):
-            source.broadcast(1)
-            assert other.hear()["engines"] == 1 and engine.hear()["version"] == 1
-            other.signal(signal.SIGSTOP)
-            with pytest.raises(PeerLost, match="lost: source-1"):
-                source.broadcast(2)
-            assert engine.hear()["error"] == "PeerLost"
-            with pytest.raises(SourceError, match="do not make a whole model"):
-                source.rebuild()
+    with (
+        making_source(tensors, 1, world_size=2) as source,
+        engines_of(source, 1, 2) as (engine,),
+        peers((small_source, source.address, tensors, 1, 2, [1, 2])) as (other,),
+    ):
+        source.broadcast(1)
+        assert other.hear()["engines"] == 1 and engine.hear()["version"] == 1
+        other.signal(signal.SIGSTOP)
+        with pytest.raises(PeerLost, match="lost: source-1"):
+            source.broadcast(2)
+        assert engine.hear()["error"] == "PeerLost"
+        with pytest.raises(SourceError, match="do not make a whole model"):
+            source.rebuild()
 
 
 def test_the_host_of_the_store_is_lost() -> None:
@@ -198,7 +206,7 @@ def test_the_host_of_the_store_is_lost() -> None:
             assert name_bits(receiver.receive().tensors) == name_bits(tensors)
             host.signal(signal.SIGSTOP)
             start_s = time.monotonic()
-            with pytest.raises(PeerLost, match="source rank 0|source-0"):
+            with pytest.raises(PeerLost, match=r"source rank 0|source-0"):
                 receiver.receive(timeout_s=PATIENCE_S)
             assert time.monotonic() - start_s < MOST_S
 
@@ -248,18 +256,20 @@ def test_waiting_for_a_version_that_does_not_begin_breaks_nothing() -> None:
 
 def test_a_slow_engine_slows_the_source_and_costs_no_memory_and_has_a_deadline() -> None:
     tensors = {f"t{index}": random_bits(torch.uint8, (4 << 20,), index) for index in range(32)}
-    with making_source(tensors, 1, chunk_bytes=1 << 20, bucket_bytes=4 << 20) as source:
-        with peers((_slow_engine, source.address, 0.05)) as (engine,):
-            source.connect()
-            before_bytes = _resident_bytes()
-            start_s = time.monotonic()
-            source.broadcast(1)
-            assert time.monotonic() - start_s > 30 * 0.05
-            assert _resident_bytes() - before_bytes < (16 << 20), "two buckets of 4 MiB, and some"
-            assert engine.hear()["bits"] == name_bits(tensors)
-            with pytest.raises(DeadlineExceeded, match="all members are alive"):
-                source.broadcast(2, timeout_s=0.5)
-            assert "error" in engine.hear()
+    with (
+        making_source(tensors, 1, chunk_bytes=1 << 20, bucket_bytes=4 << 20) as source,
+        peers((_slow_engine, source.address, 0.05)) as (engine,),
+    ):
+        source.connect()
+        before_bytes = _resident_bytes()
+        start_s = time.monotonic()
+        source.broadcast(1)
+        assert time.monotonic() - start_s > 30 * 0.05
+        assert _resident_bytes() - before_bytes < (16 << 20), "two buckets of 4 MiB, and some"
+        assert engine.hear()["bits"] == name_bits(tensors)
+        with pytest.raises(DeadlineExceeded, match="all members are alive"):
+            source.broadcast(2, timeout_s=0.5)
+        assert "error" in engine.hear()
 
 
 def _slow_engine(pipe: Any, address: str, pause_s: float) -> None:
@@ -271,7 +281,7 @@ def _slow_engine(pipe: Any, address: str, pause_s: float) -> None:
         time.sleep(pause_s if index % 4 == 0 else 0)
         take(self, rank, index, value, buffer)
 
-    collective_staging.TensorAssembler.take = slow_take  # type: ignore[method-assign]
+    collective_staging.TensorAssembler.take = slow_take  # type: ignore[assignment,method-assign]
     be_engine(pipe, address, "engine-0", 2)
 
 
@@ -282,13 +292,15 @@ def _resident_bytes() -> int:
 
 def test_an_engine_holds_one_copy_of_the_model_and_two_buckets() -> None:
     tensors = {f"t{index}": random_bits(torch.uint8, (4 << 20,), index) for index in range(64)}
-    with making_source(tensors, 1, chunk_bytes=1 << 20, bucket_bytes=4 << 20) as source:
-        with peers((_measuring_engine, source.address)) as (engine,):
-            source.broadcast(1)
-            said = engine.hear()
-            assert said["bits"] == name_bits(tensors)
-            model_bytes = 64 * (4 << 20)
-            assert said["grown_bytes"] < model_bytes + (48 << 20), said
+    with (
+        making_source(tensors, 1, chunk_bytes=1 << 20, bucket_bytes=4 << 20) as source,
+        peers((_measuring_engine, source.address)) as (engine,),
+    ):
+        source.broadcast(1)
+        said = engine.hear()
+        assert said["bits"] == name_bits(tensors)
+        model_bytes = 64 * (4 << 20)
+        assert said["grown_bytes"] < model_bytes + (48 << 20), said
 
 
 def _measuring_engine(pipe: Any, address: str) -> None:
@@ -317,7 +329,7 @@ def test_bytes_altered_on_the_way_are_refused_by_name_and_the_next_version_is_ta
     with making_source(tensors, 2) as source, engines_of(source, 2, 1) as engines:
         with monkeypatch.context() as patch:
             patch.setattr(collective_staging.RegionPacker, "pack", altered)
-            with pytest.raises(EngineError, match="engine-0: .*1 chunks came damaged.* chunk 2 of source rank 0"):
+            with pytest.raises(EngineError, match=r"engine-0: .*1 chunks came damaged.* chunk 2 of source rank 0"):
                 source.broadcast(1)
         for engine in engines:
             assert engine.hear()["error"] == "WireError"
