@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from harness import TIMEOUT_S
 
 from weightcast.sync import HeldRegion, TensorSpec
 from weightcast.sync.transports.collective_source import CollectiveSource
 from weightcast.sync.transports.collective_target import CollectiveReceiver
 
 ENGINE = "engine-0"
+TIMEOUT_S = 120.0
 CHUNK_BYTES = 4 << 20
 
 
