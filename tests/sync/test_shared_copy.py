@@ -4,6 +4,7 @@ What becomes of killed processes is in `test_shared_copy_killed.py`.
 """
 
 import logging
+import os
 import random
 import threading
 import time
@@ -152,7 +153,9 @@ def test_an_engine_that_never_commits_holds_the_others_for_its_lease_only(
         assert update.version.number == 2
         assert_same_bits(dict(update), tensors)
         update.commit()
-        assert sorted(second.wait().serving) == ["engine-0", "engine-1"]
+        # The one that receives had staged it while its engine was stuck, so the publication waits for it.
+        assert set(second.wait().serving) >= ({"engine-0", "engine-1"} if stuck is engines[0] else {"engine-0"})
+        wait_until(lambda: all(engine.serving == update.version for engine in p.fleet()))
 
 
 def test_a_rejected_version_is_let_go_of(subscribe: Subscribe) -> None:
@@ -239,7 +242,9 @@ def test_a_worker_that_leaves_hands_over_what_it_received(subscribe: Subscribe) 
 def test_a_host_without_such_memory_is_received_on_all_the_same(
     base: Path, subscribe: Subscribe, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base.chmod(0o777)
+    folder = base / f"weightcast-{os.geteuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
     caplog.set_level(logging.WARNING)
     tensors = make_model(1, ROWS)
     with WeightPublisher(TensorSource(tensors), TCP, timeout_s=WAIT_S) as p:
@@ -248,7 +253,7 @@ def test_a_host_without_such_memory_is_received_on_all_the_same(
         for number in (1, 2):
             change(tensors, number)
             assert transports(publish(p, number, tensors, engines)) == {"shared_memory": 2}
-    assert "receives by itself, not with the workers of its host: other users may replace" in caplog.text
+    assert "receives by itself, not with the workers of its host: other users can write to" in caplog.text
 
 
 def test_settings_are_checked() -> None:
