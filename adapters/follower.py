@@ -88,7 +88,7 @@ class EngineFollower:
     def take(self, update: VersionUpdate) -> bool:
         """Commit one update: prepare, pause, load, resume. False when it was refused."""
         version = update.version
-        if update.stats.num_bytes > 0:  # not an observer's; the subscriber itself reports this span to the fleet
+        if update.stats.transport:  # not an observer's; the subscriber itself reports this span to the fleet
             self._log.record(version, Span("stage", update.stats.started_at_s, update.stats.staged_at_s))
         try:
             with self._log.phase("prepare", version):
@@ -119,6 +119,7 @@ class EngineFollower:
         try:
             with self._log.phase("load", version):
                 self._engine.load(version, iter(update))
+                update.release()
         except ModelMismatch as error:
             self._engine.resume()
             return self._refuse(update, error)

@@ -15,6 +15,7 @@ from weightcast.sync.disk.publisher import DiskPublisher
 from weightcast.sync.disk.reports import DiskReport
 from weightcast.sync.disk.subscriber import DiskLimits, DiskSubscriber, DiskUpdate
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
+from weightcast.sync.host.share import HostShare
 from weightcast.sync.publisher import DeltaMode, Publication, WeightPublisher
 from weightcast.sync.records import EngineReport, SourceReport, Span
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
@@ -45,6 +46,7 @@ __all__ = [
     "EngineStatus",
     "FleetPolicy",
     "HeldRegion",
+    "HostShare",
     "Limits",
     "Manifest",
     "MaterializeReport",

@@ -8,6 +8,7 @@ whole models crossed it, of the sources while they compared, and how much change
 
 from collections.abc import Sequence
 
+from weightcast.sync.arrival import HOST_TRANSPORT
 from weightcast.sync.records import EngineReport, SourceReport
 from weightcast.sync.transports.choose import blend_rate
 from weightcast.sync.transports.choose_delta import MAX_RATIO, DeltaRates, Mode, choose_delta
@@ -29,7 +30,8 @@ class DeltaAdvisor:
 
     def advise(self, sources: Sequence[SourceReport], engines: Sequence[EngineReport]) -> tuple[str, str]:
         """(mode for the next version, why), given what became of this one."""
-        receivers = [engine for engine in engines if engine.transport]
+        # Observers receive nothing, and workers that share their host's copy nothing over a link.
+        receivers = [engine for engine in engines if engine.transport not in ("", HOST_TRANSPORT)]
         self._measure(sources, receivers)
         choice = choose_delta(
             DeltaRates(link=self._link, encode=self._encode),

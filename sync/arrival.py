@@ -6,18 +6,24 @@ delta began from may not have been what they should, and memory that was read ma
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ConfigError, WireError
+from weightcast.sync.host.lease import Lease
 from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Staged
+from weightcast.sync.model_view import ModelView
 from weightcast.sync.records import Span
-from weightcast.sync.shadow import ChunkKey
+from weightcast.sync.regions import TensorSpec
+from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
+# What is said to have brought a version that another worker of the host received.
+HOST_TRANSPORT = "host"
 # A source leaves an engine that wants more at once unanswered.
 MAX_CREDIT_CHUNKS = 64
 
@@ -73,7 +79,8 @@ class Limits:
 class Arrival:
     """See the module. An observer's arrival has no staging: there is nothing to fetch.
 
-    `reached` names the kind of memory by which each source rank is read without its help; other sources send.
+    Nor has one that another worker of the host receives; its tensors are there as long as `lease` is. `reached` names
+    the kind of memory by which each source rank is read without its help; other sources send.
     """
 
     announce: Announce
@@ -84,6 +91,8 @@ class Arrival:
     reached: dict[int, str] = field(default_factory=dict)
     staged_s: float = 0.0
     tensors: dict[str, torch.Tensor] | None = None
+    specs: tuple[TensorSpec, ...] = ()
+    lease: Lease | None = None
     num_repeats: int = 0
     asked_s: dict[ChunkKey, float] = field(default_factory=dict)
     _again: deque[ChunkKey] = field(default_factory=deque)
@@ -106,10 +115,21 @@ class Arrival:
 
     @property
     def transport(self) -> str:
-        """How the chunks came."""
-        assert self.staging is not None
+        """How the chunks came: a kind of transport, or several; nothing when none were to come."""
+        if self.staging is None:
+            return "" if self.lease is None else HOST_TRANSPORT
         kinds = {self.reached.get(rank, "zmq") for rank, layout in self.staging.layouts.items() if layout.chunks}
         return "+".join(sorted(kinds)) or "zmq"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bodies as this engine received them."""
+        return 0 if self.staging is None else self.staging.num_bytes
+
+    @property
+    def checksums_checked(self) -> int:
+        """Of chunks and of tensors, by this engine."""
+        return 0 if self.staging is None else self.staging.checksums_checked
 
     def begin(self, now_s: float) -> list[Effect]:
         """The first requests, to every source."""
@@ -226,13 +246,12 @@ class Arrival:
 
     def make_staged(self, wall_offset_s: float) -> Staged:
         """The message that says all is here and checked."""
-        assert self.staging is not None
         span = Span("stage", self.started_s + wall_offset_s, self.staged_s + wall_offset_s)
         return Staged(
             self.announce.version,
-            self.staging.num_bytes,
+            self.num_bytes,
             self.staged_s - self.started_s,
-            self.staging.checksums_checked,
+            self.checksums_checked,
             (span,),
             self.transport,
             self.num_repeats,
@@ -247,3 +266,27 @@ class Arrival:
             return f"version {version} has come whole, and waits for the digests of the publisher's rank 0"
         silent = sorted({rank for rank, _ in self.asked_s})
         return f"version {version} lacks {self.staging.num_missing} chunks, asked of the source ranks {silent}"
+
+
+def open_arrival(
+    engine: str,
+    announce: Announce,
+    model: ModelView,
+    shadow: Shadow,
+    limits: Limits,
+    reached: Mapping[int, str],
+    started_s: float,
+) -> Arrival:
+    """An arrival of a version that this engine fetches, whose memory is taken here.
+
+    Raises `WireError` when there is too little of it, or when the publisher's layout cannot be.
+    """
+    assert model.specs is not None
+    try:
+        staging = Staging(announce.version, model.specs, model.layouts, shadow)
+    except MemoryError:
+        num_bytes = sum(spec.num_bytes for spec in model.specs)
+        raise WireError(
+            f"engine {engine!r} has no memory for the {num_bytes} bytes of version {announce.version}"
+        ) from None
+    return Arrival(announce, staging, model.chunk_bytes, limits, started_s, dict(reached), specs=model.specs)

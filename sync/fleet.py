@@ -124,8 +124,9 @@ def note_serving(status: EngineStatus, message: Serving) -> EngineStatus:
 
 
 def note_failed(status: EngineStatus, message: Failed) -> EngineStatus:
-    """After `Failed`."""
-    return replace(status, refused=message.version, staged=None, reason=message.reason)
+    """After `Failed`. It may be of an older version than the one that is staged: one that was loaded for too long."""
+    staged = None if status.staged == message.version else status.staged
+    return replace(status, refused=message.version, staged=staged, reason=message.reason)
 
 
 def is_released(policy: FleetPolicy, engines: Iterable[EngineStatus], version: Version) -> bool:

@@ -9,7 +9,7 @@ serves, and a delta is applied where the old bits lie. The shadow knows of which
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,14 @@ from weightcast.sync.version import Version
 
 ChunkKey: TypeAlias = tuple[int, int]
 """(source rank, index)."""
+
+
+class TensorPool(Protocol):
+    """Where a shadow's tensors lie."""
+
+    def take(self, spec: TensorSpec, *, keep_bits: bool = False) -> torch.Tensor:
+        """A tensor to be written. With `keep_bits` it has those of the tensor of this name that was taken before."""
+        ...
 
 
 class BufferPool:
@@ -50,10 +58,11 @@ class BufferPool:
 
 
 class Shadow:
-    """See the module. `tensors` are handed out only as long as nobody else looks at their memory."""
+    """See the module. `pool` is where the tensors lie (by default private memory), `whole` the version that it has."""
 
-    def __init__(self) -> None:
-        self._pool = BufferPool()
+    def __init__(self, pool: TensorPool | None = None, whole: Version | None = None) -> None:
+        self._pool: TensorPool = BufferPool() if pool is None else pool
+        self._whole = whole
         self._specs: Sequence[TensorSpec] = ()
         self._layouts: Mapping[int, SourceLayout] = {}
         self._versions: dict[ChunkKey, Version] = {}
@@ -64,6 +73,11 @@ class Shadow:
             # The same index now means other bytes.
             self._versions.clear()
             self._layouts, self._specs = layouts, specs
+        if self._whole is not None:
+            for layout in layouts.values():
+                for chunk in layout.chunks:
+                    self.note((layout.rank, chunk.index), self._whole)
+            self._whole = None
         return {spec.name: self._pool.take(spec, keep_bits=bool(self._versions)) for spec in specs}
 
     def base(self, key: ChunkKey) -> Version | None:

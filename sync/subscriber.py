@@ -20,10 +20,12 @@ from types import TracebackType
 import torch
 
 from weightcast.sync.arrival import Arrival, Limits
-from weightcast.sync.errors import DeadlineExceeded, ModelMismatch, VersionError
+from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, VersionError
 from weightcast.sync.fleet import Role
+from weightcast.sync.host.share import HostShare
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
+from weightcast.sync.shared_subscription import SharedSubscription
 from weightcast.sync.subscriber_loop import SubscriberLoop, raise_ended
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports.reaches import Reaches
@@ -51,7 +53,8 @@ class Update:
     """A version that is complete and verified, in host memory. Iterate, load, then `commit` or `reject` it once.
 
     Tensors are on the CPU, in HF order. Memory is reused by a later version only when no tensor of this one is
-    alive any more, so a tensor that is kept stays as it is.
+    alive any more, so a tensor that is kept stays as it is. Not so where workers of a host share the copy: there
+    tensors are read-only (a write ends the process) and good until `release` or `commit`; copy what is to be kept.
     """
 
     def __init__(
@@ -59,17 +62,19 @@ class Update:
     ) -> None:
         assert arrival.tensors is not None
         self.version: Version = arrival.version
-        self.specs: tuple[TensorSpec, ...] = () if arrival.staging is None else arrival.staging.specs
+        self.specs: tuple[TensorSpec, ...] = arrival.specs
         self.stats = UpdateStats(
-            0 if arrival.staging is None else arrival.staging.num_bytes,
+            arrival.num_bytes,
             arrival.staged_s - arrival.started_s,
-            0 if arrival.staging is None else arrival.staging.checksums_checked,
+            arrival.checksums_checked,
             arrival.started_s + wall_offset_s,
             arrival.staged_s + wall_offset_s,
-            "" if arrival.staging is None else arrival.transport,
+            arrival.transport,
             arrival.num_repeats,
         )
         self._tensors: dict[str, torch.Tensor] | None = arrival.tensors
+        self._lease = arrival.lease
+        self._is_ended = False
         self._subscription = subscription
         self._loop = loop
         arrival.tensors = {}
@@ -83,23 +88,56 @@ class Update:
     def _open_tensors(self) -> dict[str, torch.Tensor]:
         if self._tensors is None:
             raise VersionError(
-                f"version {self.version} was committed or rejected already; iterate before, or keep the tensors"
+                f"version {self.version} was committed or rejected already, or released; iterate before, or keep copies"
             )
         return self._tensors
 
-    def commit(self, pause_s: float = 0.0, spans: Sequence[Span] = ()) -> None:
-        """Say that the engine serves this version; `pause_s` is how long it answered nobody for it."""
+    def check(self) -> None:
+        """Raises `VersionError` when the tensors may have been overwritten, and what was read of them is void.
+
+        That happens only where workers of a host share the copy, and to one that loaded for longer than its lease.
+        """
+        if self._lease is not None and self._tensors is not None:
+            self._lease.check()
+
+    def release(self) -> None:
+        """Say before `commit` that all tensors were read: where they are shared the next version may overwrite them.
+
+        Raises as `check`, and then the engine holds a mixture of versions.
+        """
         self._open_tensors()
-        self._tensors = None
         with self._loop.lock:
+            self._tensors = None
+            if self._lease is not None:
+                self._lease.release()
+
+    def commit(self, pause_s: float = 0.0, spans: Sequence[Span] = ()) -> None:
+        """Say that the engine serves this version; `pause_s` is how long it answered nobody for it.
+
+        Raises as `check`; the publisher is then told that the engine refused this version.
+        """
+        self._end()
+        with self._loop.lock:
+            try:
+                if self._lease is not None:
+                    self._lease.release()
+            except VersionError as error:
+                self._loop.submit(self._subscription.reject(str(error), time.monotonic()))
+                raise
             self._loop.submit(self._subscription.commit(pause_s, tuple(spans), time.monotonic()))
 
     def reject(self, reason: str) -> None:
         """Say that the engine cannot take this version, and goes on with the one before."""
-        self._open_tensors()
-        self._tensors = None
+        self._end()
         with self._loop.lock:
+            if self._lease is not None:
+                self._lease.give_up()
             self._loop.submit(self._subscription.reject(reason, time.monotonic()))
+
+    def _end(self) -> None:
+        if self._is_ended:
+            raise VersionError(f"version {self.version} was committed or rejected already; take the next one")
+        self._is_ended, self._tensors = True, None
 
 
 class WeightSubscriber:
@@ -113,6 +151,10 @@ class WeightSubscriber:
     `transport` is "auto" (memory that this host may read where a source exposes some, otherwise connections: by where
     the sources are, and what was measured), "zmq" for connections alone, or one kind of memory; where that cannot be
     had, versions are refused with the reason.
+
+    `share` names a group: workers of one host and user that follow one publisher's address under one name receive each
+    version once, into memory that all of them read (`sync/host`). Each is a receiver of its own all the same. A
+    `HostShare` says more than the name. Where the host has no such memory, the worker receives by itself.
     """
 
     def __init__(
@@ -125,14 +167,22 @@ class WeightSubscriber:
         keys: CurveKeys | None = None,
         limits: Limits | None = None,
         transport: str = "auto",
+        share: str | HostShare | None = None,
     ) -> None:
+        if share is not None and role == "observer":
+            raise ConfigError("an observer receives nothing that it could share; leave out role or share")
+        share = HostShare(share) if isinstance(share, str) else share
         self.engine = engine if engine is not None else f"{socket.gethostname()}-{os.getpid()}"
         self.address = address
         self._wall_offset_s = time.time() - time.monotonic()
         limits = Limits() if limits is None else limits
-        self._subscription = Subscription(self.engine, role, expect, limits, self._wall_offset_s)
+        self._subscription = (
+            Subscription(self.engine, role, expect, limits, self._wall_offset_s)
+            if share is None
+            else SharedSubscription(self.engine, expect, limits, self._wall_offset_s)
+        )
         reaches = Reaches(transport, limits.chunk_timeout_s)
-        self._loop = SubscriberLoop(self._subscription, address, keys, reaches, limits.links)
+        self._loop = SubscriberLoop(self._subscription, address, keys, reaches, limits.links, share)
 
     @property
     def serving(self) -> Version | None:

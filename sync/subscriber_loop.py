@@ -7,6 +7,8 @@ subscription under `lock`, which is notified after every step.
 import logging
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import zmq
@@ -14,8 +16,11 @@ import zmq
 from weightcast.sync.arrival import Effect, Request, Tell
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
+from weightcast.sync.host.share import HostShare
+from weightcast.sync.host.worker import HostWorker
 from weightcast.sync.messages import Announce, Staged, decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
+from weightcast.sync.shared_subscription import SharedSubscription
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports import zmq_sockets
 from weightcast.sync.transports.base import ReceivedChunk
@@ -34,7 +39,13 @@ class SubscriberLoop:
     """Sockets and thread of one engine."""
 
     def __init__(
-        self, subscription: Subscription, address: str, keys: CurveKeys | None, reaches: Reaches, num_links: int
+        self,
+        subscription: Subscription,
+        address: str,
+        keys: CurveKeys | None,
+        reaches: Reaches,
+        num_links: int,
+        share: HostShare | None = None,
     ) -> None:
         self.lock = threading.Condition()
         self.ended: Exception | None = None
@@ -55,6 +66,10 @@ class SubscriberLoop:
             self._context.destroy(linger=0)
             raise
         self._client = ZmqChunkClient(self._context, keys, num_links=num_links)
+        self._worker: HostWorker | None = None
+        if share is not None:
+            assert isinstance(subscription, SharedSubscription)
+            self._worker = HostWorker(subscription, address, share, self._reach, self._awake)
         self._thread = threading.Thread(target=self._run, name=f"weightcast-{subscription.engine}", daemon=True)
         self._thread.start()
 
@@ -65,6 +80,12 @@ class SubscriberLoop:
             raise PeerLost("the subscriber was closed; make a new one")
         self._outbox += effects
         self._wake_out.send(b"")
+
+    def _awake(self) -> None:
+        """From any thread: look again at what there is to do."""
+        with self.lock:
+            if not self._stopping and self.ended is None:
+                self._wake_out.send(b"")
 
     def close(self) -> None:
         """Send what is due, say goodbye, and close every socket."""
@@ -84,7 +105,9 @@ class SubscriberLoop:
                 poller = zmq.Poller()
                 for socket in (self._wake_in, self._control, *self._client.sockets()):
                     poller.register(socket, zmq.POLLIN)
-                ready = dict(poller.poll(_POLL_MS))
+                for follower in self._worker.sockets() if self._worker is not None else ():
+                    poller.register(follower.fileno(), zmq.POLLIN)
+                ready: Mapping[Any, int] = dict(poller.poll(_POLL_MS))
                 with self.lock:
                     self._step(ready)
                     self.lock.notify_all()
@@ -96,6 +119,9 @@ class SubscriberLoop:
                 self.ended = error
                 self.lock.notify_all()
         finally:
+            if self._worker is not None:
+                with self.lock:
+                    self._worker.close()
             self._control.linger = 500
             for socket in (self._wake_in, self._wake_out, self._control):
                 socket.close()
@@ -103,7 +129,7 @@ class SubscriberLoop:
             self._reaches.close()
             self._context.destroy(linger=500)
 
-    def _step(self, ready: dict[zmq.Socket[bytes], int]) -> None:
+    def _step(self, ready: Mapping[Any, int]) -> None:
         if self._wake_in in ready:
             while self._wake_in.poll(0):
                 self._wake_in.recv()
@@ -116,13 +142,17 @@ class SubscriberLoop:
             if socket in ready:
                 self._take_chunks(socket)
         self._carry_out(self._subscription.tick(time.monotonic()))
+        if self._worker is not None:
+            self._carry_out(self._worker.step(time.monotonic()))
 
     def _hear(self, frames: list[bytes]) -> None:
         try:
             if len(frames) != 1:
                 raise WireError(f"a message of {len(frames)} frames; one was expected")
             message = decode(frames[0])
-            refusal = self._reach(message) if isinstance(message, Announce) else ""
+            # Of a host's workers only the one that receives needs ways to the sources.
+            must_reach = self._worker is None and isinstance(message, Announce)
+            refusal = self._reach(message) if must_reach else ""
             self._carry_out(self._subscription.receive(message, time.monotonic()))
             if refusal:
                 self._carry_out(self._subscription.give_up(refusal))

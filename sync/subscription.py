@@ -9,7 +9,7 @@ method takes the time and returns what to send; a thread elsewhere carries it ou
 
 from collections.abc import Mapping, Sequence
 
-from weightcast.sync.arrival import Arrival, Effect, Limits, Tell
+from weightcast.sync.arrival import Arrival, Effect, Limits, Tell, open_arrival
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
 from weightcast.sync.messages import (
@@ -33,7 +33,6 @@ from weightcast.sync.model_view import ModelView
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import Shadow
-from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
 
@@ -41,12 +40,7 @@ class Subscription:
     """See the module. `now_s` is a monotonic clock; `wall_offset_s` added to it gives seconds since 1970."""
 
     def __init__(
-        self,
-        engine: str,
-        role: str,
-        expect: Sequence[TensorSpec] | None,
-        limits: Limits,
-        wall_offset_s: float,
+        self, engine: str, role: str, expect: Sequence[TensorSpec] | None, limits: Limits, wall_offset_s: float
     ) -> None:
         self.engine = engine
         self.role = role
@@ -79,6 +73,10 @@ class Subscription:
     def is_fenced(self) -> bool:
         """Whether the fleet has moved on to a version that this engine does not serve."""
         return self.released is not None and (self.serving is None or self.serving < self.released)
+
+    def _must_wait(self, version: Version) -> bool:
+        """Whether `version` waits until the engine has loaded the one that it took."""
+        return self.taken is not None
 
     # What comes in
 
@@ -159,7 +157,7 @@ class Subscription:
                 return [Tell(Serving(version, 0.0, ()))]
             reason = f"engine {self.engine!r} serves version {self.serving}, which is newer"
             return [Tell(Failed(version, reason))]
-        if self.taken is not None:
+        if self._must_wait(version):
             self._waiting = announce
             return []
         if self.arrival is not None and self.arrival.version == version:
@@ -173,16 +171,15 @@ class Subscription:
         if self.role == "observer":
             self.arrival = Arrival(announce, None, 0, self._limits, now_s, staged_s=now_s, tensors={})
             return []
-        assert self.model.specs is not None
+        return self._stage(announce, now_s, now_s)
+
+    def _stage(self, announce: Announce, started_s: float, now_s: float) -> list[Effect]:
         try:
-            staging = Staging(announce.version, self.model.specs, self.model.layouts, self._shadow)
+            self.arrival = open_arrival(
+                self.engine, announce, self.model, self._shadow, self._limits, self.reached, started_s
+            )
         except WireError as error:
             return self._refuse(announce.version, error)
-        except MemoryError:
-            num_bytes = sum(spec.num_bytes for spec in self.model.specs)
-            reason = f"engine {self.engine!r} has no memory for the {num_bytes} bytes of version {announce.version}"
-            return self._refuse(announce.version, WireError(reason))
-        self.arrival = Arrival(announce, staging, self.model.chunk_bytes, self._limits, now_s, dict(self.reached))
         effects = self.arrival.begin(now_s)
         return effects + (self._seal(self._sealed, now_s) if self._sealed is not None else [])
 
@@ -228,7 +225,7 @@ class Subscription:
         return [] if self.arrival is None else self.arrival.send_again(rank, now_s)
 
     def _tell_staged(self) -> list[Effect]:
-        if self.arrival is None or self.arrival.staging is None:
+        if self.arrival is None or self.role == "observer":
             return []
         return [Tell(self.arrival.make_staged(self._wall_offset_s))]
 

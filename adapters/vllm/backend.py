@@ -8,13 +8,12 @@ reload begins and ends inside one call: a driver that dies between calls leaves 
 
     vllm serve path/to/hf --weight-transfer-config '{"backend": "weightcast"}'
 
-Settings that only the operator of the server may give stand in `--additional-config
-'{"weightcast": {"events": "events.jsonl", "publisher": "tcp://…", "keys": "keys.json"}}'`: a file for the
-phases of each update, the one publisher from which this server takes weights whatever is posted to its
-unauthenticated routes, and a key file (`weightcast.adapters.keys`).
+Several workers of one host receive each version once, into memory that all of them load from (`WeightSubscriber`'s
+`share`). Settings that only the operator of the server may give are described in `settings.py`.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,14 +33,13 @@ from weightcast.adapters.engine import check_offer, check_ties, version_label
 from weightcast.adapters.keys import read_engine_keys
 from weightcast.adapters.timeline import EventLog
 from weightcast.adapters.vllm import NOT_CONNECTED, UNTOUCHED
+from weightcast.adapters.vllm.settings import choose_share, read_settings
 from weightcast.sync import Span, Update, WeightSubscriber
 from weightcast.sync.checkpoint_files import open_checkpoint
-from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, PeerLost, WeightcastError
+from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, PeerLost, VersionError, WeightcastError
 from weightcast.sync.regions import TensorSpec
 
 logger = logging.getLogger(__name__)
-
-_SETTINGS = frozenset({"events", "keys", "publisher"})
 
 
 @dataclass
@@ -83,8 +81,8 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         super().__init__(config, vllm_config, device, model)
         self._specs = open_checkpoint(find_checkpoint(vllm_config.model_config)).specs
         self._aliases = find_ties(vllm_config.model_config, self._specs)
-        self._settings = read_settings(vllm_config)
-        self._log = EventLog("engine", Path(events) if (events := self._settings.get("events")) else None)
+        self._settings = read_settings(vllm_config.additional_config)
+        self._log = EventLog("engine", self._settings.events)
         self._subscriber: WeightSubscriber | None = None
         self._timeout_s = 0.0
         self._staged: Update | None = None
@@ -96,8 +94,8 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
 
         Raises `ConfigError` for a publisher that the operator does not allow, and `AddressError`.
         """
-        allowed = self._settings.get("publisher", init_info.publisher)
-        if init_info.publisher != allowed:
+        allowed = self._settings.publisher
+        if allowed is not None and init_info.publisher != allowed:
             raise ConfigError(f"this server takes weights from {allowed} only, got {init_info.publisher}")
         self.shutdown()
         self._subscriber = WeightSubscriber(
@@ -105,7 +103,8 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             engine=self._worker_name(init_info.engine),
             # A checkpoint that lists a tied tensor twice matches a publisher of either form: see `check_offer`.
             expect=None if self._aliases.keys() & {spec.name for spec in self._specs} else self._specs,
-            keys=read_engine_keys(Path(keys) if (keys := self._settings.get("keys")) else None),
+            keys=read_engine_keys(self._settings.keys),
+            share=choose_share(self._settings, init_info.engine, self.parallel_config.world_size_across_dp),
         )
         self._timeout_s = float(init_info.timeout_s)
 
@@ -139,6 +138,8 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         held, released = self._staged, subscriber.released
         if held is not None and released is not None and held.version < released:
             self._drop(f"version {released} was released before this one was loaded")
+        elif held is not None:
+            self._check(held)
         if self._staged is not None:
             return self._staged
         try:
@@ -146,6 +147,14 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         except PeerLost as error:
             logger.warning("%s; waiting for whoever publishes now", error)
             return subscriber.wait(self._timeout_s)
+
+    def _check(self, held: Update) -> bool:
+        """Whether the staged copy is what it was; it is dropped when the workers' host has overwritten it."""
+        try:
+            held.check()
+        except VersionError as error:
+            self._drop(str(error))
+        return self._staged is not None
 
     def _drop(self, reason: str) -> None:
         if self._staged is not None:
@@ -175,9 +184,14 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
                 f"{UNTOUCHED}: asked for version {update_info.version!r}, the worker has staged "
                 f"{version_label(update.version)!r}; start again with that one"
             )
+        if not self._check(update):
+            raise ModelMismatch(
+                f"{UNTOUCHED}: version {update.version} was overwritten before it was loaded; start again"
+            )
         try:
             with self._log.phase("reload", update.version):
                 self._reload(update)
+                update.release()
         except BaseException as error:
             self._poisoned = f"loading version {update.version} broke off: {error!r}"
             self._drop(self._poisoned)
@@ -191,6 +205,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             refresh_tied_layers(self.model)
+        own_weights(self.model, update)
         if loaded is None or self.model_config.quantization is not None:
             return  # vLLM itself tracks loaded names only for unquantised models that report them
         if unfilled := sorted(expected - loaded):
@@ -251,11 +266,15 @@ def refresh_tied_layers(model: torch.nn.Module) -> None:
                 method.process_weights_after_loading(module)
 
 
-def read_settings(vllm_config: VllmConfig) -> dict[str, str]:
-    """The operator's settings in `--additional-config`. Raises `ConfigError` for an unknown one."""
-    additional = vllm_config.additional_config
-    settings: dict[str, str] = additional.get("weightcast", {}) if isinstance(additional, dict) else {}
-    if unknown := sorted(settings.keys() - _SETTINGS):
-        allowed = ", ".join(sorted(_SETTINGS))
-        raise ConfigError(f"--additional-config weightcast: {', '.join(unknown)} unknown; allowed: {allowed}")
-    return settings
+def own_weights(model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Copy what a model's loader kept of the tensors that it was given, instead of copying it; the names.
+
+    What several workers read is overwritten by the next version, and an engine must not serve out of it.
+    """
+    staged = {tensor.untyped_storage().data_ptr() for _, tensor in tensors if tensor.numel()}
+    kept = []
+    for name, held in (*model.named_parameters(), *model.named_buffers()):
+        if held.numel() and held.device.type == "cpu" and held.untyped_storage().data_ptr() in staged:
+            held.data = held.data.clone()
+            kept.append(name)
+    return kept

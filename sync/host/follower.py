@@ -2,6 +2,7 @@
 
 import selectors
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +12,16 @@ from weightcast.sync.host.leases import FollowerState
 from weightcast.sync.host.packets import Connection
 from weightcast.sync.host.pool import SharedPool, Staged
 from weightcast.sync.host.server import close_in_children
-from weightcast.sync.host.share_messages import KINDS, TO_FOLLOWER, Denied, GiveBack, Granted, Offered, Withdrawn
+from weightcast.sync.host.share_messages import (
+    KINDS,
+    TO_FOLLOWER,
+    Denied,
+    GiveBack,
+    Granted,
+    Offered,
+    Refused,
+    Withdrawn,
+)
 from weightcast.sync.version import Version
 
 
@@ -48,13 +58,32 @@ class HostFollower:
         Getting one takes an answer of the leader, so the first call may return None and a later one the lease.
         """
         assert not self._is_leased, "release the lease before the next one"
+        return self._poll(lambda version: after is None or version > after)
+
+    def take(self, version: Version | None) -> Lease | None:
+        """As `poll`, a lease on just this version, or on none. With a lease out it only hears what the leader says."""
+        return self._poll(lambda offered: offered == version)
+
+    @property
+    def refused(self) -> Refused | None:
+        """What the leader said last that it will not have, and why."""
+        return self._state.refused
+
+    @property
+    def leader_pid(self) -> int:
+        """The process that receives."""
+        return self._connection.pid
+
+    def _poll(self, is_wanted: Callable[[Version], bool]) -> Lease | None:
         while (message := self._receive()) is not None:
             self._state.hear(message)
+        if self._is_leased:
+            return None
         granted = self._state.granted
-        if granted is not None and after is not None and granted.version <= after:
+        if granted is not None and not is_wanted(granted.version):
             self._give_up()
             granted = None
-        if (request := self._state.ask(after)) is not None:
+        if (request := self._state.ask(is_wanted)) is not None:
             self._connection.send(KINDS[type(request)], request)
         if granted is None:
             return None
@@ -84,12 +113,12 @@ class HostFollower:
         """In a forked child: its copy would hide this process's end from the leader."""
         self._connection.close()
 
-    def _receive(self) -> Offered | Withdrawn | Granted | Denied | None:
+    def _receive(self) -> Offered | Withdrawn | Refused | Granted | Denied | None:
         try:
             message, descriptor = self._connection.receive(TO_FOLLOWER, 0)
         except DeadlineExceeded:
             return None
-        if descriptor is not None or not isinstance(message, Offered | Withdrawn | Granted | Denied):
+        if descriptor is not None or not isinstance(message, Offered | Withdrawn | Refused | Granted | Denied):
             raise WireError(f"the leader sent {type(message).__name__}, which it must not now")
         return message
 

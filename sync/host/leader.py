@@ -24,6 +24,7 @@ from weightcast.sync.host.share_messages import (
     Joined,
     Offered,
     OtherModel,
+    Refused,
     Take,
     Withdrawn,
 )
@@ -31,6 +32,8 @@ from weightcast.sync.version import Version
 
 logger = logging.getLogger(__name__)
 _OWN = 0
+# Characters of a reason that fit a packet, whatever they are.
+_MAX_REASON = 900
 
 
 class HostLeader:
@@ -61,6 +64,10 @@ class HostLeader:
         self._leases = LeaseBook(lease_s)
         if (staged := pool.staged()) is not None:
             self._leases.stage(staged)
+        # What this worker's own engine reads: as in the others', a stray write ends in a fault and harms nobody.
+        self._readable = pool.map_again()
+        self._refused: Refused | None = None
+        self._is_closed = False
         self._followers: dict[Connection, int] = {}
         self._last_number = _OWN
         self._changed = threading.Condition()
@@ -73,6 +80,11 @@ class HostLeader:
         return None if staged is None else staged.version
 
     @property
+    def is_overwriting(self) -> bool:
+        """Whether the pool may be written: from `begin_overwrite` to `finish_overwrite`."""
+        return self.pool.is_open
+
+    @property
     def num_followers(self) -> int:
         """How many workers follow."""
         return len(self._followers)
@@ -80,20 +92,23 @@ class HostLeader:
     def begin_overwrite(self, timeout_s: float) -> None:
         """Wait until nobody reads the staged version; then the pool may be written.
 
-        Leases that are older than `lease_s` are not waited for: their holders are told by `VersionError`. Raises
-        `DeadlineExceeded` when others are left after `timeout_s`; then the version stays on offer.
+        Leases are waited for `lease_s` and then ended: their holders are told by `VersionError`. Raises
+        `DeadlineExceeded` when some are left after `timeout_s`; then the version stays on offer. `PeerLost` when it is
+        closed meanwhile.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             if self._leases.offered is not None:
-                self._leases.want_overwrite()
+                self._leases.want_overwrite(time.monotonic())
                 self._tell_all(Withdrawn())
-            while self._leases.staged is not None and self._is_read():
+            while not self._is_closed and self._leases.staged is not None and self._is_read():
                 now_s = time.monotonic()
                 if now_s >= deadline_s:
                     self._give_up(timeout_s)
                 end_s = self._leases.next_end_s
                 self._changed.wait(max(0.0, min(deadline_s, end_s if end_s is not None else deadline_s) - now_s))
+            if self._is_closed:
+                raise PeerLost("this worker receives for its host no longer: it was closed")
             self._leases.begin_overwrite()
             self.pool.begin()
 
@@ -102,19 +117,30 @@ class HostLeader:
         with self._changed:
             staged = self.pool.finish(version)
             self._leases.stage(staged)
+            if self._refused is not None and self._refused.version == version:
+                self._refused = None
             self._tell_all(Offered(staged))
 
     def take(self) -> Lease | None:
         """A lease of this worker's own on the staged version, or None; it too keeps `begin_overwrite` waiting."""
         with self._changed:
             offered = self._leases.offered
-            if offered is None or not self._leases.take(_OWN, offered.state, time.monotonic()):
+            if offered is None or not self._leases.take(_OWN, offered.state):
                 return None
-            return Lease(self.pool, offered, partial(self._give_back, _OWN))
+            return Lease(self._readable, offered, partial(self._give_back, _OWN))
+
+    def refuse(self, version: Version, reason: str) -> None:
+        """Tell the followers, and who joins later, that this version is not to come."""
+        with self._changed:
+            self._refused = Refused(version, reason[:_MAX_REASON])
+            self._tell_all(self._refused)
 
     def close(self) -> None:
         """Stop leading: followers notice, and one of them takes over. The pool must not be written any more."""
         if self._server is not None:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify_all()
             self._server.close()
             self._server = None
             self._path.unlink(missing_ok=True)
@@ -130,7 +156,7 @@ class HostLeader:
                 raise WireError("a worker must join first")
             number = self._followers[peer]
             if isinstance(message, Take):
-                if self._leases.take(number, message.state, time.monotonic()):
+                if self._leases.take(number, message.state):
                     _tell(peer, Granted(message.request, self._leases.lease_s))
                 else:
                     _tell(peer, Denied(message.request))
@@ -151,6 +177,8 @@ class HostLeader:
             _tell(peer, OtherModel(self._model))
             return False
         peer.send(KINDS[Joined], Joined(self.pool.num_bytes, self._leases.offered), self.pool.descriptor)
+        if self._refused is not None:
+            _tell(peer, self._refused)
         if peer not in self._followers:
             self._last_number += 1
             self._followers[peer] = self._last_number

@@ -37,6 +37,17 @@ class Lease:
             finally:
                 give_back()
 
+    def give_up(self) -> None:
+        """Give the lease back, whatever became of the tensors: nobody loads them."""
+        if self._give_back is not None:
+            give_back, self._give_back = self._give_back, None
+            give_back()
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the tensors may have changed since the lease began."""
+        return not self._pool.is_unchanged(self._staged)
+
     def __enter__(self) -> "Lease":
         return self
 
@@ -45,6 +56,5 @@ class Lease:
     ) -> None:
         if error is None:
             self.release()
-        elif self._give_back is not None:
-            give_back, self._give_back = self._give_back, None
-            give_back()
+        else:
+            self.give_up()

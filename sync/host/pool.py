@@ -26,6 +26,8 @@ _HEADER_BYTES = 4096
 # higher with each change; then the version.
 _STATE, _EPOCH, _NUMBER = 0, 1, 2
 _EMPTY = 0
+# How long the owner's second mapping may take before its pages come one by one.
+_OWN_MAPPING_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,17 @@ class SharedPool:
         assert self._arena is not None
         return self._arena.descriptor
 
-    def take(self, spec: TensorSpec) -> torch.Tensor:
-        """The place of a tensor, to be written: the owner calls this between `begin` and `finish`."""
+    def map_again(self) -> "SharedPool":
+        """The same memory, read-only, in the process that made it."""
+        return SharedPool(self._specs.values(), map_arena(self.descriptor, self.num_bytes, _OWN_MAPPING_S), None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is between `begin` and `finish`."""
+        return int(self._header[_STATE]) % 2 == 1
+
+    def take(self, spec: TensorSpec, *, keep_bits: bool = True) -> torch.Tensor:
+        """The place of a tensor, with what lies there, to be written: its owner may between `begin` and `finish`."""
         assert self.is_writable and self.staged() is None, "a staged version is overwritten only after begin()"
         if self._specs.get(spec.name) != spec:
             raise ConfigError(f"the shared copy was made for {self._specs.get(spec.name)}, not for {spec}")
@@ -113,9 +124,13 @@ class SharedPool:
             return None
         return Staged(version, state)
 
+    def is_unchanged(self, staged: Staged) -> bool:
+        """Whether what was read as `staged` was left alone meanwhile."""
+        return int(self._header[_STATE]) == staged.state
+
     def check_unchanged(self, staged: Staged) -> None:
         """`VersionError` when what was read as `staged` may have been overwritten meanwhile."""
-        if int(self._header[_STATE]) != staged.state:
+        if not self.is_unchanged(staged):
             raise VersionError(
                 f"version {staged.version} was overwritten while it was read: the lease was kept for too long; "
                 "load the next version, and ask for longer leases where loading takes longer"
@@ -124,12 +139,12 @@ class SharedPool:
     def begin(self) -> None:
         """From now on the contents are undefined, until `finish`."""
         assert self.is_writable
-        if int(self._header[_STATE]) % 2 == 0:
+        if not self.is_open:
             self._header[_STATE] += 1
 
     def finish(self, version: Version) -> Staged:
         """The contents are `version` from now on."""
-        assert self.is_writable and int(self._header[_STATE]) % 2 == 1, "finish() comes after begin()"
+        assert self.is_writable and self.is_open, "finish() comes after begin()"
         self._header[_EPOCH], self._header[_NUMBER] = version.epoch, version.number
         self._header[_STATE] += 1
         return Staged(version, int(self._header[_STATE]))

@@ -20,6 +20,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, PeerLost, ReachError, WireError
@@ -37,6 +38,23 @@ DEFAULT_LEASE_S = 60.0
 # A leader answers within milliseconds; one that does not is dying, or stopped.
 _ANSWER_S = 2.0
 _RETRY_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class HostShare:
+    """Which workers of a host receive a version once for all of them: those of one user, publisher and `group`."""
+
+    group: str
+    lease_s: float = DEFAULT_LEASE_S
+    """How long an engine may go on loading a version when the next one is announced; then it is overwritten."""
+    base: Path | None = None
+    """Where the workers meet, the same for all; by default the folder of `folders.runtime_folder`."""
+
+    def __post_init__(self) -> None:
+        if not self.group or not self.lease_s > 0:
+            raise ConfigError(
+                f"a host's share needs a name and a lease_s above 0 seconds, got {self.group!r} and {self.lease_s}"
+            )
 
 
 def join_host_share(

@@ -1,7 +1,7 @@
 """What the workers that share a copy say to each other. A file descriptor of the arena comes with `Joined`.
 
 follower -> leader    Join, Take, GiveBack
-leader -> follower    Joined | OtherModel, Offered, Withdrawn, Granted | Denied
+leader -> follower    Joined | OtherModel, Offered, Withdrawn, Refused, Granted | Denied
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from weightcast.sync.host.pool import Staged
 from weightcast.sync.schema import checked, optional, real, record, text, uint
 from weightcast.sync.version import Version
 
-_STAGED = record(Staged, record(Version, uint(), uint()), uint())
+_VERSION = record(Version, uint(), uint())
+_STAGED = record(Staged, _VERSION, uint())
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,14 @@ class Withdrawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """The leader will not have this version, and so nobody who follows it."""
+
+    version: Version = checked(_VERSION)
+    reason: str = checked(text)
+
+
+@dataclass(frozen=True, slots=True)
 class Take:
     """A follower asks for a lease on the copy in the state `state`."""
 
@@ -59,7 +68,7 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """It has it, for `lease_s` seconds at least."""
+    """It has it, and has `lease_s` seconds at least from when the copy is to be overwritten."""
 
     request: int = checked(uint())
     lease_s: float = checked(real)
@@ -83,6 +92,7 @@ TO_FOLLOWER: dict[str, type[Any]] = {
     "other_model": OtherModel,
     "offered": Offered,
     "withdrawn": Withdrawn,
+    "refused": Refused,
     "granted": Granted,
     "denied": Denied,
 }

@@ -45,6 +45,8 @@ def test_every_worker_receives_and_the_version_is_one(
         "vllm/1": "serving",
         "vllm/driver": "serving",
     }
-    assert reports["vllm/0"].num_bytes == reports["vllm/1"].num_bytes == publisher.num_bytes
+    workers = [reports["vllm/0"], reports["vllm/1"]]
+    assert {worker.transport for worker in workers} == {"shared_memory", "host"}, "received once, read by both"
+    assert sorted(worker.num_bytes for worker in workers) == [0, publisher.num_bytes]
     phases = [json.loads(line)["phase"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert sorted(phases) == ["reload", "reload", "stage", "stage"]

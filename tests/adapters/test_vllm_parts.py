@@ -13,7 +13,9 @@ from weightcast.adapters.transformers.server import bind
 from weightcast.adapters.vllm.client import VLLMClient
 from weightcast.adapters.vllm.driver import drive
 from weightcast.adapters.vllm.server import VLLMServer, server_command, server_environment
-from weightcast.sync.errors import DeadlineExceeded, EngineError, PeerLost
+from weightcast.adapters.vllm.settings import BackendSettings, choose_share, read_settings
+from weightcast.sync import HostShare
+from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, PeerLost
 
 
 def test_the_command_names_the_backend_and_the_address() -> None:
@@ -66,3 +68,35 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         server.start()
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url, trust_env=False)
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"weightcast": {}}, {"other": {"share": 7}}, object()])
+def test_without_settings_the_workers_of_a_host_share(nothing: object) -> None:
+    settings = read_settings(nothing)
+    assert settings == BackendSettings()
+    assert choose_share(settings, "vllm", 4) == HostShare("vllm", lease_s=120.0)
+    assert choose_share(settings, "vllm", 1) is None
+
+
+def test_the_operators_settings() -> None:
+    given = {"events": "e.jsonl", "keys": "k.json", "publisher": "tcp://a:1", "share": "off", "lease_s": 7}
+    settings = read_settings({"weightcast": given})
+    assert (settings.events, settings.keys, settings.publisher) == (Path("e.jsonl"), Path("k.json"), "tcp://a:1")
+    assert choose_share(settings, "vllm", 4) is None
+    assert choose_share(read_settings({"weightcast": {"lease_s": 7}}), "v", 2) == HostShare("v", lease_s=7)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"evnts": "x"}, "evnts unknown; allowed: events, keys, lease_s, publisher, share"),
+        ("on", "'on' unknown"),
+        ({"share": "maybe"}, 'share must be "on" or "off", got \'maybe\''),
+        ({"lease_s": 0}, "lease_s must be seconds above 0, got 0"),
+        ({"lease_s": "1"}, "lease_s must be seconds above 0, got '1'"),
+        ({"publisher": 5600}, "publisher must be a text, got 5600"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings({"weightcast": given})

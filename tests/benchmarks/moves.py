@@ -60,7 +60,7 @@ def race(
 
 
 def race_workers(settings: Settings, *, workers: int) -> Reading:
-    """Seconds until the last of several engine workers of a host has a version, against a single worker."""
+    """Seconds until the last of several engine workers of a host, which share a copy, has it, against one alone."""
     model = model_for(settings)
     options = PLACES["host"][0]
     with (
@@ -75,7 +75,7 @@ def race_workers(settings: Settings, *, workers: int) -> Reading:
 
 
 def _named(count: int) -> list[dict[str, Any]]:
-    return [{"engine": f"worker-{number}"} for number in range(count)]
+    return [{"engine": f"worker-{number}", "share": "workers"} for number in range(count)]
 
 
 def _seconds(link: Link) -> Callable[[], float]:

@@ -1,9 +1,9 @@
 """Weightcast's own two ends, through its public classes and nothing else: `WeightPublisher` and `WeightSubscriber`.
 
 Options of both: `address` to publish on; `transport`, `delta`, `chunk_bytes` as the classes take them; `keys` as
-(publisher's public, secret, engine's public, secret). Of the receiver: `engine`, its name; `device`, where it loads
-every version into parameters of its own (otherwise what was staged is what it has, as an engine that iterates over an
-update gets it).
+(publisher's public, secret, engine's public, secret). Of the receiver: `engine`, its name; `share`, the group of its
+host's workers with which it receives once; `device`, where it loads every version into parameters of its own (otherwise
+what was staged is what it has, as an engine that iterates over an update gets it).
 """
 
 import tempfile
@@ -79,7 +79,7 @@ class SubscribingReceiver:
     """An engine's side: what `wait` returns is staged, complete, verified and released."""
 
     def __init__(self, specs: Sequence[TensorSpec], address: str, options: Mapping[str, Any]) -> None:
-        arguments = {"transport": options["transport"]} if "transport" in options else {}
+        arguments = {name: options[name] for name in ("transport", "share") if name in options}
         self._subscriber = WeightSubscriber(
             address,
             engine=options.get("engine", "engine-0"),

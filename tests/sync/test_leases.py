@@ -23,6 +23,7 @@ from weightcast.sync.host.share_messages import (
     Joined,
     Offered,
     OtherModel,
+    Refused,
     Take,
     Withdrawn,
 )
@@ -32,11 +33,16 @@ LEASE_S = 10.0
 STAGED = Staged(Version(1, 3), 4)
 
 
+def anything(version: Version) -> bool:
+    """Every version will do."""
+    return True
+
+
 @pytest.mark.parametrize(
     "message",
     [
         *(Join("a" * 32), Take(4, 1), GiveBack(), Joined(4096, None), Joined(1 << 40, STAGED), OtherModel("b" * 32)),
-        *(Offered(STAGED), Withdrawn(), Granted(1, 60.0), Denied(2)),
+        *(Offered(STAGED), Withdrawn(), Refused(Version(1, 2), "why"), Granted(1, 60.0), Denied(2)),
     ],
 )
 def test_messages_come_back_as_they_were(message: Any) -> None:
@@ -46,37 +52,47 @@ def test_messages_come_back_as_they_were(message: Any) -> None:
 
 def test_a_lease_keeps_the_copy_until_it_is_given_back_or_late() -> None:
     book = LeaseBook(LEASE_S)
-    assert not book.take(1, 0, 0.0)
+    assert not book.take(1, 0)
     book.stage(STAGED)
-    assert not book.take(1, 2, 0.0), "of an earlier state"
-    assert book.take(1, 4, 0.0) and book.take(2, 4, 5.0)
-    assert (book.holders, book.next_end_s) == ((1, 2), 10.0)
-    book.want_overwrite()
-    assert not book.take(3, 4, 6.0) and book.offered is None
-    assert book.end_late(9.9) == () and book.end_late(10.0) == (1,)
-    book.cancel_overwrite()
-    assert book.offered == STAGED and book.holders == (2,)
+    assert not book.take(1, 2), "of an earlier state"
+    assert book.take(1, 4) and book.take(2, 4)
+    assert (book.holders, book.next_end_s) == ((1, 2), None), "nobody wants to overwrite it"
+    book.want_overwrite(100.0)
+    assert book.next_end_s == 110.0
+    assert not book.take(3, 4) and book.offered is None
     book.give_back(2)
-    book.want_overwrite()
+    assert book.end_late(109.9) == ()
+    book.cancel_overwrite()
+    assert book.offered == STAGED and book.holders == (1,) and book.take(2, 4)
+    book.want_overwrite(105.0)
+    assert book.end_late(110.0) == (1,), "whose time began when it was wanted first"
+    assert (book.holders, book.next_end_s) == ((2,), 115.0)
+    book.give_back(2)
     book.begin_overwrite()
     assert book.staged is None and book.next_end_s is None
     book.begin_overwrite()
     book.stage(Staged(Version(1, 4), 6))
-    assert book.take(1, 6, 20.0)
+    assert book.take(1, 6)
 
 
 def test_answers_to_what_was_given_up_are_passed_over() -> None:
     state = FollowerState(STAGED)
-    assert state.ask(Version(1, 3)) is None
-    assert state.ask(None) == Take(4, 1) and state.ask(None) is None
+    assert state.ask(lambda version: version > Version(1, 3)) is None
+    assert state.ask(anything) == Take(4, 1) and state.ask(anything) is None
     assert state.give_up() and not state.give_up()
-    assert state.ask(Version(1, 2)) == Take(4, 2)
+    assert state.ask(lambda version: version == Version(1, 3)) == Take(4, 2)
     state.hear(Granted(1, LEASE_S))
     assert state.granted is None
     state.hear(Denied(2))
     assert state.granted is None
     state.hear(Withdrawn())
-    assert state.ask(None) is None
+    assert state.ask(anything) is None
+    state.hear(Refused(Version(1, 4), "why"))
+    assert state.refused == Refused(Version(1, 4), "why")
+    state.hear(Offered(STAGED))
+    assert state.refused is not None
+    state.hear(Offered(Staged(Version(1, 4), 6)))
+    assert state.refused is None, "the leader has it after all"
     with pytest.raises(WireError, match="an answer to the request 7, the last was 2"):
         state.hear(Granted(7, LEASE_S))
 
@@ -95,8 +111,8 @@ class Sharing(RuleBasedStateMachine):
         self.followers: dict[int, FollowerState] = {}
         self.to_leader: dict[int, deque[Any]] = {}
         self.to_follower: dict[int, deque[Any]] = {}
-        # When a follower that reads was granted its lease at the leader, and what it reads.
-        self.granted_s: dict[int, float] = {}
+        # When somebody first wanted to overwrite what a follower has a lease on, and what each reads.
+        self.wanted_s: dict[int, float] = {}
         self.read: dict[int, Staged] = {}
         for number in self.FOLLOWERS:
             self.join(number)
@@ -111,8 +127,7 @@ class Sharing(RuleBasedStateMachine):
 
     @rule(number=st.sampled_from(FOLLOWERS))
     def asks(self, number: int) -> None:
-        after = self.read[number].version if number in self.read else None
-        if number not in self.read and (request := self.followers[number].ask(after)) is not None:
+        if number not in self.read and (request := self.followers[number].ask(anything)) is not None:
             self.to_leader[number].append(request)
 
     @rule(number=st.sampled_from(FOLLOWERS))
@@ -122,8 +137,8 @@ class Sharing(RuleBasedStateMachine):
         message = self.to_leader[number].popleft()
         if isinstance(message, GiveBack):
             self.book.give_back(number)
-        elif self.book.take(number, message.state, self.now_s):
-            self.granted_s[number] = self.now_s
+        elif self.book.take(number, message.state):
+            self.wanted_s.pop(number, None)
             self.to_follower[number].append(Granted(message.request, LEASE_S))
         else:
             self.to_follower[number].append(Denied(message.request))
@@ -155,7 +170,8 @@ class Sharing(RuleBasedStateMachine):
     @precondition(lambda self: self.book.offered is not None)
     @rule()
     def wants_to_overwrite(self) -> None:
-        self.book.want_overwrite()
+        self.book.want_overwrite(self.now_s)
+        self.wanted_s |= {number: self.wanted_s.get(number, self.now_s) for number in self.book.holders}
         self.tell_all(Withdrawn())
 
     @precondition(lambda self: self.book.offered is None and self.book.staged is not None)
@@ -183,7 +199,7 @@ class Sharing(RuleBasedStateMachine):
     @invariant()
     def what_is_read_in_time_is_whole(self) -> None:
         for number, staged in self.read.items():
-            if self.now_s < self.granted_s[number] + LEASE_S:
+            if self.now_s < self.wanted_s.get(number, self.now_s) + LEASE_S:
                 assert self.state == staged.state, "overwritten under a reader"
 
 

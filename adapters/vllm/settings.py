@@ -1,0 +1,62 @@
+"""What only the operator of a vLLM server may say to the backend, in `--additional-config '{"weightcast": {…}}'`.
+
+    {"events": "events.jsonl", "publisher": "tcp://…", "keys": "keys.json", "share": "off"}
+
+Its update routes take no password, so none of this can be posted to them.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from weightcast.sync import HostShare
+from weightcast.sync.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSettings:
+    """See the module."""
+
+    events: Path | None = None
+    """A file for the phases of each update, one JSON line each."""
+    publisher: str | None = None
+    """The one publisher from which this server takes weights, whatever is posted to it."""
+    keys: Path | None = None
+    """A key file (`weightcast.adapters.keys`)."""
+    share: bool = True
+    """Whether several workers of one host receive each version once: "on" or "off"."""
+    lease_s: float = 120.0
+    """How long such a worker may go on loading a version when the next one is announced."""
+
+
+def read_settings(additional_config: Any) -> BackendSettings:
+    """The settings in vLLM's additional config. Raises `ConfigError` for one that is unknown or malformed."""
+    given: Any = additional_config.get("weightcast", {}) if isinstance(additional_config, dict) else {}
+    allowed = sorted(field.name for field in fields(BackendSettings))
+    if not isinstance(given, dict) or not given.keys() <= set(allowed):
+        unknown = ", ".join(sorted(map(str, given.keys() - set(allowed)))) if isinstance(given, dict) else repr(given)
+        raise ConfigError(f"--additional-config weightcast: {unknown} unknown; allowed: {', '.join(allowed)}")
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value not in ("", None)}
+    for name in ("events", "keys", "publisher"):
+        if name in settings and not isinstance(settings[name], str):
+            raise ConfigError(f"--additional-config weightcast: {name} must be a text, got {settings[name]!r}")
+    for name in ("events", "keys"):
+        if name in settings:
+            settings[name] = Path(settings[name])
+    if "share" in settings:
+        settings["share"] = _read_switch(settings["share"])
+    lease_s = settings.get("lease_s", 1.0)
+    if isinstance(lease_s, bool) or not isinstance(lease_s, int | float) or not lease_s > 0:
+        raise ConfigError(f"--additional-config weightcast: lease_s must be seconds above 0, got {lease_s!r}")
+    return BackendSettings(**settings)
+
+
+def _read_switch(value: Any) -> bool:
+    if value not in ("on", "off", True, False):
+        raise ConfigError(f'--additional-config weightcast: share must be "on" or "off", got {value!r}')
+    return value in ("on", True)
+
+
+def choose_share(settings: BackendSettings, engine: str, num_workers: int) -> HostShare | None:
+    """The share of a server's workers on one host, under the engine's name; None for one worker, or where it is off."""
+    return HostShare(engine, lease_s=settings.lease_s) if settings.share and num_workers > 1 else None
