@@ -15,8 +15,10 @@ from tests.sync.reports import make_report
 from tests.sync.trace_format import check_trace
 
 from weightcast.adapters.timeline import EventLog
+from weightcast.bridges.codecs import decode_checkpoint
 from weightcast.cli import main
 from weightcast.sync import ReportLog, Version
+from weightcast.sync.checkpoint_files import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 120
@@ -109,6 +111,26 @@ def test_merge_of_an_adapter(models: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
+def test_quantize_to_fp8(models: Path, tmp_path: Path) -> None:
+    done = weightcast("quantize", models / "qwen3", "fp8", "--keep", "layers.0.mlp", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    base, coded = load_file(models / "qwen3" / "model.safetensors"), load_file(tmp_path / "fp8" / "model.safetensors")
+    scales = {name for name in coded if name.endswith("_scale_inv")}
+    assert coded.keys() - scales == base.keys()
+    assert {tensor.dtype for name, tensor in coded.items() if f"{name}_scale_inv" in scales} == {torch.float8_e4m3fn}
+    assert f"{len(coded)} tensors" in done.stdout and f"{len(scales)} of them as FP8" in done.stdout
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert "model.layers.0.mlp.up_proj" in config["quantization_config"]["modules_to_not_convert"]
+    assert (tmp_path / "fp8" / "tokenizer.json").is_file()
+    # The bridge reads it as the weights that it stands for.
+    checkpoint = decode_checkpoint(open_checkpoint(tmp_path / "fp8"), torch.float32)
+    with checkpoint.reader() as reader:
+        for spec in checkpoint.specs:
+            read = reader.read(spec.whole()).float()
+            assert torch.allclose(read, base[spec.name].float(), rtol=2**-4, atol=1e-3), spec.name
+
+
 def test_verify_names_what_differs(models: Path, tmp_path: Path) -> None:
     path = shutil.copytree(models / "qwen3", tmp_path / "other") / "model.safetensors"
     raw = bytearray(path.read_bytes())
@@ -154,6 +176,9 @@ def test_trace_of_a_folder_of_events(tmp_path: Path) -> None:
         (("import", "qwen3", "qwen3"), "qwen3 is not empty; give a new folder"),
         (("export", "qwen3", "out", "--config", "qwen3"), "qwen3 is no torch_dist checkpoint"),
         (("merge", "qwen3", "qwen3", "out"), "qwen3 has no adapter_config.json"),
+        (("quantize", "qwen3", "out", "--kind", "fp4"), "kind='fp4' is not one of: fp8_block, fp8_tensor"),
+        (("quantize", "qwen3", "out", "--keep", "mpl"), "keep: 'mpl' is part of no tensor's name"),
+        (("quantize", "absent", "out"), "absent has no config.json"),
         (("verify", "qwen3", "absent"), "absent holds neither safetensors"),
         (("inspect", "absent"), "absent holds neither safetensors"),
         (("plan", "qwen3", "--tp", "8"), "choose a tensor_model_parallel_size that divides it"),

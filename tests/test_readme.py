@@ -57,6 +57,7 @@ EXERCISED = {
         ),
         "tests/sync/test_disk_listing.py::test_versions_lists_checks_and_names_what_is_damaged",
     ),
+    "python -m weightcast quantize path/to/hf out/fp8": "tests/test_cli.py::test_quantize_to_fp8",
     "python -m weightcast merge path/to/hf path/to/adapter out/merged": "tests/test_cli.py::test_merge_of_an_adapter",
     # `make test` is what runs this file, and `make setup` is what it ran before.
     "make test": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",

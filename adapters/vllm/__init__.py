@@ -3,6 +3,7 @@
 | file | runs in |
 |---|---|
 | `plugin`, `backend` | the vLLM worker; loaded by vLLM itself through the entry point `vllm.general_plugins` |
+| `recording`, `twin` | the same: which slices the worker's loader reads |
 | `client`, `driver` | any process that reaches the server's development routes |
 | `server` | any process that wants a vLLM server of its own |
 """

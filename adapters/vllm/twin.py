@@ -55,7 +55,7 @@ def wanted_of_worker(
 def record_twin(vllm_config: VllmConfig, specs: Sequence[TensorSpec]) -> LoadRecord:
     """Build the twin and watch it load. Raises `EngineError`."""
     model_config = vllm_config.model_config
-    twin_config = _without_layers(vllm_config)
+    twin_config = without_layers(vllm_config)
     try:
         with (
             set_current_vllm_config(twin_config),
@@ -71,7 +71,7 @@ def record_twin(vllm_config: VllmConfig, specs: Sequence[TensorSpec]) -> LoadRec
         return record_load(model, specs)
 
 
-def _without_layers(vllm_config: VllmConfig) -> VllmConfig:
+def without_layers(vllm_config: VllmConfig) -> VllmConfig:
     """A copy that has not registered the serving model's layers, whose names must be unique in a configuration."""
     twin = copy.copy(vllm_config)
     twin.compilation_config = copy.copy(vllm_config.compilation_config)

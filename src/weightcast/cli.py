@@ -181,6 +181,23 @@ def merge(
 
 
 @app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder of the model in bf16.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model in FP8.")],
+    kind: Annotated[str, typer.Option(help="fp8_block (a scale for each 128 x 128) or fp8_tensor.")] = "fp8_block",
+    keep: Annotated[list[str] | None, typer.Option(help="Module to leave as it is; may be repeated.")] = None,
+    shard_bytes: Annotated[int, typer.Option(help="Most bytes of tensors in a file.", min=1)] = 5 * 10**9,
+) -> None:
+    """Write a model as FP8, as `publish.quantize` publishes it: what an engine that will receive FP8 starts on."""
+    from weightcast.bridges.quantized_folder import write_quantized_folder
+    from weightcast.sync.quantize_rules import Fp8Scheme
+
+    scheme = Fp8Scheme(kind=kind, keep=tuple(keep or ()))
+    report = write_quantized_folder(model, out, scheme, shard_bytes=shard_bytes)
+    typer.echo(f"{out}: {report.num_tensors} tensors, {report.num_bytes} bytes, {report.num_quantized} of them as FP8")
+
+
+@app.command()
 def verify(
     a: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],

@@ -1,5 +1,6 @@
 """Tiny models with a tokenizer, made offline: a random Qwen3 over bytes."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 
 PROMPT = (72, 101, 108, 108, 111, 44, 32, 119)
 NUM_TOKENS = 24
+VLLM_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_DIST_IDENT": f"weightcast{os.getpid()}"}
+"""For ranks that build vLLM's models (`vllm_models`); a worker sets the second, which names shared memory, itself."""
 
 
 def make_model(seed: int, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:

@@ -1,0 +1,136 @@
+"""Which slices vLLM's tensor-parallel workers need: asked of the loaders of real model classes, on two ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.adapters.models import VLLM_ENVIRONMENT, save_checkpoint
+from tests.ranks import run_ranks
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    GptOssConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from weightcast.sync.checkpoint_files import open_checkpoint
+from weightcast.sync.wanted import share_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+EXPERTS: dict[str, Any] = SIZES | {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LATENT: dict[str, Any] = EXPERTS | {
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+}
+MODELS: dict[str, PretrainedConfig] = {
+    "qwen3": Qwen3Config(**SIZES),
+    "qwen3-tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "qwen3-moe": Qwen3MoeConfig(**EXPERTS, num_experts=4),
+    "deepseek-v2": DeepseekV2Config(**LATENT),
+    "gpt-oss": GptOssConfig(
+        **SIZES,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+}
+
+
+def watch_and_load(folders: dict[str, str], cache: str) -> dict[str, Any]:
+    """For each model: what this rank wants; and whether a load of just that gives the parameters of a full load."""
+    from tests.adapters.vllm_models import build, join_groups, load, make_config
+
+    from weightcast.adapters.vllm.twin import place_key, read_wanted, record_twin, wanted_of_worker
+
+    seen: dict[str, Any] = {}
+    for name, folder in folders.items():
+        config = make_config(Path(folder))
+        if not seen:
+            join_groups(config)
+        checkpoint = open_checkpoint(Path(folder))
+        record = record_twin(config, checkpoint.specs)
+        wanted = wanted_of_worker(config, checkpoint.specs, cache=Path(cache))
+        assert wanted == record.wanted
+        file = Path(cache) / f"{place_key(config, checkpoint.specs)}.json"
+        assert (
+            read_wanted(file, checkpoint.specs)
+            == wanted
+            == wanted_of_worker(config, [*checkpoint.specs], cache=file.parent)
+        )
+        with checkpoint.reader() as reader:
+            full = {spec.name: reader.read(spec.whole()) for spec in checkpoint.specs}
+        sliced = {key: torch.full_like(tensor, float("nan")) for key, tensor in full.items()}
+        for key, boxes in wanted.items():
+            for box in boxes:
+                sliced[key][box.slices] = full[key][box.slices]
+        expected, found = load(build(config), config, full), load(build(config), config, sliced)
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(tensor, found[key]), f"{name}: {key}"
+        seen[name] = {
+            "share": share_of(wanted, checkpoint.specs),
+            "computed": list(record.computed),
+            "unfilled": list(record.unfilled),
+            "wanted": {key: [str(box) for box in boxes] for key, boxes in wanted.items()},
+        }
+    return seen
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_load_of_the_wanted_slices_alone_fills_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRESH_RANKS", "1")
+    folders: dict[str, str] = {}
+    for name, config in MODELS.items():
+        torch.manual_seed(len(folders))
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        folders[name] = str(save_checkpoint(model, tmp_path / name))
+    ranks = run_ranks(
+        watch_and_load, 2, folders, str(tmp_path / "cache"), process_group=False, env=VLLM_ENVIRONMENT, timeout_s=540
+    )
+    dense = [rank["qwen3"]["wanted"] for rank in ranks]
+    layer = "model.layers.0"
+    for name, first, second in (
+        (f"{layer}.self_attn.q_proj.weight", "[0:64, 0:64]", "[64:128, 0:64]"),
+        (f"{layer}.self_attn.k_proj.weight", "[0:32, 0:64]", "[32:64, 0:64]"),
+        (f"{layer}.self_attn.o_proj.weight", "[0:64, 0:64]", "[0:64, 64:128]"),
+        (f"{layer}.mlp.up_proj.weight", "[0:64, 0:64]", "[64:128, 0:64]"),
+        (f"{layer}.mlp.down_proj.weight", "[0:64, 0:64]", "[0:64, 64:128]"),
+        # vLLM pads 200 rows to 256 and gives each worker half of those.
+        ("model.embed_tokens.weight", "[0:128, 0:64]", "[128:200, 0:64]"),
+        (f"{layer}.input_layernorm.weight", "[0:64]", "[0:64]"),
+    ):
+        assert [dense[0][name], dense[1][name]] == [[name + first], [name + second]]
+    for rank in ranks:
+        for name in ("qwen3", "qwen3-tied", "qwen3-moe", "deepseek-v2"):
+            assert rank[name]["computed"] == [] and rank[name]["unfilled"] == [], name
+            assert 0.4 < rank[name]["share"] < 0.66, (name, rank[name]["share"])
+        # Its loader transposes experts before it cuts them: those are read whole, the rest in part.
+        computed = {key.split(".")[-1] for key in rank["gpt-oss"]["computed"]}
+        assert {"gate_up_proj", "down_proj"} <= computed, computed
+        assert rank["gpt-oss"]["wanted"][f"{layer}.mlp.experts.down_proj"]
