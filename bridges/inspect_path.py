@@ -1,11 +1,11 @@
 """What a folder holds: its kind, its tensors, dtypes and bytes, its configuration and whether a bridge covers it.
 
-Reads headers and metadata only, never a tensor.
+Reads headers and metadata; of an adapter also the A's of linears that are one in Megatron, to tell its kind.
 
     Console().print(render(inspect_path(Path("path/to/hf")), names=False))
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,13 @@ from rich.text import Text
 
 from weightcast.bridges.auto import AutoBridge
 from weightcast.bridges.hf_source import CONFIG_FILE, HFSource
+from weightcast.bridges.peft.describe import AdapterDescription, describe_adapter
+from weightcast.bridges.peft.folder import CONFIG_FILE as ADAPTER_CONFIG
+from weightcast.bridges.peft.folder import WEIGHTS_FILE as ADAPTER_WEIGHTS
+from weightcast.bridges.peft.folder import read_adapter
 from weightcast.bridges.standalone_checkpoint import DistCheckpoint
 from weightcast.bridges.standalone_stores import HFStore, open_store
+from weightcast.sync.checkpoint_files import has_weights
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.regions import TensorSpec, dtype_name
 
@@ -36,7 +41,9 @@ class Contents:
     others: tuple[str, ...]
     """Entries that are no weights."""
     config: str
-    """The configuration's architecture and whether a bridge covers it, in words."""
+    """The configuration's architecture and whether a bridge covers it, or an adapter's settings, in words."""
+    adapter: AdapterDescription | None = None
+    """Of a PEFT folder."""
 
     def by_dtype(self) -> dict[str, tuple[int, int]]:
         """Numbers of tensors and of bytes of each dtype."""
@@ -48,13 +55,25 @@ class Contents:
 
 
 def inspect_path(path: Path) -> Contents:
-    """Read what `path` holds, an HF folder or a Megatron checkpoint. Raises `ConfigError`, `CheckpointMismatch`."""
+    """Read what `path` holds: an HF folder, a Megatron checkpoint or a PEFT folder.
+
+    Raises `ConfigError` when it is none of them, `CheckpointMismatch` when it is damaged, `UnsupportedModel` for a PEFT
+    folder of another kind than LoRA and DoRA.
+    """
+    if not has_weights(path) and any((path / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        return _inspect_adapter(path)
     config = _describe_config(path)
     with open_store(path) as store:
         if isinstance(store, HFStore):
             files = {file.name: file.stat().st_size for file in sorted(set(store.checkpoint.files.values()))}
             return Contents(
-                path, "Hugging Face folder", store.specs, files, _hf_order(store), store.checkpoint.derived, config
+                path,
+                "Hugging Face folder",
+                store.specs,
+                files,
+                _hf_order(store.specs),
+                store.checkpoint.derived,
+                config,
             )
         checkpoint = store.checkpoint
         paths = sorted({chunk.path for chunks in checkpoint.chunks.values() for chunk in chunks})
@@ -63,8 +82,25 @@ def inspect_path(path: Path) -> Contents:
         return Contents(path, kind, store.specs, files, _dist_order(checkpoint), checkpoint.others, config)
 
 
-def _hf_order(store: HFStore) -> str:
-    names = [spec.name for spec in store.specs]
+def _inspect_adapter(path: Path) -> Contents:
+    folder = read_adapter(path)
+    described = describe_adapter(folder)
+    file = path / ADAPTER_WEIGHTS
+    specs = folder.files.specs
+    return Contents(
+        path=path,
+        kind=f"PEFT folder, {described.kind}",
+        specs=specs,
+        file_bytes={file.name: file.stat().st_size},
+        order=_hf_order(specs),
+        others=(),
+        config=described.in_words(),
+        adapter=described,
+    )
+
+
+def _hf_order(specs: Sequence[TensorSpec]) -> str:
+    names = [spec.name for spec in specs]
     return "names in alphabetical order" if names == sorted(names) else "names in an order of their own"
 
 
@@ -100,6 +136,8 @@ def render(contents: Contents, names: bool) -> RenderableType:
     if contents.others:
         lines.append(f"besides: {len(contents.others)} entries that are no weights, the first {contents.others[0]}")
     parts: list[RenderableType] = [*map(Text, lines), dtypes]
+    if contents.adapter is not None:
+        parts.append(_render_adapter(contents.adapter))
     if names:
         listing = Table("tensor", "dtype", "shape")
         for spec in contents.specs:
@@ -108,7 +146,19 @@ def render(contents: Contents, names: bool) -> RenderableType:
     return Group(*parts)
 
 
+def _render_adapter(adapter: AdapterDescription) -> Table:
+    targets = Table("adapts", "modules", "rank", "alpha", "scaling")
+    for own in adapter.targets:
+        settings = own.settings
+        numbers = (own.num_modules, settings.rank, settings.alpha, settings.scaling)
+        targets.add_row(own.name, *(f"{number:g}" for number in numbers))
+    return targets
+
+
 def as_json(contents: Contents) -> dict[str, Any]:
     """Everything, in JSON's types."""
     specs = [{"name": s.name, "dtype": dtype_name(s.dtype), "shape": list(s.shape)} for s in contents.specs]
-    return asdict(contents) | {"path": str(contents.path), "specs": specs, "others": list(contents.others)}
+    changed: dict[str, Any] = {"path": str(contents.path), "specs": specs, "others": list(contents.others)}
+    if contents.adapter is not None:
+        changed["adapter"] = asdict(contents.adapter) | {"targets": [asdict(own) for own in contents.adapter.targets]}
+    return asdict(contents) | changed

@@ -9,6 +9,7 @@ again: what is already set up is checked, not rebuilt.
 """
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -132,8 +133,16 @@ def initialize_model_parallel(config: ModelParallelConfig, seed: int = 1234) -> 
 
 
 def destroy_model_parallel() -> None:
-    """Forget Megatron's process groups, so that other sizes can be set up. Every rank calls it."""
+    """Close Megatron's process groups, so that other sizes can be set up. Every rank calls it.
+
+    Models that were built with them can be read from then on, and no longer talk to other ranks.
+    """
+    # Megatron only forgets them. gloo keeps a thread for each that wakes a hundred times a second, NCCL memory.
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
     parallel_state.destroy_model_parallel()
+    for group in groups:
+        with suppress(ValueError):  # one of those few that Megatron has closed
+            dist.destroy_process_group(group)
 
 
 def destroy_distributed() -> None:

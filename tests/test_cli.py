@@ -101,6 +101,9 @@ def test_merge_of_an_adapter(models: Path, tmp_path: Path) -> None:
     )
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["o_proj"]}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    said = weightcast("inspect", "adapter", "--json", "adapter.json", cwd=tmp_path).stdout
+    assert "PEFT folder, LoRA: 2 tensors, " in said and "rank 2, alpha 4 over rank" in said and "o_proj" in said
+    assert json.loads((tmp_path / "adapter.json").read_text())["adapter"]["rank"] == 2
     done = weightcast("merge", models / "qwen3", "adapter", "merged", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "47 tensors" in done.stdout and "1 of them merged" in done.stdout

@@ -223,7 +223,7 @@ def verify(
 
 @app.command("inspect")
 def inspect_(
-    path: Annotated[Path, typer.Argument(help="Hugging Face folder or Megatron checkpoint.")],
+    path: Annotated[Path, typer.Argument(help="Hugging Face folder, Megatron checkpoint or PEFT folder.")],
     names: Annotated[bool, typer.Option("--names", help="List every tensor.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.bridges.test_mla import write_in_fp8
 from tests.bridges.test_mla_config import KIMI_K2, MOONLIGHT
-from tests.bridges.tiny_mla import MLA_MODELS, kimi_k2, make_mla_model
+from tests.bridges.tiny_mla import make_mla_model
 from tests.ranks import run_ranks
 from transformers import DeepseekV3Config, LlamaConfig, PretrainedConfig
 
@@ -124,10 +124,7 @@ def convert(folder: str, plain: str, out: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_an_export_is_the_folder_as_published_with_weights_in_the_models_dtype(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(MLA_MODELS, "kimi-k2", kimi_k2)
+def test_an_export_is_the_folder_as_published_with_weights_in_the_models_dtype(tmp_path: Path) -> None:
     model = make_mla_model("kimi-k2").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "plain")
     coded = write_in_fp8(tmp_path / "plain", tmp_path / "coded")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tests.bridges.tiny_mla import MLA_MODELS, kimi_k2, write_mla_model
+from tests.bridges.tiny_mla import write_mla_model
 from tests.bridges.tiny_mtp import MTP_MODELS, write_mtp_model
 from tests.ranks import run_ranks
 
@@ -32,6 +32,7 @@ CASES = [(model, layout) for layout in LAYOUTS for model in (*MTP_MODELS, "kimi-
 # With tensor parallelism Megatron trains experts under sequence parallelism only.
 TRAINED: dict[str, dict[str, Any]] = {"tp2-sequence-parallel": TP2_SP, "pp2-vpp2": VPP2}
 TRAINED_CASES = [(model, layout) for layout in TRAINED for model in MTP_MODELS]
+CONTEXT_MODELS = ("deepseek-v3-mtp2", "glm4-moe-mtp")
 
 
 def largest_loss_difference(folder: Path, settings: dict[str, Any]) -> float:
@@ -68,7 +69,6 @@ def compute_differences(out: str) -> dict[str, float]:
         for name in MTP_MODELS:
             Path(out, name).mkdir()
             write_mtp_model(name, Path(out, name), parity_job.tokens())
-        MLA_MODELS["kimi-k2"] = kimi_k2  # in this process alone
         Path(out, "kimi-k2").mkdir()
         write_mla_model("kimi-k2", Path(out, "kimi-k2"), parity_job.tokens())
     dist.barrier()
@@ -83,6 +83,10 @@ def compute_differences(out: str) -> dict[str, float]:
             worst = parity_job.largest_gradient_difference(Path(out, model), sizes | STILL)
             differences[f"gradients {model} {layout}"] = worst
         destroy_model_parallel()
+    for model in CONTEXT_MODELS:
+        settings = {"context_parallel_size": 2} | STILL
+        differences[f"context {model}"] = parity_job.largest_gradient_difference(Path(out, model), settings)
+    destroy_model_parallel()
     half = {"mtp_loss_scaling_factor": 0.05} | STILL
     differences["sabotage"] = parity_job.largest_gradient_difference(Path(out, "glm4-moe-mtp"), half)
     destroy_model_parallel()
@@ -106,6 +110,12 @@ def test_logits_are_those_of_transformers(differences: dict[str, float], model: 
 def test_losses_and_gradients_are_those_of_the_report(differences: dict[str, float], model: str, layout: str) -> None:
     assert differences[f"losses {model} {layout}"] <= TOLERANCE
     assert differences[f"gradients {model} {layout}"] <= GRADIENT_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", CONTEXT_MODELS)
+def test_each_token_counts_alike_where_ranks_share_a_sequence(differences: dict[str, float], model: str) -> None:
+    assert differences[f"context {model}"] <= GRADIENT_TOLERANCE
 
 
 @pytest.mark.slow

@@ -81,10 +81,14 @@ def kimi_k2() -> PretrainedConfig:
     return _v3(**ONE_GROUP | {"routed_scaling_factor": 2.827}, q_lora_rank=24, rope_parameters=yarn)
 
 
+# DeepSeek V3's architecture once more, which not every test need look at.
+ALL_MLA_MODELS = MLA_MODELS | {"kimi-k2": kimi_k2}
+
+
 def make_mla_model(name: str) -> PreTrainedModel:
     """The random model in fp32, with nothing left at the constants that a new model starts with."""
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(MLA_MODELS[name](), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(ALL_MLA_MODELS[name](), dtype=torch.float32).eval()
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.ndim == 1:
