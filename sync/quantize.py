@@ -73,10 +73,10 @@ def block_amax(weights: torch.Tensor, offset: Shape, block: Block) -> torch.Tens
     # A whole row of columns is one block of its own width, so nothing is padded to the width of a matrix.
     padding = edges if shape[1] > 1 else (0, 0)
     for slab in _slabs(weights, offset[0], block[0]):
-        rows = weights[slab.rows].unflatten(0, (slab.num_blocks, -1))
+        rows = torch.unflatten(weights[slab.rows], 0, (slab.num_blocks, -1))
         # Rows first: columns lie side by side, and are compared many at a time.
         largest = torch.maximum(rows.amax(1), -rows.amin(1)).float()
-        largest = torch.nn.functional.pad(largest, padding).unflatten(1, (shape[1], -1)).amax(2)
+        largest = torch.unflatten(torch.nn.functional.pad(largest, padding), 1, (shape[1], -1)).amax(2)
         grid[slab.blocks] = torch.maximum(grid[slab.blocks], largest)
     return grid
 
@@ -108,7 +108,7 @@ def quantize(weights: torch.Tensor, scales: torch.Tensor, offset: Shape, block: 
     columns = torch.arange(offset[1], offset[1] + weights.shape[1], device=weights.device) // block[1]
     reciprocals = (1.0 / scales).index_select(1, columns - offset[1] // block[1])
     for slab in _slabs(weights, offset[0], block[0]):
-        wide = weights[slab.rows].to(torch.float32, copy=True).unflatten(0, (slab.num_blocks, -1))
+        wide = torch.unflatten(weights[slab.rows].to(torch.float32, copy=True), 0, (slab.num_blocks, -1))
         wide.mul_(reciprocals[slab.blocks].unsqueeze(1)).clamp_(-MAX_CODE, MAX_CODE)
         codes[slab.rows].copy_(wide.flatten(0, 1))
     return codes

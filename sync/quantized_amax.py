@@ -119,7 +119,7 @@ class AmaxPool:
         if self._reduce is not None and grids:
             flat = torch.cat([grid.flatten() for grid in grids.values()])
             self._reduce(flat)
-            parts = flat.split([grid.numel() for grid in grids.values()])
+            parts = torch.split(flat, [grid.numel() for grid in grids.values()])
             grids = {name: part.view_as(grids[name]) for name, part in zip(grids, parts, strict=True)}
         self._share_in_groups(grids)
         self.check_finite(grids)
@@ -201,7 +201,7 @@ def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         by_device.setdefault(tensor.device, []).append(index)
     for indices in by_device.values():
         flat = torch.cat([tensors[index].flatten() for index in indices]).cpu()
-        parts = flat.split([tensors[index].numel() for index in indices])
+        parts = torch.split(flat, [tensors[index].numel() for index in indices])
         found |= {index: part.view(tensors[index].shape) for index, part in zip(indices, parts, strict=True)}
     return [found[index] for index in range(len(tensors))]
 

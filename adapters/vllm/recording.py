@@ -72,11 +72,11 @@ def record_load(model: torch.nn.Module, specs: Sequence[TensorSpec]) -> LoadReco
     return watch.record()
 
 
-class LoadWatch(TorchDispatchMode):
+class LoadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, notes what operations read of `tensors` and write into `parameters`."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tensors = dict(tensors)
         self._parameters = dict(parameters)
         self._names = {_storage(tensor): name for name, tensor in self._tensors.items()}
@@ -139,30 +139,30 @@ class LoadWatch(TorchDispatchMode):
         )
 
     def __enter__(self) -> Self:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
 
 def box_of_view(name: str, view: torch.Tensor, whole: torch.Tensor) -> Region:
     """The smallest box of `whole`, which is contiguous or a permutation of it, that is sure to hold a view of it."""
-    start = view.storage_offset() - whole.storage_offset()
-    order = sorted(range(whole.dim()), key=lambda dim: -whole.stride(dim))
+    strides = [int(whole.stride(dim)) for dim in range(whole.dim())]
+    order = sorted(range(whole.dim()), key=lambda dim: -strides[dim])
     offset, extent = [0] * whole.dim(), [1] * whole.dim()
-    left = start
+    left = int(view.storage_offset()) - int(whole.storage_offset())
     for dim in order:
-        offset[dim], left = divmod(left, whole.stride(dim))
+        offset[dim], left = divmod(left, strides[dim])
     for size, stride in zip(view.shape, view.stride(), strict=True):
         if size == 1 or stride == 0:
             continue
-        dim = next((d for d in order if whole.shape[d] > 1 and whole.stride(d) <= stride), None)
-        if dim is None or stride % whole.stride(dim):
+        along = next((d for d in order if whole.shape[d] > 1 and strides[d] <= stride), None)
+        if along is None or stride % strides[along]:
             return Region(name, (0,) * whole.dim(), tuple(whole.shape))
-        extent[dim] += (size - 1) * (stride // whole.stride(dim))
+        extent[along] += (size - 1) * (stride // strides[along])
     if any(first + length > full for first, length, full in zip(offset, extent, whole.shape, strict=True)):
         # The view runs over the end of a row: it was flattened.
         return Region(name, (0,) * whole.dim(), tuple(whole.shape))
@@ -171,7 +171,7 @@ def box_of_view(name: str, view: torch.Tensor, whole: torch.Tensor) -> Region:
 
 def _storage(tensor: torch.Tensor) -> int:
     """The identity of a storage, while it lives; the meta device has no addresses."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _split_arguments(

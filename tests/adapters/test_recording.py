@@ -158,7 +158,7 @@ def views(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
         elif step == "flatten" and view.is_contiguous():
             view = view.view(-1)
         elif step == "unflatten" and view.shape[dim] % 2 == 0:
-            view = view.unflatten(dim, (2, -1))
+            view = torch.unflatten(view, dim, (2, -1))
         elif step == "expand":
             view = view.unsqueeze(dim).expand(*view.shape[:dim], 2, *view.shape[dim:])
     return whole, view

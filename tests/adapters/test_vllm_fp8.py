@@ -102,7 +102,7 @@ def parse_configs(folder: str) -> list[str]:
         other = CompressedTensorsConfig.from_config(told["compressed-tensors"]["quantization_config"])
         scheme = other.target_scheme_map["Linear"]
         assert other._is_fp8_w8a8(scheme["weights"], scheme["input_activations"])
-        seen.append(f"{kind} {scheme['weights'].strategy.value}")
+        seen.append(f"{kind} {scheme['weights'].strategy}")
     return seen
 
 

@@ -68,10 +68,9 @@ def watch_and_load(folders: dict[str, str], cache: str) -> dict[str, Any]:
     from weightcast.adapters.vllm.twin import place_key, read_wanted, record_twin, wanted_of_worker
 
     seen: dict[str, Any] = {}
+    join_groups(make_config(Path(folders["qwen3-moe"])))  # a group of experts is made for a model that has some
     for name, folder in folders.items():
         config = make_config(Path(folder))
-        if not seen:
-            join_groups(config)
         checkpoint = open_checkpoint(Path(folder))
         record = record_twin(config, checkpoint.specs)
         wanted = wanted_of_worker(config, checkpoint.specs, cache=Path(cache))

@@ -90,6 +90,30 @@ def test_stacked_experts_and_strange_linears_are_quantised_on_request() -> None:
     assert plan.quantized["m.mlp.experts.down_proj"].scales.shape == (6,)
 
 
+# Matrices of every family that a bridge covers, by what their files call them in layer 0.
+FAMILIES = {
+    "self_attn.": "q_proj k_proj v_proj o_proj qkv_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj",
+    "mlp.": "gate_proj up_proj down_proj gate_up_proj",
+    "mlp.experts.3.": "gate_proj up_proj down_proj",
+    "mlp.shared_expert.": "gate_proj up_proj down_proj",
+    "mlp.shared_experts.": "gate_proj up_proj down_proj",
+    "block_sparse_moe.experts.3.": "w1 w2 w3",
+}
+FAMILIES_KEPT = (
+    *("model.embed_tokens", "lm_head", f"{LAYER}.mlp.gate", f"{LAYER}.mlp.router", f"{LAYER}.block_sparse_moe.gate"),
+    *(f"{LAYER}.mlp.shared_expert_gate", f"{LAYER}.eh_proj", f"{LAYER}.shared_head.head", f"{LAYER}.embed_tokens"),
+    *("visual.blocks.0.attn.qkv", "visual.blocks.0.mlp.gate_proj", "visual.merger.mlp.0", "visual.patch_embed.proj"),
+)
+
+
+def test_every_family_is_known() -> None:
+    linears = [f"{LAYER}.{prefix}{word}.weight" for prefix, words in FAMILIES.items() for word in words.split()]
+    kept = [f"{name}.weight" for name in FAMILIES_KEPT]
+    plan = plan_fp8([TensorSpec(name, BF16, (256, 256)) for name in [*linears, *kept]], Fp8Scheme(kind="fp8_block"))
+    assert list(plan.quantized) == linears
+    assert plan.kept_modules == FAMILIES_KEPT
+
+
 @pytest.mark.parametrize(
     ("more", "settings", "message"),
     [

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -135,7 +135,9 @@ def make_sources(
     return in_threads(*(partial(make, rank) for rank in range(len(cuts)))), reduce
 
 
-def cut_rows(tensors: dict[str, torch.Tensor], borders: dict[str, Sequence[int]], num_ranks: int) -> list[list[Region]]:
+def cut_rows(
+    tensors: dict[str, torch.Tensor], borders: Mapping[str, Sequence[int]], num_ranks: int
+) -> list[list[Region]]:
     """Tensors cut at rows: the pieces go to the ranks in turn; what is not named is on every rank."""
     cuts: list[list[Region]] = [[] for _ in range(num_ranks)]
     for spec in TensorSource(tensors).specs():
