@@ -15,8 +15,9 @@ import torch
 from model_state import ModelState, allocate
 from peer_process import synchronize
 
-from weightcast.sync import CurveKeys, FleetPolicy, PublishReport, TensorSpec, WeightPublisher, WeightSubscriber
+from weightcast.sync import CurveKeys, FleetPolicy, Limits, PublishReport, TensorSpec, WeightPublisher, WeightSubscriber
 
+# Nobody is lost before this: where other work has the machine, a case is slow and not over.
 TIMEOUT_S = 120.0
 
 
@@ -33,6 +34,7 @@ class PublishingSender:
             address,
             policy=policy,
             timeout_s=TIMEOUT_S,
+            lost_after_s=TIMEOUT_S,
             keys=publisher_keys(options.get("keys")),
             **arguments,
         )
@@ -85,6 +87,7 @@ class SubscribingReceiver:
             engine=options.get("engine", "engine-0"),
             expect=specs,
             keys=engine_keys(options.get("keys")),
+            limits=Limits(lost_after_s=TIMEOUT_S),
             **arguments,
         )
         self._loads = "device" in options

@@ -56,7 +56,7 @@ class RaySender:
         store_bytes = max(int(STORE_MODELS * state.num_bytes), 256 << 20)
         self._folder = tempfile.TemporaryDirectory(prefix="ray-")
         self.address = self._folder.name
-        join(self.address, num_cpus=2, include_dashboard=False, object_store_memory=store_bytes)
+        join(self.address, num_cpus=2, include_dashboard=False, object_store_memory=store_bytes, _memory=256 << 20)
         self._mailbox: Any = ray.remote(Mailbox).options(name=MAILBOX, num_cpus=0).remote()
 
     def connect(self) -> None:
