@@ -88,8 +88,9 @@ class EngineFollower:
     def take(self, update: VersionUpdate) -> bool:
         """Commit one update: prepare, pause, load, resume. False when it was refused."""
         version = update.version
-        if update.stats.transport:  # not an observer's; the subscriber itself reports this span to the fleet
-            self._log.record(version, Span("stage", update.stats.started_at_s, update.stats.staged_at_s))
+        stats = update.stats
+        if stats.staged_at_s > stats.started_at_s:  # not an observer's; the subscriber itself tells the fleet of it
+            self._log.record(version, Span("stage", stats.started_at_s, stats.staged_at_s))
         try:
             with self._log.phase("prepare", version):
                 self._engine.prepare(version, update.specs)

@@ -93,6 +93,11 @@ class DiskUpdate:
     def __len__(self) -> int:
         return len(self._open_tensors())
 
+    def release(self) -> None:
+        """Say before `commit` that all tensors were read; there are none after it."""
+        self._open_tensors()
+        self._tensors = {}
+
     def commit(self, pause_s: float = 0.0, spans: Sequence[Span] = ()) -> None:
         """Say that the engine serves this version. `pause_s` and `spans` are for symmetry with `sync.Update`."""
         self._open_tensors()
