@@ -37,10 +37,13 @@ _GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB13311
 def region_digest(data: torch.Tensor, region: Region) -> int:
     """The digest of `data`, the contiguous CPU tensor that lies at `region` of its HF tensor; 0 <= digest < 2**64."""
     assert tuple(data.shape) == region.shape and data.device.type == "cpu", (data.shape, region)
-    if data.numel() == 0:
+    return bytes_digest(data.detach().reshape(-1).view(torch.uint8).numpy(), region, data.element_size())
+
+
+def bytes_digest(raw: npt.NDArray[np.uint8], region: Region, itemsize: int) -> int:
+    """The same of the bytes of a region's elements, in C order, contiguous."""
+    if not len(raw):
         return 0
-    itemsize = data.element_size()
-    raw = data.detach().reshape(-1).view(torch.uint8).numpy()
     offset = region.offset or (0,)
     shape = region.shape or (1,)
     if raw.nbytes <= _MAX_TABLE_BYTES and not any(offset) and not shape[-1] * itemsize % LANE_BYTES:
