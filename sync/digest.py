@@ -34,6 +34,7 @@ _BLOCK_LANES = 1 << 15
 _BLOCK_AXIS = 1 << 8
 _MAX_TABLE_BYTES = 1 << 17
 MASK = (1 << 64) - 1
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # From here on a copy that is not read again soon leaves the cache alone.
 _MIN_STREAM_BYTES = 256 << 10
 # Steps of splitmix64 (Steele, Lea, Flood 2014), a mixer whose output for 0, 1, 2, ... passes as random.
@@ -51,7 +52,16 @@ def region_digest(data: torch.Tensor, region: Region, *, level: str | None = Non
     level = level if level is not None else digest_kernel.available_levels()[-1]
     if level != digest_kernel.NUMPY and digest_kernel.can_take(data):
         return digest_kernel.digest(_block_weights(), data, region, level=level)
-    return _digest_by_numpy(data, region)
+    return _digest_by_numpy(data.detach().reshape(-1).view(torch.uint8).numpy(), region, data.element_size())
+
+
+def bytes_digest(raw: npt.NDArray[np.uint8], region: Region, itemsize: int) -> int:
+    """The same of the bytes of a region's elements, in C order, contiguous and writable."""
+    offset, shape = region.offset or (0,), region.shape or (1,)
+    if raw.nbytes <= _MAX_TABLE_BYTES and not any(offset) and not shape[-1] * itemsize % LANE_BYTES:
+        # Thousands of small tensors: one call of numpy costs less than a tensor and a call of the kernel.
+        return int(np.einsum("i,i->", raw.view(np.uint64), _table(shape, itemsize))) if len(raw) else 0
+    return region_digest(torch.from_numpy(raw).view(_INTEGERS[itemsize]).view(region.shape), region)
 
 
 def copy_with_digest(
@@ -80,13 +90,9 @@ def copy_with_digest(
     return digest_kernel.digest(_block_weights(), source, region, target, streams=streams, level=level)
 
 
-def _digest_by_numpy(data: torch.Tensor, region: Region) -> int:
-    itemsize = data.element_size()
-    raw = data.detach().reshape(-1).view(torch.uint8).numpy()
+def _digest_by_numpy(raw: npt.NDArray[np.uint8], region: Region, itemsize: int) -> int:
     offset = region.offset or (0,)
     shape = region.shape or (1,)
-    if raw.nbytes <= _MAX_TABLE_BYTES and not any(offset) and not shape[-1] * itemsize % LANE_BYTES:
-        return int(np.einsum("i,i->", raw.view(np.uint64), _table(shape, itemsize)))
     lanes, first_lane = _as_lanes(raw.reshape(-1, shape[-1] * itemsize), offset[-1] * itemsize)
     with np.errstate(over="ignore"):
         sums = _sum_lanes(lanes, first_lane)

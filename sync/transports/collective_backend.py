@@ -40,6 +40,8 @@ BACKENDS = ("gloo", "nccl")
 SLICE_S = 0.25
 _NCCL_POLL_S = 0.0005
 _BURY_POLL_S = 0.05
+# So much later torch itself gives an operation up, and closes connections: the wait's own deadline comes first.
+_GRACE_S = 1.0
 # What torch's NCCL groups read when they are made (torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp).
 _QUIET_NCCL = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -149,7 +151,7 @@ class BroadcastGroup:
         options.rootRank = 0
         options.rootTensor = 0
         options.asyncOp = True
-        options.timeout = timedelta(seconds=max(0.001, deadline - time.monotonic()))
+        options.timeout = timedelta(seconds=max(0.0, deadline - time.monotonic()) + _GRACE_S)
         try:
             work = self._backend.broadcast([tensor], options)
         except RuntimeError as error:
@@ -163,9 +165,9 @@ class BroadcastGroup:
         Raises `PeerLost` when the backend says that a peer is gone, `DeadlineExceeded` at the deadline.
         """
         while not self._is_done(work, min(SLICE_S, max(0.001, deadline - time.monotonic()))):
-            watch()
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded("a broadcast did not end in time")
+            watch()
         self._pending = [pair for pair in self._pending if pair[0] is not work]
 
     def _is_done(self, work: Any, slice_s: float) -> bool:

@@ -78,6 +78,7 @@ class CollectiveSource(AbstractContextManager["CollectiveSource"]):
         self._offer = make_offer(source, chunk_bytes, bucket_bytes, new_epoch())
         self._live: LiveGroups | None = None
         self._layout: CollectiveLayout | None = None
+        self._packer: RegionPacker | None = None
         self._number = -1
         self.lost: tuple[str, ...] = ()
         """The members that were lost when `broadcast` failed last."""
@@ -103,6 +104,8 @@ class CollectiveSource(AbstractContextManager["CollectiveSource"]):
         else:
             self._roster = rendezvous.await_roster(self._roster.generation - 1, deadline)
         self._layout = read_layout(rendezvous, self._roster, deadline)
+        layout, rank = self._layout, self._source.rank
+        self._packer = RegionPacker(layout.regions[rank], self._source.held(), layout.dtypes, layout.chunks[rank])
         self._live = rendezvous.meet(self._roster, self._backend, deadline)
 
     def broadcast(self, version: int, timeout_s: float | None = None) -> CollectiveReport:
@@ -138,8 +141,9 @@ class CollectiveSource(AbstractContextManager["CollectiveSource"]):
         plan = layout.plans[rank]
         if self._rendezvous.is_host:
             self._rendezvous.put(f"begin/{self.generation}", Begin(version))
-        held = {held.region: held for held in self._source.held()}
-        packer = RegionPacker(layout.regions[rank], held, layout.dtypes, layout.chunks[rank])
+        packer = self._packer
+        assert packer is not None
+        packer.begin()
         sender = BucketSender(live.groups[rank], rank, self.generation)
         start_s = time.monotonic()
         sender.send(version, plan, packer.pack, deadline, live.watch, packer.digests)

@@ -64,6 +64,7 @@ class CollectiveReceiver(AbstractContextManager["CollectiveReceiver"]):
         self._timeout_s = timeout_s
         self._live: LiveGroups | None = None
         self._layout: CollectiveLayout | None = None
+        self._assembler: TensorAssembler | None = None
         self._generation = 0
         self._last: Version | None = None
         self._rendezvous = Rendezvous.join(address, engine, timeout_s=timeout_s, lost_after_s=lost_after_s)
@@ -77,6 +78,7 @@ class CollectiveReceiver(AbstractContextManager["CollectiveReceiver"]):
             raise ModelMismatch(f"{self._engine} expects another model: {'; '.join(faults[:5])}; {len(faults)} differ")
         self._generation = roster.generation
         self._layout = layout
+        self._assembler = TensorAssembler(layout)
         self._live = self._rendezvous.meet(roster, self._backend, deadline)
 
     def rejoin(self, timeout_s: float | None = None) -> None:
@@ -94,12 +96,12 @@ class CollectiveReceiver(AbstractContextManager["CollectiveReceiver"]):
         """
         if self._live is None:
             self.connect(timeout_s)
-        live, layout = self._live, self._layout
-        assert live is not None and layout is not None
+        live, layout, assembler = self._live, self._layout, self._assembler
+        assert live is not None and layout is not None and assembler is not None
         version = self._await_begin(live, time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s))
         self._last = version
         start_s = time.monotonic()
-        assembler = TensorAssembler(layout.specs, layout.regions, layout.chunk_bytes, into)
+        assembler.begin(into)
         seals = self._receive_all(version, live, layout, assembler, start_s + self._timeout_s)
         error = ""
         try:

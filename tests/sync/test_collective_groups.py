@@ -238,7 +238,7 @@ def test_a_receiver_has_a_deadline_when_nobody_sends() -> None:
     with ends() as both:
         start_s = time.monotonic()
         results = both.run(lambda: None, plan, deadline_s=0.5)
-        assert isinstance(results[0], DeadlineExceeded | ConnectionError) and time.monotonic() - start_s < 3.0
+        assert isinstance(results[0], DeadlineExceeded) and time.monotonic() - start_s < 3.0
 
 
 def test_a_sender_has_a_deadline_when_nobody_receives_and_frees_what_it_held() -> None:
@@ -247,7 +247,7 @@ def test_a_sender_has_a_deadline_when_nobody_receives_and_frees_what_it_held() -
     chunks = make_chunks(7, sizes)
     with ends() as both:
         start_s = time.monotonic()
-        with pytest.raises((DeadlineExceeded, ConnectionError)):
+        with pytest.raises(DeadlineExceeded):
             both.sender.send(V1, plan, packing(chunks), time.monotonic() + 1.0, no_watch)
         assert time.monotonic() - start_s < 2.0
         deadline = soon()
