@@ -151,8 +151,7 @@ class SubscriberLoop:
                 raise WireError(f"a message of {len(frames)} frames; one was expected")
             message = decode(frames[0])
             # Of a host's workers only the one that receives needs ways to the sources.
-            must_reach = self._worker is None and isinstance(message, Announce)
-            refusal = self._reach(message) if must_reach else ""
+            refusal = self._reach(message) if self._worker is None and isinstance(message, Announce) else ""
             self._carry_out(self._subscription.receive(message, time.monotonic()))
             if refusal:
                 self._carry_out(self._subscription.give_up(refusal))

@@ -72,7 +72,8 @@ class HostFollower:
     @property
     def leader_pid(self) -> int:
         """The process that receives."""
-        return self._connection.pid
+        pid: int = self._connection.pid
+        return pid
 
     def _poll(self, is_wanted: Callable[[Version], bool]) -> Lease | None:
         while (message := self._receive()) is not None:

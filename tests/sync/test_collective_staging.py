@@ -12,7 +12,7 @@ from weightcast.sync.transports.collective_backend import BroadcastGroup
 from weightcast.sync.transports.collective_layout import CollectiveLayout, make_layout, make_offer
 from weightcast.sync.transports.collective_staging import RegionPacker, TensorAssembler
 
-Chunks = dict[tuple[int, int], tuple[bytes, np.ndarray]]  # type: ignore[type-arg]
+Chunks = dict[tuple[int, int], tuple[bytes, np.ndarray]]
 
 
 def lay_out(tensors: dict[str, torch.Tensor], num_sources: int) -> tuple[CollectiveLayout, list[RegionPacker]]:

@@ -39,6 +39,12 @@ def subscribe(base: Path) -> Iterator[Subscribe]:
         yield make
 
 
+def is_member(subscriber: WeightSubscriber) -> bool:
+    """Whether it has joined the workers of its host."""
+    worker = subscriber._loop._worker
+    return worker is not None and worker._member is not None
+
+
 def publish(
     publisher: WeightPublisher, number: int, tensors: dict[str, torch.Tensor], engines: Sequence[WeightSubscriber]
 ) -> PublishReport:
@@ -129,7 +135,7 @@ def test_an_engine_that_never_commits_holds_the_others_for_its_lease_only(
     tensors = make_model(1, ROWS)
     with WeightPublisher(TensorSource(tensors), TCP, policy=FleetPolicy.quorum(1), timeout_s=60) as p:
         engines = [subscribe(p.address, "engine-0", lease_s=1.0)]
-        wait_until(lambda: engines[0]._loop._worker._member is not None)
+        wait_until(lambda: is_member(engines[0]))
         engines.append(subscribe(p.address, "engine-1", lease_s=1.0))
         p.wait_for_subscribers(2)
         publication = p.begin(1, timeout_s=4.0)
@@ -228,7 +234,7 @@ def test_a_worker_that_leaves_hands_over_what_it_received(subscribe: Subscribe) 
     tensors = make_model(1, ROWS)
     with WeightPublisher(TensorSource(tensors), TCP, delta="on", timeout_s=WAIT_S) as p:
         first = subscribe(p.address, "first", transport="zmq")
-        wait_until(lambda: first._loop._worker._member is not None)
+        wait_until(lambda: is_member(first))
         others = [subscribe(p.address, name, transport="zmq") for name in "ab"]
         p.wait_for_subscribers(3)
         publish(p, 1, tensors, [first, *others])
@@ -261,7 +267,7 @@ def test_settings_are_checked() -> None:
         WeightSubscriber(TCP, role="observer", share="engine")
     for settings in ({"group": ""}, {"group": "g", "lease_s": 0.0}):
         with pytest.raises(ConfigError, match="a host's share needs a name and a lease_s above 0"):
-            HostShare(**settings)  # type: ignore[arg-type]
+            HostShare(**settings)
 
 
 def test_versions_in_haste_and_workers_that_come_and_go_never_mix(base: Path) -> None:

@@ -33,7 +33,7 @@ def start(base: Path) -> Iterator[Start]:
 
 def make_publisher(tensors: dict[str, torch.Tensor], policy: FleetPolicy, **settings: Any) -> WeightPublisher:
     """Whose workers fetch deltas over connections."""
-    defaults = {"delta": "on", "chunk_bytes": CHUNK_BYTES, "timeout_s": 3 * WAIT_S, "expose": ()}
+    defaults: dict[str, Any] = {"delta": "on", "chunk_bytes": CHUNK_BYTES, "timeout_s": 3 * WAIT_S, "expose": ()}
     return WeightPublisher(TensorSource(tensors), TCP, policy=policy, **defaults | settings)
 
 
@@ -167,7 +167,7 @@ def test_a_reader_takes_no_memory_of_its_own(start: Start) -> None:
         assert report.num_tensors == len(tensors)
 
     def grown(name: str, *kinds: str) -> float:
-        return sum(after[name][kind] - before[name][kind] for kind in kinds) / model_bytes
+        return float(sum(after[name][kind] - before[name][kind] for kind in kinds) / model_bytes)
 
     for worker in workers:
         private = grown(worker.name, "Private_Clean", "Private_Dirty")
