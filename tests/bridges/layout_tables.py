@@ -69,10 +69,24 @@ VISION: Mapping[int, Mapping[str, Sizes]] = {
     world_size: {name: sizes for name, sizes in layouts.items() if CP not in sizes}
     for world_size, layouts in DENSE.items()
 }
-KINDS: Mapping[str, Mapping[int, Mapping[str, Sizes]]] = {"dense": DENSE, "experts": EXPERTS, "vision": VISION}
+# Prediction layers (m), as many as the model has, stand before the loss.
+PREDICTION: Mapping[int, Mapping[str, Sizes]] = {
+    world_size: {
+        name.replace("|L", "|mL"): sizes | ({STAGES: sizes[STAGES].replace("L", "mL")} if STAGES in sizes else {})
+        for name, sizes in layouts.items()
+    }
+    for world_size, layouts in EXPERTS.items()
+}
+KINDS: Mapping[str, Mapping[int, Mapping[str, Sizes]]] = {
+    "dense": DENSE,
+    "experts": EXPERTS,
+    "vision": VISION,
+    "prediction": PREDICTION,
+}
 """The layouts of each kind of model."""
 # In which gradients are compared too.
 WITH_GRADIENTS = (
-    *("tp2-sp", "tp4", "pp2-vpp2", "tp2-pp2", "pp4-E|tt|tt|L", "cp2-tp2-sp", "cp2-ep2", "tp4-pp2", "cp2-tp2-pp2"),
+    *("tp2-sp", "tp4", "pp2-vpp2", "tp2-pp2", "cp2-tp2-sp", "cp2-ep2", "tp4-pp2", "cp2-tp2-pp2"),
+    *("pp4-E|tt|tt|L", "pp4-E|tt|tt|mL"),
     *("ep2-pp2", "ep2-tp2-sp-etp1", "ep2-tp2-sp-etp2", "ep4-pp2", "tp2-ep2-pp2", "tp2-ep4-etp1-cp2"),
 )

@@ -34,8 +34,8 @@ _TAIL = """
 
 What a layout leaves over of the processes is data parallelism; sp is sequence parallelism, "first1" one layer on the
 first pipeline stage, "E|tt|tt|L" Megatron's list of stages, in which embedding (E) and loss (L) may stand alone, and
-"E-and-L-counted" the other way to say so. The vocabulary (131) divides by no tensor parallel size, and models with one
-key-value head are cut by TP too.
+"E-and-L-counted" the other way to say so; prediction layers (m), one or two, are on the stage of the loss. The
+vocabulary (131) divides by no tensor parallel size, and models with one key-value head are cut by TP too.
 
 {layouts}
 
@@ -50,11 +50,11 @@ in Megatron's checkpoints, grouped experts included, is a test (`tests/bridges/t
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the page, read back; None where the page has no figure."""
+    """A row of the page, read back."""
 
     title: str
-    logits: float | None
-    gradients: float | None
+    logits: float
+    gradients: float
     round_trip: str
     layouts: str
 
@@ -70,8 +70,6 @@ def support_page(readings: Sequence[Reading]) -> str:
 
 
 def _row(family: Family, readings: Sequence[Reading]) -> str:
-    if not readings:
-        return f"| {family.title} | | | | compared by `{family.elsewhere}` |"
     gradients = max(reading.gradients for reading in readings if reading.gradients is not None)
     unchanged = sum(reading.num_changed == 0 for reading in readings)
     exact = f"{EXACT}, {unchanged} of {len(readings)}"
@@ -92,7 +90,4 @@ def read_page(page: str) -> list[Row]:
     """The rows of a page."""
     lines = [line for line in page.splitlines() if line.startswith("| ")][1:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return [
-        Row(row[0], float(row[1]) if row[1] else None, float(row[2]) if row[2] else None, row[3], row[4])
-        for row in cells
-    ]
+    return [Row(row[0], float(row[1]), float(row[2]), row[3], row[4]) for row in cells]

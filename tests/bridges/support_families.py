@@ -6,6 +6,7 @@ Sizes and features of the models are those of the tables that other tests use (`
     FAMILIES["gemma2"].models["gemma2"](tmp_path / "gemma2")  # the checkpoint, and what transformers computes of it
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from tests.bridges.tiny_dense import write_dense_model  # isort: skip
 from tests.bridges.test_qwen25_vl import gradient_difference, logits_difference  # isort: skip
 from tests.bridges.tiny_gpt_oss import GPT_OSS_MODELS, write_gpt_oss_model  # isort: skip
 from tests.bridges.tiny_mla import write_mla_model  # isort: skip
+from tests.bridges.tiny_mtp import MTP_MODELS, write_mtp_model  # isort: skip
 from tests.bridges.tiny_qwen25_vl import VL_MODELS, write_vl_model  # isort: skip
 
 Writer = Callable[[Path], None]
@@ -36,11 +38,9 @@ class Family:
     bridge: str
     """`ModelBridge.family` of the registry."""
     models: Mapping[str, Writer]
-    """By name; none where a test of its own compares the family."""
+    """By name."""
     kind: str = "dense"
     """Of `layout_tables.KINDS`."""
-    elsewhere: str = ""
-    """What compares the family, where this run does not."""
     logits: Compare | None = None
     """In place of the run's own comparison, for models that want more than tokens."""
     gradients: Compare | None = None
@@ -48,7 +48,7 @@ class Family:
     @property
     def tolerance(self) -> float:
         """Largest difference of a logit that is allowed."""
-        return 2e-5 if self.kind == "experts" else 1e-5
+        return 2e-5 if self.kind in ("experts", "prediction") else 1e-5
 
 
 def _write_plain(name: str, folder: Path) -> None:
@@ -59,6 +59,18 @@ def _write_plain(name: str, folder: Path) -> None:
 def _write_latent(name: str, folder: Path) -> None:
     folder.mkdir(parents=True)
     write_mla_model(name, folder, tokens())
+
+
+def _write_kimi(name: str, folder: Path) -> None:
+    """Under the type that its folders name and transformers does not have."""
+    _write_latent(name, folder)
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "kimi_k2"}))
+
+
+def _write_prediction(name: str, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    write_mtp_model(name, folder, tokens())
 
 
 def _write_vision(name: str, folder: Path) -> None:
@@ -84,7 +96,6 @@ def _latent(*names: str) -> dict[str, Writer]:
 
 
 _LLAMA = ("llama2", "llama3-tied-one-kv-head", "llama-linear-rope-all-biases")
-_KIMI = "tests/bridges/test_kimi.py"
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("Llama 2, 3, 3.1, 3.2, 3.3", "llama", _plain(*_LLAMA) | _dense("llama-yarn")),
@@ -114,10 +125,10 @@ FAMILIES: Mapping[str, Family] = {
     "prediction": Family(
         "DeepSeek V3, R1, GLM-4.5: multi-token prediction",
         "deepseek-v3",
-        {},
-        elsewhere="tests/bridges/test_mtp.py",
+        {name: partial(_write_prediction, name) for name in MTP_MODELS},
+        kind="prediction",
     ),
-    "kimi-k2": Family("Kimi K2", "deepseek-v3", {}, elsewhere=_KIMI),
+    "kimi-k2": Family("Kimi K2", "deepseek-v3", {"kimi-k2": partial(_write_kimi, "kimi-k2")}, kind="experts"),
     "qwen2.5-vl": Family(
         "Qwen2.5-VL, images and video",
         "qwen2_5_vl",

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from tests.bridges.layout_tables import KINDS, WITH_GRADIENTS
+from tests.bridges.layout_tables import KINDS, STAGES, WITH_GRADIENTS
 from tests.bridges.no_collectives import no_collectives
 from tests.bridges.test_bits import build, check_regions, check_same_files, import_one
 
 from weightcast.bridges import AutoBridge
+from weightcast.bridges.models.prediction import num_prediction_layers
 from weightcast.bridges.process_groups import destroy_model_parallel
 from weightcast.sync.checkpoint_files import CheckpointFiles, open_checkpoint
 
@@ -64,6 +65,7 @@ def take_readings(out: str, cells: Sequence[Sequence[str]]) -> list[dict[str, An
 def read_one(folder: Path, layout: str, sizes: Mapping[str, Any]) -> Reading:
     """The reading of the model in `folder`; a collective. Fails where an import or a saved folder is not the file."""
     bridge, checkpoint = AutoBridge.from_hf_pretrained(folder / "model"), open_checkpoint(folder / "model")
+    sizes = _with_all_predictions(bridge, sizes)
     model = build(bridge, dict(sizes))
     with no_collectives():
         import_one(bridge, model, checkpoint)
@@ -79,6 +81,12 @@ def read_one(folder: Path, layout: str, sizes: Mapping[str, Any]) -> Reading:
         compare = family.gradients if family.gradients is not None else largest_gradient_difference
         gradients = compare(folder, dict(sizes) | STILL)
     return Reading(folder.name, layout, logits, gradients, len(checkpoint.specs), num_changed)
+
+
+def _with_all_predictions(bridge: AutoBridge, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`sizes`, whose list of stages has one prediction layer (m), for as many as the model has."""
+    layers = "m" * num_prediction_layers(bridge.hf_config)
+    return sizes | ({STAGES: sizes[STAGES].replace("m", layers)} if STAGES in sizes else {})
 
 
 def count_changed(bridge: AutoBridge, model: "list[MegatronModule]", checkpoint: CheckpointFiles) -> int:

@@ -74,13 +74,16 @@ def models_of(layout: dict[str, int]) -> list[str]:
 
 
 def import_one(bridge: AutoBridge, model: "list[MegatronModule]", checkpoint: CheckpointFiles) -> None:
-    """Plan and import; the bytes read are those owned, once."""
+    """Plan and import; the bytes read are those owned, once, and copies with what they are compared with."""
     plan = bridge.plan(model)
     report = import_weights(plan, checkpoint)
     weights = weights_of(model)
     padding_bytes = sum(view().numel() * view().element_size() for view in plan.padding)
     owned_bytes = sum(weight.numel() * weight.element_size() for weight in weights) - padding_bytes
-    assert report.num_bytes == owned_bytes == plan.num_bytes
+    copies = [held for held in plan.regions if held.region.name in plan.copies]
+    copied_bytes = sum(held.live().numel() * held.live().element_size() for held in copies)
+    assert plan.num_bytes == owned_bytes + copied_bytes
+    assert report.num_bytes == owned_bytes + 2 * copied_bytes
     assert not any(weight.isnan().any() for weight in weights)
 
 

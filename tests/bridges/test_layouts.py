@@ -41,6 +41,7 @@ THIN: dict[str, tuple[str, ...]] = {
     "llama3-tied-one-kv-head": ("pp4-E|tt|tt|L", "pp2-vpp3-E-and-L-counted", "pp2-first1", "cp2"),
     "qwen3-moe-tied-unnormalised": ("pp4-E|tt|tt|L", "ep2-tp1-etp2", "cp2-ep2"),
     "deepseek-v3": ("pp2-vpp2", "ep2-tp2-sp-etp2", "cp2-ep2"),
+    "deepseek-v3-mtp2": ("pp4-E|tt|tt|mL", "cp2-ep2"),
     "gpt-oss": ("pp2-vpp2", "cp2-ep2"),
 }
 

@@ -13,7 +13,7 @@ from tests.bridges.parity_models import MODELS, MOE_MODELS
 from tests.bridges.support_families import FAMILIES
 from tests.bridges.tiny_dense import DENSE_MODELS
 from tests.bridges.tiny_gpt_oss import GPT_OSS_MODELS
-from tests.bridges.tiny_mla import MLA_MODELS
+from tests.bridges.tiny_mla import ALL_MLA_MODELS
 from tests.bridges.tiny_mtp import MTP_MODELS
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -30,9 +30,8 @@ from weightcast.sync.regions import Region, find_tiling_fault
 # Megatron's own call, for latent attention without a latent of queries.
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
 
-CONFIGURATIONS = MODELS | MOE_MODELS | DENSE_MODELS | MLA_MODELS | GPT_OSS_MODELS | MTP_MODELS
+CONFIGURATIONS = MODELS | MOE_MODELS | DENSE_MODELS | ALL_MLA_MODELS | GPT_OSS_MODELS | MTP_MODELS
 COMPARED = [name for family in FAMILIES.values() for name in family.models if name in CONFIGURATIONS]
-COMPARED += [name for name in MTP_MODELS if name not in COMPARED]  # which are compared elsewhere
 
 
 def read_config(model: str) -> PretrainedConfig:
