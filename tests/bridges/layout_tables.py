@@ -72,7 +72,7 @@ VISION: Mapping[int, Mapping[str, Sizes]] = {
 # Prediction layers (m), as many as the model has, stand before the loss.
 PREDICTION: Mapping[int, Mapping[str, Sizes]] = {
     world_size: {
-        name.replace("|L", "|mL"): sizes | ({STAGES: sizes[STAGES].replace("L", "mL")} if STAGES in sizes else {})
+        name.replace("|L", "|mL"): dict(sizes) | ({STAGES: sizes[STAGES].replace("L", "mL")} if STAGES in sizes else {})
         for name, sizes in layouts.items()
     }
     for world_size, layouts in EXPERTS.items()

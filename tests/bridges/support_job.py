@@ -86,7 +86,7 @@ def read_one(folder: Path, layout: str, sizes: Mapping[str, Any]) -> Reading:
 def _with_all_predictions(bridge: AutoBridge, sizes: Mapping[str, Any]) -> Mapping[str, Any]:
     """`sizes`, whose list of stages has one prediction layer (m), for as many as the model has."""
     layers = "m" * num_prediction_layers(bridge.hf_config)
-    return sizes | ({STAGES: sizes[STAGES].replace("m", layers)} if STAGES in sizes else {})
+    return dict(sizes) | ({STAGES: sizes[STAGES].replace("m", layers)} if STAGES in sizes else {})
 
 
 def count_changed(bridge: AutoBridge, model: "list[MegatronModule]", checkpoint: CheckpointFiles) -> int:
