@@ -14,7 +14,7 @@ from typing import get_args
 from weightcast.sync import DeltaMode
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.quantize_rules import KINDS
-from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.config import ConfigContainer, delta_mode
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 MIXED_PRECISION = (None, "bf16_mixed", "fp32")
@@ -171,7 +171,7 @@ def _check_publish(config: ConfigContainer, world_size: int) -> None:
         )
     if publish.to is not None and publish.to.endswith(":0") and world_size > 1:
         raise ConfigError(f"publish.to={publish.to!r}: all ranks need the same address, so name a port that is free")
-    if publish.delta not in get_args(DeltaMode):
+    if delta_mode(publish) not in get_args(DeltaMode):
         raise ConfigError(f"publish.delta={publish.delta!r} is not known; use one of {', '.join(get_args(DeltaMode))}")
     told = [name for name in ("report_log", "metrics_port") if getattr(publish, name) is not None]
     if told and publish.to is None:

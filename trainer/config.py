@@ -202,6 +202,11 @@ class PublishConfig:
     """File for what an engine must be told to read FP8, as JSON for its `--hf-overrides` or `config.json`."""
 
 
+def delta_mode(publish: PublishConfig) -> str:
+    """`publish.delta` as `WeightPublisher` takes it: YAML reads a bare `on` or `off` as true or false."""
+    return {"True": "on", "False": "off"}.get(str(publish.delta), str(publish.delta))
+
+
 @dataclass(slots=True, kw_only=True)
 class ConfigContainer:
     """All sections of a run. `model` is a `ModelConfig` or a finalised provider of `AutoBridge`."""

@@ -16,7 +16,7 @@ from typing import Self, cast
 
 from weightcast.sync import DeltaMode, Publication, PublishReport, Span, WeightPublisher, WeightSource
 from weightcast.sync.quantized_source import QuantizedSource
-from weightcast.trainer.config import PublishConfig
+from weightcast.trainer.config import PublishConfig, delta_mode
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.loop import StepReport
 from weightcast.trainer.reporting import Reporting
@@ -40,7 +40,7 @@ class StepPublisher:
             # Reports are alike on all ranks, so one rank tells of them.
             self._reporting = stack.enter_context(Reporting(publish)) if self._is_first_rank else None
             publisher = WeightPublisher(
-                source, publish.to, timeout_s=publish.timeout_s, delta=cast(DeltaMode, publish.delta)
+                source, publish.to, timeout_s=publish.timeout_s, delta=cast(DeltaMode, delta_mode(publish))
             )
             self._publisher = stack.enter_context(publisher)
             self._publisher.wait_for_subscribers(publish.wait_for, publish.wait_timeout_s)

@@ -12,12 +12,9 @@ import typer
 from weightcast import __version__
 from weightcast.sync.errors import WeightcastError
 
+_ABOUT = "Keep inference engines in step with a Megatron-Core trainer."
 app = typer.Typer(
-    name="weightcast",
-    help="Keep inference engines in step with a Megatron-Core trainer.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    name="weightcast", help=_ABOUT, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
 WRONG_INPUT = 2
@@ -242,37 +239,16 @@ def inspect_(
 
 @app.command()
 def trace(
-    events: Annotated[
-        list[Path], typer.Argument(help="Event files and reports of a run (JSON lines), or folders of them.")
-    ],
+    events: Annotated[list[Path], typer.Argument(help="Event files and reports of a run, or folders of them.")],
     out: Annotated[Path, typer.Option(help="File for the trace.")] = Path("trace.json"),
 ) -> None:
     """Draw what every process of a run did when, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
-    import json
+    from weightcast.sync.trace_file import write_trace
 
-    from weightcast.sync.errors import StorageError
-    from weightcast.sync.trace import build_trace
-    from weightcast.sync.trace_input import read_recording
-    from weightcast.sync.trace_merge import merge_phases
-
-    recording = read_recording(events)
-    phases = merge_phases(recording)
-    drawn = json.dumps(build_trace(phases, recording.reports), allow_nan=False)
-    try:
-        out.write_text(drawn + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write the trace to {out}: {error}; name another file with --out") from error
-    versions, processes = {phase.version for phase in phases} - {None}, {phase.process for phase in phases}
-    typer.echo(
-        f"{out}: {len(phases)} phases of {len(processes)} processes, {len(versions)} versions, "
-        f"{len(recording.reports)} reports; open it in https://ui.perfetto.dev"
-    )
-    if recording.num_figures:
-        typer.echo(f"without a time, left out: {recording.num_figures} lines of figures")
-    if recording.num_unfinished:
-        typer.echo(f"still being written, left out: the last line of {recording.num_unfinished} files")
+    typer.echo("\n".join(write_trace(events, out)))
 
 
+@app.command()
 def versions(
     place: Annotated[str, typer.Argument(help="Folder or URL of a store of versions.")],
     check: Annotated[bool, typer.Option("--check", help="Read every file, assemble and check every version.")] = False,
@@ -284,9 +260,10 @@ def versions(
 
     from rich.console import Console
 
+    from weightcast.sync.disk.key_file import read_key
     from weightcast.sync.disk.listing import as_json, list_versions, render
 
-    listing = list_versions(place, check=check, key=_read_key(key_file))
+    listing = list_versions(place, check=check, key=read_key(key_file))
     Console().print(render(listing))
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(listing), indent=1) + "\n")
@@ -304,23 +281,13 @@ def materialize_(
     key_file: Annotated[Path | None, typer.Option(help="File with the key that versions are sealed with.")] = None,
 ) -> None:
     """Write one stored version as a Hugging Face folder: regions put together, deltas applied, every tensor checked."""
+    from weightcast.sync.disk.key_file import read_key
     from weightcast.sync.disk.materialize import materialize
 
-    key = _read_key(key_file)
+    key = read_key(key_file)
     done = materialize(place, out, version=version, config_from=config, file_bytes=shard_bytes, key=key)
-    typer.echo(
-        f"{out}: version {done.version}, {done.num_tensors} tensors, {done.num_bytes} bytes in {done.num_files} files, "
-        f"from an anchor and {len(done.steps) - 1} deltas"
-    )
-
-
-def _read_key(path: Path | None) -> bytes | None:
-    from weightcast.sync.errors import ConfigError
-
-    try:
-        return None if path is None else path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"the key file {path} cannot be read: {error.strerror}") from error
+    size = f"{done.num_tensors} tensors, {done.num_bytes} bytes in {done.num_files} files"
+    typer.echo(f"{out}: version {done.version}, {size}, from an anchor and {len(done.steps) - 1} deltas")
 
 
 def main() -> None:
