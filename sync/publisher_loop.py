@@ -170,7 +170,7 @@ class PublisherLoop:
             if self._stopping:
                 return
             self._stopping = True
-            if self._thread.is_alive():
+            if self.failure is None:  # otherwise the thread may have closed the socket
                 self._wake_out.send(b"")
         self._thread.join(timeout=10)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zmq
 from tests.sync.parts import (
     LIMITS,
     WAIT_S,
@@ -35,6 +36,7 @@ from weightcast.sync.errors import (
     PeerLost,
     SourceError,
 )
+from weightcast.sync.roster import Outgoing
 
 CHUNK_BYTES = 4096
 TCP = "tcp://127.0.0.1:0"
@@ -164,6 +166,20 @@ def test_a_publisher_that_closes_at_once_is_heard_by_all() -> None:
                     time.sleep(0.01)
                 assert [type(error) for error in engine.errors] == [PeerLost]
                 assert "the publisher was closed" in str(engine.errors[0])
+
+
+def test_a_publisher_whose_link_was_ended_can_be_closed() -> None:
+    with publishers(make_model(15), 2, TCP, timeout_s=WAIT_S) as (_, one):
+        link = one._loop
+
+        def end(now_s: float) -> list[Outgoing]:
+            raise zmq.Again
+
+        link.submit(end)
+        link._thread.join(WAIT_S)
+        with pytest.raises(PeerLost, match="ended the link of source rank 1"):
+            one.publish(1)
+        one.close()
 
 
 def test_a_publisher_of_an_older_epoch_is_fenced() -> None:
