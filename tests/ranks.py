@@ -18,12 +18,14 @@ import importlib
 import json
 import multiprocessing
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -64,10 +66,16 @@ def run_ranks(
 
 
 def find_free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of the loopback interface that was free a moment ago.
+
+    Not one of those that the kernel gives away: a subscriber that waits for a publisher connects again and again, and
+    now and then is given the very port that it connects to, which is then taken.
+    """
+    while True:
+        with socket.socket() as listener, suppress(OSError):
+            port = 15_000 + secrets.randbelow(17_000)
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _run_all(world_size: int, folder: Path, timeout_s: float, extra_env: dict[str, str]) -> None:
