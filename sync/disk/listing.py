@@ -18,7 +18,7 @@ from weightcast.sync.disk.records import MAX_RECORD_BYTES, EngineStatus, Hashing
 from weightcast.sync.disk.routes import Route, Step, VersionInfo, route_to
 from weightcast.sync.disk.staged import StagedCopy
 from weightcast.sync.disk.store import Store, open_store, read_file
-from weightcast.sync.errors import DamagedVersion, WireError
+from weightcast.sync.errors import ConfigError, DamagedVersion, WireError
 from weightcast.sync.version import Version
 
 
@@ -62,8 +62,10 @@ class StoreListing:
 def list_versions(place: "str | Path | Store", *, check: bool = False, key: bytes | None = None) -> StoreListing:
     """List a store, oldest version first. `check` reads every file and assembles every version: hashes and digests.
 
-    Checking takes the memory of one model.
+    Checking takes the memory of one model. Raises `ConfigError` for a folder that is not there.
     """
+    if isinstance(place, str | Path) and "://" not in str(place) and not Path(place).is_dir():
+        raise ConfigError(f"there is no folder {place}; name the one that a DiskPublisher writes to")
     with closing(open_store(place)) as store:
         return _list(store, check, Hashing(key))
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 from tests.sync.disk_parts import QUICK, clone, folder_of, step, take
 from tests.sync.parts import TensorSource, assert_same_bits, make_model
 
 from weightcast.sync import DiskPublisher, DiskSubscriber
 from weightcast.sync.disk.listing import list_versions
+from weightcast.sync.errors import ConfigError
 
 
 def weightcast(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -23,6 +25,11 @@ def weightcast(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[st
         text=True,
         timeout=120,
     )
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no folder .*nowhere"):
+        list_versions(tmp_path / "nowhere")
 
 
 def test_versions_lists_checks_and_names_what_is_damaged(tmp_path: Path) -> None:
