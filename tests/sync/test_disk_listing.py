@@ -28,7 +28,7 @@ def weightcast(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[st
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no folder .*nowhere"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         list_versions(tmp_path / "nowhere")
 
 
@@ -75,6 +75,6 @@ def test_versions_lists_checks_and_names_what_is_damaged(tmp_path: Path) -> None
     (fault,) = [fault for fault in list_versions(store, check=True).faults if "version 4" in fault]
     assert "model.safetensors.index.json" in fault and "altered" in fault
     done = weightcast("versions", "nowhere", cwd=tmp_path)
-    assert done.returncode == 0 and "0 versions" in done.stdout
+    assert done.returncode == 2 and "there is no folder nowhere" in done.stderr
     done = weightcast("versions", "versions", "--key-file", "none", cwd=tmp_path)
     assert done.returncode == 2 and "key file none cannot be read" in done.stderr
