@@ -146,7 +146,7 @@ class PublisherLoop:
         with self._lock:
             if self.failure is not None:
                 raise self.failure
-            if not self._stopping:
+            if not self._wake_out.closed:
                 self._wake_out.send(b"")
 
     def seal(self, part: Packed) -> None:
@@ -167,10 +167,8 @@ class PublisherLoop:
     def close(self) -> None:
         """Say goodbye and close every socket."""
         with self._lock:
-            if self._stopping:
-                return
             self._stopping = True
-            if self.failure is None:  # otherwise the thread may have closed the socket
+            if not self._wake_out.closed:  # the thread closes it, under this lock
                 self._wake_out.send(b"")
         self._thread.join(timeout=10)
 
@@ -204,7 +202,8 @@ class PublisherLoop:
                 self._lock.notify_all()
         finally:
             self._wake_in.close(0)
-            self._wake_out.close(0)
+            with self._lock:
+                self._wake_out.close(0)
             # The last messages to engines and sources may still be on their way: they have a moment to leave.
             self.control.close(_LINGER_MS)
             self.server.close()
