@@ -1,0 +1,27 @@
+"""What must hold between settings, checked before any process group is made.
+
+`check_config` is pure: it looks at the configuration and the number of ranks, and raises the first contradiction
+as a `ConfigError` that says what to change.
+
+    layout = check_config(cfg, world_size=4)
+    layout.num_microbatches
+"""
+
+from weightcast.trainer.checks.files import check_checkpoint, check_data
+from weightcast.trainer.checks.layout import Layout, check_layout, check_model
+from weightcast.trainer.checks.publish import check_publish
+from weightcast.trainer.checks.training import check_training, decay_iters
+from weightcast.trainer.config import ConfigContainer
+
+__all__ = ["Layout", "check_config", "decay_iters"]
+
+
+def check_config(config: ConfigContainer, *, world_size: int) -> Layout:
+    """Check all sections against each other and against `world_size` ranks. Raises `ConfigError`."""
+    layout = check_layout(config, world_size)
+    check_model(config, layout)
+    check_training(config)
+    check_data(config)
+    check_checkpoint(config)
+    check_publish(config, world_size)
+    return layout

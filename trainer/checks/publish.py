@@ -1,0 +1,49 @@
+"""Whether the settings of publishing fit each other.
+
+check_publish(config, world_size=2)
+"""
+
+from typing import get_args
+
+from weightcast.sync import DeltaMode
+from weightcast.sync.errors import ConfigError
+from weightcast.sync.quantize_rules import KINDS
+from weightcast.trainer.checks.common import check_choice, check_positive
+from weightcast.trainer.config import ConfigContainer, delta_mode
+
+QUANTIZE = ("none", *KINDS)
+
+
+def check_publish(config: ConfigContainer, world_size: int) -> None:
+    """Settings of publishing fit each other."""
+    check_positive(
+        {
+            "publish.every": config.publish.every,
+            "publish.wait_timeout_s": config.publish.wait_timeout_s,
+            "publish.timeout_s": config.publish.timeout_s,
+        }
+    )
+    publish = config.publish
+    if publish.wait_for < 0:
+        raise ConfigError(f"publish.wait_for={publish.wait_for} is a number of engines, 0 or more")
+    if publish.wait_for and publish.to is None:
+        raise ConfigError("publish.wait_for is set and publish.to is not: say at which address engines subscribe")
+    check_choice("publish.quantize", publish.quantize, QUANTIZE)
+    if publish.quantize != "none" and publish.to is None:
+        raise ConfigError("publish.quantize is set and publish.to is not: say at which address engines subscribe")
+    if publish.quantize == "none" and (publish.modules_to_not_convert or publish.engine_config is not None):
+        raise ConfigError(
+            "publish.modules_to_not_convert and publish.engine_config are for quantised publishing: set "
+            "publish.quantize to fp8_block or fp8_tensor, or leave them out"
+        )
+    if publish.to is not None and publish.to.endswith(":0") and world_size > 1:
+        raise ConfigError(f"publish.to={publish.to!r}: all ranks need the same address, so name a port that is free")
+    if delta_mode(publish) not in get_args(DeltaMode):
+        raise ConfigError(f"publish.delta={publish.delta!r} is not known; use one of {', '.join(get_args(DeltaMode))}")
+    told = [name for name in ("report_log", "metrics_port") if getattr(publish, name) is not None]
+    if told and publish.to is None:
+        raise ConfigError(f"publish.{told[0]} is set and publish.to is not: without versions there are no reports")
+    if publish.metrics_port is not None and not 0 <= publish.metrics_port <= 65535:
+        raise ConfigError(
+            f"publish.metrics_port={publish.metrics_port} is no port; use 1 to 65535, or 0 for a free one"
+        )

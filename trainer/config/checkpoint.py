@@ -1,0 +1,22 @@
+"""Saving, resuming, and the Hugging Face folder at the end.
+
+cfg.checkpoint.save = "run/checkpoints"
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming (`checkpoint.py`), and the Hugging Face folder at the end."""
+
+    save: str | None = None
+    """Folder that training checkpoints are saved into; null saves none."""
+    save_interval: int | None = None
+    """Steps between two checkpoints; null saves one, after the last step."""
+    most_recent_k: int = 2
+    """Newest checkpoints that are kept; older ones are removed after a new one is whole."""
+    load: str | None = None
+    """Folder to resume from. If it is also `save` and holds nothing yet, training starts afresh."""
+    export_hf: str | None = None
+    """Folder that the trained model is written into as a Hugging Face checkpoint, after the last step."""

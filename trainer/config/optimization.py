@@ -1,0 +1,61 @@
+"""The optimizer, its learning rate over the steps, and the reduction of gradients.
+
+cfg.optimizer.lr = 3e-4
+cfg.scheduler.lr_decay_style = "cosine"
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer, Megatron-Core's own. With bf16 parameters it keeps fp32 masters."""
+
+    optimizer: str = "adam"
+    """`adam`, with decoupled weight decay (AdamW)."""
+    lr: float = 3e-4
+    """Highest learning rate."""
+    min_lr: float = 3e-5
+    """Learning rate at the end of the decay."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.95
+    """Decay of Adam's second moment."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 clips nothing."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SchedulerConfig:
+    """The learning rate over the steps."""
+
+    lr_decay_style: str = "cosine"
+    """`constant`, `linear`, `cosine` or `inverse-square-root`."""
+    lr_decay_iters: int | None = None
+    """Step at which `min_lr` is reached; null means `train.train_iters`."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up before the decay. The first of them has the rate `lr_warmup_init`."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at which the warm-up starts."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DistributedDataParallelConfig:
+    """Megatron-Core's gradient buffers and their reduction over the data-parallel ranks."""
+
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer's state and step over the data-parallel ranks."""
+    grad_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in fp32 when the parameters are bf16."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on (useful on GPUs)."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the next forward pass goes on; needs the two settings above it."""
+    check_for_nan_in_grad: bool = True
+    """Stop with an error on a NaN or infinite gradient, before it is reduced."""
+    bucket_size: int | None = None
+    """Parameters in one reduction bucket; null lets Megatron-Core choose."""

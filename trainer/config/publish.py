@@ -1,0 +1,47 @@
+"""Streaming versions to inference engines while training.
+
+cfg.publish.to = "tcp://127.0.0.1:5600"
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class PublishConfig:
+    """Streaming versions to inference engines while training."""
+
+    to: str | None = None
+    """Address that rank 0 binds, such as `tcp://127.0.0.1:5600` or `ipc:///tmp/weights`; null publishes nothing."""
+    every: int = 1
+    """Steps between two versions. A version's number is its step."""
+    wait_for: int = 0
+    """Engines that must be connected before the first step."""
+    wait_timeout_s: float = 600.0
+    """Seconds to wait for them."""
+    timeout_s: float = 600.0
+    """Seconds that one version may take until the fleet serves it."""
+    overlap: bool = False
+    """Train on as soon as a version is packed, while engines fetch and load it. Its report, and its failure, come with
+    the next version or at the end of the run; otherwise each step waits until the fleet serves."""
+    delta: str = "auto"
+    """Whether engines that have an earlier version are sent only what changed: `on`, `off`, `zstd` (compressed as well,
+    for links below 1 Gb/s), or `auto`, which decides by measurement."""
+    report_log: str | None = None
+    """File of JSON lines that rank 0 appends each version's report to, for `weightcast trace`; null keeps none."""
+    metrics_port: int | None = None
+    """Port on which rank 0 answers Prometheus at `/metrics` (0: a free one, which is logged); null answers nobody."""
+    metrics_host: str = "127.0.0.1"
+    """Address of this machine for `metrics_port`. Whoever reaches it may read the metrics."""
+    quantize: str = "none"
+    """`none`; `fp8_block` (FP8 with a scale for each 128 x 128, as DeepSeek's and Qwen's checkpoints); or `fp8_tensor`
+    (one scale a matrix): what vLLM would make of the weights itself, made here, at half the bytes."""
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    """Modules to publish as they are besides embeddings, norms, routers and output layers: names, parts of them in
+    whole words, or patterns with `*`."""
+    engine_config: str | None = None
+    """File for what an engine must be told to read FP8, as JSON for its `--hf-overrides` or `config.json`."""
+
+
+def delta_mode(publish: PublishConfig) -> str:
+    """`publish.delta` as `WeightPublisher` takes it: YAML reads a bare `on` or `off` as true or false."""
+    return {"True": "on", "False": "off"}.get(str(publish.delta), str(publish.delta))
