@@ -19,7 +19,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -30,9 +29,7 @@ from weightcast.sync.errors import ConfigError, WeightcastError
 from weightcast.trainer.checkpoint import load_checkpoint, save_checkpoint
 from weightcast.trainer.checks import check_config
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.data.packing import TokenStream, load_or_pack
-from weightcast.trainer.data.samples import Batches
-from weightcast.trainer.data.text import choose_files
+from weightcast.trainer.data.datasets import Splits, open_splits
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.gpt_step import ForwardStep, forward_step
 from weightcast.trainer.loop import StepReport, train
@@ -66,17 +63,11 @@ def pretrain(
     provider, bridge = make_provider(cfg, bridge)
     _check_bridge(cfg, bridge)
     if _is_first_on_its_machine():
-        _open_stream(cfg, bridge, provider.vocab_size)
+        _open_splits(cfg, bridge, provider.vocab_size)
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(cfg.logger.events, rank=rank))
         state = build_state(cfg, provider)
-        batches = Batches(
-            _open_stream(cfg, bridge, provider.vocab_size),
-            seq_length=cfg.dataset.seq_length,
-            micro_batch_size=cfg.train.micro_batch_size,
-            global_batch_size=cfg.train.global_batch_size,
-            seed=cfg.rng.seed,
-        )
+        splits = _open_splits(cfg, bridge, provider.vocab_size)
         if cfg.checkpoint.load is not None and load_checkpoint(state, cfg.checkpoint):
             logger.info("resumed from %s at step %d", cfg.checkpoint.load, state.step)
         publisher = None
@@ -85,7 +76,7 @@ def pretrain(
             source = quantize_source(bridge.weight_source(state.model), cfg.publish, bridge.hf_config)
             publisher = stack.enter_context(StepPublisher(source, cfg.publish, events))
         reports = train(
-            state, forward_step_func, batches, events, lambda step: _after_step(step, state, publisher, events)
+            state, forward_step_func, splits.train, events, lambda step: _after_step(step, state, publisher, events)
         )
         _export(state, bridge, events)
     return reports
@@ -111,17 +102,9 @@ def _export(state: TrainState, bridge: AutoBridge | None, events: EventLog) -> N
             bridge.save_hf_pretrained(state.model, folder)
 
 
-def _open_stream(cfg: ConfigContainer, bridge: AutoBridge | None, vocab_size: int) -> TokenStream:
-    """The packed tokens, made by the first rank of each machine before it joins the others."""
-    cache = Path(cfg.dataset.cache_dir) if cfg.dataset.cache_dir else Path.home() / ".cache/weightcast/tokens"
-    stream = load_or_pack(choose_files(cfg.dataset), _tokenizer_folder(cfg, bridge), cache)
-    room = vocab_size if cfg.tokenizer.vocab_size is None else min(vocab_size, cfg.tokenizer.vocab_size)
-    if stream.record.max_token_id >= room:
-        raise ConfigError(
-            f"the tokenizer of {stream.record.tokenizer} gives token {stream.record.max_token_id}, and the model has "
-            f"{room}: name the model's own tokenizer with tokenizer.tokenizer_model"
-        )
-    return stream
+def _open_splits(cfg: ConfigContainer, bridge: AutoBridge | None, vocab_size: int) -> Splits:
+    """The data; the first rank of each machine makes what is cached before it joins the others."""
+    return open_splits(cfg, vocab_size=vocab_size, tokenizer_folder=lambda: _tokenizer_folder(cfg, bridge))
 
 
 def _tokenizer_folder(cfg: ConfigContainer, bridge: AutoBridge | None) -> str:

@@ -154,6 +154,7 @@ def test_layout_is_worked_out() -> None:
         (["publish.quantize=fp8_block"], 1, "publish.quantize is set and publish.to is not"),
         (["publish.modules_to_not_convert=[mlp.down_proj]"], 1, "are for quantised publishing"),
         (["publish.engine_config=x.json"], 1, "are for quantised publishing"),
+        (["dataset.kind=mok"], 1, "dataset.kind='mok' is not one of: text, mock"),
         (["dataset.files=[/nowhere/a.txt]"], 1, "there is no file '/nowhere/a.txt'"),
     ],
 )

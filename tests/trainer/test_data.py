@@ -15,6 +15,7 @@ from weightcast.trainer.config import DatasetConfig
 from weightcast.trainer.data.packing import StreamRecord, TokenStream, load_or_pack
 from weightcast.trainer.data.samples import Batches
 from weightcast.trainer.data.text import choose_files, stdlib_text_files
+from weightcast.trainer.data.text_samples import TextSamples
 
 BOS, EOS = 1, 2
 
@@ -26,7 +27,8 @@ def make_stream(num_tokens: int, starts: list[int]) -> TokenStream:
 
 def make_batches(num_tokens: int, *, starts: list[int], seq_length: int = 4, micro: int = 1, total: int = 4) -> Batches:
     stream = make_stream(num_tokens, starts)
-    return Batches(stream, seq_length=seq_length, micro_batch_size=micro, global_batch_size=total, seed=7)
+    samples = TextSamples(stream, seq_length=seq_length, seed=7)
+    return Batches(samples, micro_batch_size=micro, global_batch_size=total)
 
 
 def test_documents_are_packed_between_bos_and_eos(qwen3: Path, tmp_path: Path) -> None:

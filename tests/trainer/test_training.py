@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from weightcast.trainer.data.packing import load_or_pack
 from weightcast.trainer.data.samples import Batch, Batches
+from weightcast.trainer.data.text_samples import TextSamples
 
 LAYOUTS = {
     "TP2": ["model.tensor_model_parallel_size=2"],
@@ -57,7 +58,8 @@ def on_two_ranks(
 def by_plain_torch(qwen3: Path, texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """transformers' own model, trained by torch's AdamW on the same batches."""
     stream = load_or_pack(texts, str(qwen3), tmp_path_factory.mktemp("cache"))
-    batches = Batches(stream, seq_length=SEQ_LENGTH, micro_batch_size=8, global_batch_size=8, seed=1234)
+    samples = TextSamples(stream, seq_length=SEQ_LENGTH, seed=1234)
+    batches = Batches(samples, micro_batch_size=8, global_batch_size=8)
     model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]

@@ -7,8 +7,10 @@ check_checkpoint(config)
 from pathlib import Path
 
 from weightcast.sync.errors import ConfigError
-from weightcast.trainer.checks.common import check_positive
+from weightcast.trainer.checks.common import check_choice, check_positive
 from weightcast.trainer.config import ConfigContainer
+
+DATASET_KINDS = ("text", "mock")
 
 
 def check_checkpoint(config: ConfigContainer) -> None:
@@ -25,6 +27,7 @@ def check_checkpoint(config: ConfigContainer) -> None:
 
 def check_data(config: ConfigContainer) -> None:
     """Files that are named are there."""
+    check_choice("dataset.kind", config.dataset.kind, DATASET_KINDS)
     check_positive(
         {
             "dataset.seq_length": config.dataset.seq_length,

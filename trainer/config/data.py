@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, kw_only=True)
 class DatasetConfig:
-    """The text, as one packed stream of tokens (`data/packing.py`)."""
+    """What is trained on, by `kind`; the fields of other kinds are not looked at."""
 
+    kind: str = "text"
+    """`text`: files as one packed stream of tokens (`data/packing.py`). `mock`: made-up tokens that a model can learn
+    from (`data/mock.py`), without files or tokenizer, over the ids below `tokenizer.vocab_size` or the model's."""
     files: list[str] = field(default_factory=list)
     """Text files to train on, one document a file, in this order; empty means Python's own standard library."""
     seq_length: int = 128

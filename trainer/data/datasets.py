@@ -1,0 +1,81 @@
+"""The dataset that the configuration names, as batches of its three splits.
+
+The one place that knows the kinds. It may read, tokenize and write a cache, so the first rank of each machine calls
+it once before the others do; what it returns is the same on every rank.
+
+    splits = open_splits(cfg, vocab_size=provider.vocab_size, tokenizer_folder=lambda: "path/to/hf")
+    splits.train.of_step(consumed_samples=0, data_parallel_rank=0, data_parallel_size=1)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightcast.sync.errors import ConfigError
+from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.data.mock import MockSamples
+from weightcast.trainer.data.packing import load_or_pack
+from weightcast.trainer.data.samples import Batches, Samples
+from weightcast.trainer.data.text import choose_files
+from weightcast.trainer.data.text_samples import TextSamples
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """What is trained on, and what is held out; None where the configuration holds out nothing."""
+
+    train: Batches
+    validation: Batches | None
+    test: Batches | None
+
+
+def open_splits(config: ConfigContainer, *, vocab_size: int, tokenizer_folder: Callable[[], str]) -> Splits:
+    """The batches. `vocab_size` is the model's; `tokenizer_folder` is asked only where text is tokenized.
+
+    Raises `ConfigError` for data that cannot be read or does not fit the model.
+    """
+
+    def batches(samples: Samples | None) -> Batches | None:
+        train = config.train
+        if samples is None:
+            return None
+        return Batches(samples, micro_batch_size=train.micro_batch_size, global_batch_size=train.global_batch_size)
+
+    training, *held_out = _open_samples(config, vocab_size, tokenizer_folder)
+    train = batches(training)
+    assert train is not None
+    return Splits(train, *map(batches, held_out))
+
+
+def _open_samples(
+    config: ConfigContainer, vocab_size: int, tokenizer_folder: Callable[[], str]
+) -> tuple[Samples, Samples | None, Samples | None]:
+    """Training, validation and test samples."""
+    room = vocab_size if config.tokenizer.vocab_size is None else min(vocab_size, config.tokenizer.vocab_size)
+    if config.dataset.kind == "mock":
+        return _mock_samples(config, room, 0), _mock_samples(config, room, 1), _mock_samples(config, room, 2)
+    return _text_samples(config, room, tokenizer_folder()), None, None
+
+
+def _mock_samples(config: ConfigContainer, room: int, split: int) -> MockSamples:
+    return MockSamples(vocab_size=room, seq_length=config.dataset.seq_length, seed=config.rng.seed, split=split)
+
+
+def _text_samples(config: ConfigContainer, room: int, tokenizer_folder: str) -> TextSamples:
+    stream = load_or_pack(choose_files(config.dataset), tokenizer_folder, cache_folder(config, "tokens"))
+    check_tokens_fit(stream.record.max_token_id, room, stream.record.tokenizer)
+    return TextSamples(stream, seq_length=config.dataset.seq_length, seed=config.rng.seed)
+
+
+def cache_folder(config: ConfigContainer, kind: str) -> Path:
+    """Where what is made once of the data is kept."""
+    return Path(config.dataset.cache_dir) if config.dataset.cache_dir else Path.home() / ".cache/weightcast" / kind
+
+
+def check_tokens_fit(max_token_id: int, room: int, source: str) -> None:
+    """Raise `ConfigError` when the model has no embedding for a token."""
+    if max_token_id >= room:
+        raise ConfigError(
+            f"the tokenizer of {source} gives token {max_token_id}, and the model has "
+            f"{room}: name the model's own tokenizer with tokenizer.tokenizer_model"
+        )
