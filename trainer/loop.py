@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from weightcast.trainer.data.samples import Batches
+from weightcast.trainer.data.context_parallel import cut_along_sequence
+from weightcast.trainer.data.samples import Batch, Batches
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.gpt_step import LOSS, ForwardStep
 from weightcast.trainer.state import TrainState
@@ -70,11 +71,7 @@ def train(
 def train_step(state: TrainState, forward_step: ForwardStep, batches: Batches, events: EventLog) -> StepReport:
     """One optimizer step over the next global batch. Every rank calls it; a collective."""
     start_s, version = time.monotonic(), state.step + 1
-    micro_batches = batches.of_step(
-        consumed_samples=state.consumed_samples,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
+    micro_batches = batches_of_rank(batches, state.consumed_samples)
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
@@ -96,6 +93,17 @@ def train_step(state: TrainState, forward_step: ForwardStep, batches: Batches, e
     state.consumed_samples += state.config.train.global_batch_size
     loss = mean_loss([entry[LOSS] for entry in losses])
     return StepReport(version, loss, float(grad_norm), lr, time.monotonic() - start_s)
+
+
+def batches_of_rank(batches: Batches, consumed_samples: int) -> list[Batch]:
+    """The micro-batches that this rank computes of the step that starts after `consumed_samples` samples."""
+    whole = batches.of_step(
+        consumed_samples=consumed_samples,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    return [cut_along_sequence(batch, rank=rank, size=size) for batch in whole]
 
 
 def mean_loss(parts: list[torch.Tensor]) -> float:

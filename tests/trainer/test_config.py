@@ -119,6 +119,9 @@ def test_layout_is_worked_out() -> None:
     [
         (["model.tensor_model_parallel_size=4"], 2, "torchrun --nproc-per-node 4"),
         (["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"], 6, "multiple of 4 ranks"),
+        (["model.context_parallel_size=2"], 1, "TP=1 x PP=1 x CP=2 needs a multiple of 2 ranks"),
+        (["model.context_parallel_size=2", "dataset.seq_length=18"], 2, "make it a multiple of 4"),
+        (["model.expert_model_parallel_size=2"], 1, "EP=2 x ETP=1 x PP=1 need a multiple of 2 ranks"),
         (["train.global_batch_size=3"], 2, "make it a multiple of 2"),
         (["train.micro_batch_size=3"], 1, "make it a multiple of 3"),
         (["train.train_iters=0"], 1, "train.train_iters is 0"),
@@ -164,7 +167,8 @@ def test_contradictions_are_refused_with_the_remedy(words: list[str], world_size
     assert message in str(caught.value)
 
 
-def test_a_provider_with_context_parallelism_is_refused() -> None:
+def test_a_provider_with_context_parallelism_is_checked() -> None:
     config = ConfigContainer(model=GPTModelProvider(context_parallel_size=2, num_layers=2, num_attention_heads=2))
-    with pytest.raises(ConfigError, match="context_parallel_size=2"):
+    config.dataset.seq_length = 6
+    with pytest.raises(ConfigError, match="make it a multiple of 4"):
         check_config(config, world_size=2)

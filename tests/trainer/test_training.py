@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.ranks import run_ranks
-from tests.trainer.runs import SEQ_LENGTH, train_all, words_for
-from transformers import AutoModelForCausalLM
-
-from weightcast.trainer.data.packing import load_or_pack
-from weightcast.trainer.data.samples import Batch, Batches
-from weightcast.trainer.data.text_samples import TextSamples
+from tests.trainer.plain_torch import train_plain
+from tests.trainer.runs import train_all, words_for
 
 LAYOUTS = {
     "TP2": ["model.tensor_model_parallel_size=2"],
@@ -57,33 +52,7 @@ def on_two_ranks(
 @pytest.fixture(scope="module")
 def by_plain_torch(qwen3: Path, texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """transformers' own model, trained by torch's AdamW on the same batches."""
-    stream = load_or_pack(texts, str(qwen3), tmp_path_factory.mktemp("cache"))
-    samples = TextSamples(stream, seq_length=SEQ_LENGTH, seed=1234)
-    batches = Batches(samples, micro_batch_size=8, global_batch_size=8)
-    model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95), eps=1e-8)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6, eta_min=2e-4)
-    losses, norms = [], []
-    for step in range(STEPS):
-        (batch,) = batches.of_step(consumed_samples=8 * step, data_parallel_rank=0, data_parallel_size=1)
-        optimizer.zero_grad()
-        loss = _masked_mean(model(batch.tokens).logits, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return {"losses": losses, "grad_norms": norms}
-
-
-def _masked_mean(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    token_losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch.labels.flatten(), reduction="none"
-    ).view_as(batch.loss_mask)
-    return (token_losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+    return train_plain(qwen3, texts, tmp_path_factory.mktemp("cache"), steps=STEPS, decay=6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

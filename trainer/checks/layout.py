@@ -4,6 +4,7 @@ layout = check_layout(config, world_size=4)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.checks.common import check_positive
@@ -22,23 +23,32 @@ class Layout:
 
 def check_layout(config: ConfigContainer, world_size: int) -> Layout:
     """The ranks and a global batch, divided."""
+    model = config.model
     check_positive(
         {
-            "model.tensor_model_parallel_size": config.model.tensor_model_parallel_size,
-            "model.pipeline_model_parallel_size": config.model.pipeline_model_parallel_size,
+            "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
+            "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+            "model.context_parallel_size": model.context_parallel_size,
+            "model.expert_model_parallel_size": model.expert_model_parallel_size,
+            "model.expert_tensor_parallel_size": model.expert_tensor_parallel_size,
             "train.micro_batch_size": config.train.micro_batch_size,
             "train.global_batch_size": config.train.global_batch_size,
             "train.train_iters": config.train.train_iters,
         }
     )
-    tensor, pipeline = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    ranks = tensor * pipeline
+    tensor, pipeline, context = (
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.context_parallel_size,
+    )
+    ranks = tensor * pipeline * context
     if world_size % ranks:
         raise ConfigError(
-            f"the layout TP={tensor} x PP={pipeline} needs a multiple of {ranks} ranks, and there are {world_size}: "
-            f"start with `torchrun --nproc-per-node {ranks}`, or lower model.tensor_model_parallel_size or "
-            f"model.pipeline_model_parallel_size"
+            f"the layout TP={tensor} x PP={pipeline} x CP={context} needs a multiple of {ranks} ranks, and there are "
+            f"{world_size}: start with `torchrun --nproc-per-node {ranks}`, or lower model.tensor_model_parallel_size, "
+            f"model.pipeline_model_parallel_size or model.context_parallel_size"
         )
+    _check_experts(model, world_size)
     replicas = world_size // ranks
     samples = config.train.micro_batch_size * replicas
     if config.train.global_batch_size % samples:
@@ -49,20 +59,34 @@ def check_layout(config: ConfigContainer, world_size: int) -> Layout:
     return Layout(world_size, replicas, config.train.global_batch_size // samples)
 
 
+def _check_experts(model: Any, world_size: int) -> None:
+    given = model.expert_tensor_parallel_size
+    expert, matrices = model.expert_model_parallel_size, given or model.tensor_model_parallel_size
+    ranks = expert * matrices * model.pipeline_model_parallel_size
+    if world_size % ranks:
+        raise ConfigError(
+            f"experts over EP={expert} x ETP={matrices} x PP={model.pipeline_model_parallel_size} need a multiple of "
+            f"{ranks} ranks, and there are {world_size}: start with `torchrun --nproc-per-node {ranks}`, or lower "
+            f"model.expert_model_parallel_size or model.expert_tensor_parallel_size (null means TP)"
+        )
+
+
 def check_model(config: ConfigContainer, layout: Layout) -> None:
     """Sequence, stages and micro-batches fit the layout."""
     model, sequence = config.model, config.dataset.seq_length
-    if getattr(model, "context_parallel_size", 1) != 1:
+    pieces = 2 * model.context_parallel_size
+    if model.context_parallel_size > 1 and sequence % pieces:
         raise ConfigError(
-            f"context_parallel_size={model.context_parallel_size}: batches are not split along the sequence yet; use 1 "
-            "and tensor parallelism with sequence_parallel for long sequences"
+            f"dataset.seq_length={sequence} is not cut into {pieces} chunks, two for each of the "
+            f"model.context_parallel_size={model.context_parallel_size} ranks: make it a multiple of {pieces}"
         )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true needs model.tensor_model_parallel_size of 2 or more")
-    if model.sequence_parallel and sequence % model.tensor_model_parallel_size:
+    shares = model.tensor_model_parallel_size * model.context_parallel_size
+    if model.sequence_parallel and sequence % shares:
         raise ConfigError(
-            f"model.sequence_parallel splits dataset.seq_length={sequence} over TP="
-            f"{model.tensor_model_parallel_size}: make the length a multiple of it"
+            f"model.sequence_parallel splits dataset.seq_length={sequence} over TP x CP={shares}: make the length a "
+            f"multiple of it"
         )
     chunks, stages = model.virtual_pipeline_model_parallel_size, model.pipeline_model_parallel_size
     if chunks is None:

@@ -21,6 +21,12 @@ class ModelConfig:
     """Ranks that share the layers, in stages (PP)."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks a pipeline rank holds (VPP), for the interleaved schedule; null means one and plain 1F1B."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence, two chunks each, one from either end of it (CP)."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of each layer (EP); the ranks are those of data, context and tensor parallelism."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices (ETP); null means as many as `tensor_model_parallel_size`."""
     sequence_parallel: bool = False
     """Split the activations between the matrices along the sequence over the TP ranks."""
     calculate_per_token_loss: bool = True
