@@ -6,6 +6,7 @@ which also says why each is needed; nothing here acts on import.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -164,6 +165,16 @@ def with_uneven_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any
         return None
 
     return reduce_scatter_uneven
+
+
+def with_false_as_no_fp8(make: Callable[..., None]) -> Callable[..., None]:
+    """The `__init__` of Megatron's recomputation, for which anything but None is FP8."""
+
+    @functools.wraps(make)
+    def made(self: Any, fp8: Any = None) -> None:
+        make(self, fp8=fp8 or None)
+
+    return made
 
 
 def _is_cuda(device: Any) -> bool:

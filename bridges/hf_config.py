@@ -8,13 +8,17 @@ fields these are.
     config = read_config("path/to/kimi-k2")
 """
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from weightcast.sync.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 SAME_FIELDS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
@@ -37,6 +41,26 @@ def read_config(path: str | Path, *, trust_remote_code: bool = False, **hub_opti
         raise ValueError(f"its model_type is read by code that comes with it ({code}), and that code is not trusted")
     trusted = trust_remote_code and not known
     return as_native(AutoConfig.from_pretrained(path, trust_remote_code=trusted, **hub_options))
+
+
+def config_of_fields(fields: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration that a config.json of these `fields` would give; nothing is read and no hub is asked.
+
+    Raises `ConfigError` for a type that transformers does not know, and for values that it does not take.
+    """
+    kind = SAME_FIELDS.get(fields.get("model_type", ""), fields.get("model_type", ""))
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model_type={kind!r} is not known to transformers {transformers.__version__}; give the fields of a "
+            "config.json with its model_type, or install a newer transformers"
+        )
+    try:
+        return _make(copy.deepcopy(dict(fields)), kind)
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"transformers {transformers.__version__} cannot read the fields of a {kind} configuration: {error}; "
+            "correct the field"
+        ) from error
 
 
 def as_native(config: PretrainedConfig) -> PretrainedConfig:

@@ -132,6 +132,12 @@ MENDS: tuple[Mend, ...] = (
         False,
         "True without Transformer Engine, whose classes are then MagicMocks that isinstance() refuses",
     ),
+    Mend(
+        "megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__",
+        "takes False for FP8 (latent attention's recomputation), which then asks Transformer Engine: NameError",
+        stand_ins.with_false_as_no_fp8,
+        _no_transformer_engine,
+    ),
 )
 
 

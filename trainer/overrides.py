@@ -1,13 +1,12 @@
 """From YAML files and `section.key=value` words to a `ConfigContainer`, and back to a file.
 
 OmegaConf does the typing; this file turns its complaints into one `ConfigError` each, with the nearest known
-key. Later sources win: defaults, then the file, then the words, in order.
+key. Later sources win: defaults, then the file, then the words, in order. `override_words.py` has their forms.
 
     cfg = load_config(["train.train_iters=5", "dataset.files=[a.txt, b.txt]"], config_file="run.yaml")
 """
 
 import difflib
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.override_words import OverrideWord, read_word
 
 
 def load_config(
@@ -32,8 +32,8 @@ def load_config(
     merged = OmegaConf.structured(base if base is not None else ConfigContainer())
     if config_file is not None:
         merged = _merge(merged, _read_yaml(config_file), config_file)
-    for word in overrides:
-        merged = _merge(merged, _parse_override(word), repr(word))
+    for word in map(read_word, overrides):
+        merged = _apply(merged, word)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, ConfigContainer)
     return config
@@ -67,25 +67,58 @@ def _read_yaml(path: str) -> DictConfig:
     return loaded
 
 
-def _parse_override(word: str) -> DictConfig:
-    key, equals, _ = word.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"cannot read the override {word!r}: write section.key=value, such as train.train_iters=5")
-    try:
-        parsed = OmegaConf.from_dotlist([word])
-    except (YAMLError, OmegaConfBaseException) as error:
-        quoted = shlex.quote(word)
-        raise ConfigError(f"cannot read the override {word!r} as YAML: {error}; quote it, such as {quoted}") from error
-    _check_keys(parsed, repr(word))
-    return parsed
+def _apply(merged: Any, word: OverrideWord) -> Any:
+    where = repr(word.text)
+    if word.action == "delete":
+        return _take_out(merged, word)
+    _check_keys(word.given, where)
+    holder, _, entry = word.key.rpartition(".")
+    present = OmegaConf.select(merged, word.key)
+    if word.action == "add" and present is not None:
+        raise ConfigError(f"{where}: {word.key} is there already ({present!r}): leave the + out")
+    record = OmegaConf.select(merged, holder) if holder.count(".") else None
+    if word.action == "set" and isinstance(record, DictConfig) and not OmegaConf.is_struct(record):
+        known = [str(name) for name in record]
+        if entry not in known:
+            raise ConfigError(f"{where}: {holder} has no entry {entry!r}; {_nearest(entry, known)}to add it, write +")
+    return _merge(merged, word.given, where)
+
+
+def _take_out(merged: Any, word: OverrideWord) -> Any:
+    """`~key`: an entry of free fields goes; a setting or a section has its default again."""
+    _check_known(word.key, repr(word.text), sections_too=True)
+    present = OmegaConf.select(merged, word.key)
+    if word.has_value and present != word.value:
+        raise ConfigError(f"{word.text!r}: {word.key} is {present!r}: write ~{word.key} to take that out")
+    holder, _, entry = word.key.rpartition(".")
+    record = OmegaConf.select(merged, holder) if holder.count(".") else None
+    if record is None:
+        default = OmegaConf.select(OmegaConf.structured(ConfigContainer()), word.key)
+        OmegaConf.update(merged, word.key, default, merge=False)
+    elif entry not in record:
+        near = _nearest(entry, [str(name) for name in record])
+        raise ConfigError(f"{word.text!r}: {holder} has no entry {entry!r}; {near}nothing to take out")
+    else:
+        record.pop(entry)
+    return merged
 
 
 def _check_keys(given: DictConfig, where: str) -> None:
-    known = list(known_keys())
     for key in _leaf_keys(given):
-        if key in known:
-            continue
+        _check_known(key, where)
+
+
+def _check_known(key: str, where: str, *, sections_too: bool = False) -> None:
+    known = list(known_keys())
+    # Below a setting are the entries of a record of free fields.
+    setting = ".".join(key.split(".")[:2])
+    if setting not in known and not (sections_too and key in _sections()):
         raise ConfigError(f"{where}: there is no setting {key!r}; {_hint(key, known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _hint(key: str, known: Sequence[str]) -> str:

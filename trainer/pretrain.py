@@ -33,9 +33,10 @@ from weightcast.trainer.data.datasets import Splits, open_splits
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.gpt_step import ForwardStep, forward_step
 from weightcast.trainer.loop import StepReport, train
-from weightcast.trainer.overrides import load_config
 from weightcast.trainer.publishing import StepPublisher
 from weightcast.trainer.quantizing import quantize_source
+from weightcast.trainer.run_config import write_run_config
+from weightcast.trainer.run_words import load_run
 from weightcast.trainer.state import TrainState, build_state, make_provider
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def pretrain(
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(cfg.logger.events, rank=rank))
         state = build_state(cfg, provider)
+        if rank == 0:
+            write_run_config(cfg)
         splits = _open_splits(cfg, bridge, provider.vocab_size)
         if cfg.checkpoint.load is not None and load_checkpoint(state, cfg.checkpoint):
             logger.info("resumed from %s at step %d", cfg.checkpoint.load, state.step)
@@ -150,12 +153,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m weightcast.trainer.pretrain", description="Train, publish and export a model."
     )
     parser.add_argument("--config", help="YAML file with sections such as `train:`; overrides win over it")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="recipe=NAME | section.key=value")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     _quieten()
     try:
-        pretrain(load_config(given.overrides, config_file=given.config), forward_step)
+        _, world_size = _rank_and_world_size()
+        pretrain(load_run(given.overrides, config_file=given.config, world_size=world_size), forward_step)
     except WeightcastError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -4,18 +4,17 @@ provider, bridge = make_provider(cfg, bridge=None)
 state = build_state(cfg, provider)
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from weightcast.bridges import AutoBridge
 from weightcast.bridges.process_groups import initialize_distributed
 from weightcast.sync.errors import ConfigError
+from weightcast.trainer.checks.model import check_provider
 from weightcast.trainer.config import ConfigContainer, ModelConfig
+from weightcast.trainer.model_source import open_model
 from weightcast.trainer.optim import make_ddp_config, make_optimizer, make_scheduler
-
-DTYPES = {"bf16_mixed": torch.bfloat16, "fp32": torch.float32}
+from weightcast.trainer.precision import apply_precision
 
 
 @dataclass(slots=True)
@@ -47,18 +46,12 @@ def make_provider(config: ConfigContainer, bridge: AutoBridge | None) -> tuple[A
     Makes no process group. Raises `ConfigError` for settings that do not fit the model.
     """
     if isinstance(config.model, ModelConfig):
-        if not config.model.hf_path:
-            raise ConfigError("no model: set model.hf_path to a Hugging Face folder, such as model.hf_path=path/to/hf")
-        bridge = AutoBridge.from_hf_pretrained(config.model.hf_path)
-        provider = bridge.to_megatron_provider(load_weights=config.model.load_weights)
-        for item in fields(config.model):
-            if item.name not in ("hf_path", "load_weights"):
-                setattr(provider, item.name, getattr(config.model, item.name))
+        bridge, provider = open_model(config.model)
     else:
         provider = config.model
     provider.seed = config.rng.seed
-    if config.mixed_precision is not None:
-        provider.set_dtype(DTYPES[config.mixed_precision])
+    apply_precision(config.mixed_precision, provider)
+    check_provider(config, provider)
     provider.finalize()
     if config.dataset.seq_length > provider.seq_length:
         raise ConfigError(

@@ -9,6 +9,7 @@ as a `ConfigError` that says what to change.
 
 from weightcast.trainer.checks.files import check_checkpoint, check_data
 from weightcast.trainer.checks.layout import Layout, check_layout, check_model
+from weightcast.trainer.checks.model import check_recompute
 from weightcast.trainer.checks.publish import check_publish
 from weightcast.trainer.checks.training import check_training, decay_iters
 from weightcast.trainer.config import ConfigContainer
@@ -20,6 +21,7 @@ def check_config(config: ConfigContainer, *, world_size: int) -> Layout:
     """Check all sections against each other and against `world_size` ranks. Raises `ConfigError`."""
     layout = check_layout(config, world_size)
     check_model(config, layout)
+    check_recompute(config.model)
     check_training(config)
     check_data(config)
     check_checkpoint(config)

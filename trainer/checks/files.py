@@ -21,8 +21,6 @@ def check_checkpoint(config: ConfigContainer) -> None:
             "checkpoint.most_recent_k": config.checkpoint.most_recent_k,
         }
     )
-    if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
-        raise ConfigError("checkpoint.save_interval is set and checkpoint.save is not: say where to save")
 
 
 def check_data(config: ConfigContainer) -> None:

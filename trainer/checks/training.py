@@ -6,9 +6,10 @@ check_training(config)
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.checks.common import check_choice, check_positive
 from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.config.precision import PRECISIONS
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
-MIXED_PRECISION = (None, "bf16_mixed", "fp32")
+MIXED_PRECISION = (None, *PRECISIONS)
 OPTIMIZERS = ("adam",)
 
 

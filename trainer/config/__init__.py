@@ -55,4 +55,5 @@ class ConfigContainer:
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     mixed_precision: str | None = None
-    """`bf16_mixed` (bf16 weights, fp32 masters), `fp32`, or null for what the checkpoint's dtype says."""
+    """`bf16_mixed` (bf16 weights, fp32 masters), `fp32`, or null for what the checkpoint's dtype says; with Transformer
+    Engine also those with products in 8 or 4 bits, such as `bf16_with_fp8_current_scaling_mixed` (`precision.py`)."""

@@ -13,7 +13,7 @@ class CheckpointConfig:
     save: str | None = None
     """Folder that training checkpoints are saved into; null saves none."""
     save_interval: int | None = None
-    """Steps between two checkpoints; null saves one, after the last step."""
+    """Steps between two checkpoints, where `save` is set; null saves one, after the last step."""
     most_recent_k: int = 2
     """Newest checkpoints that are kept; older ones are removed after a new one is whole."""
     load: str | None = None

@@ -14,3 +14,6 @@ class LoggerConfig:
     """Steps between two log lines (rank 0, `logging` level INFO)."""
     events: str | None = None
     """File of JSON lines, one a phase and version (`events.py`); each rank appends to `<events>.<rank>`."""
+    save_config_filepath: str | None = None
+    """YAML file for the whole configuration of the run, which can start it again; null means `run_config.yaml` in
+    `checkpoint.save`, and nowhere when that is not set either."""

@@ -1,0 +1,74 @@
+"""The training quickstart that users of Megatron-Bridge know: with our import path and a folder, else as it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.bridges.tiny_models import write_tiny_model
+
+SCRIPT = """
+from weightcast.bridges import AutoBridge
+
+import weightcast.trainer.recipes.llama.llama32_1b as llama32_1b
+from weightcast.trainer.gpt_step import forward_step
+from weightcast.trainer.pretrain import pretrain
+
+if __name__ == "__main__":
+    # Load Llama from Hugging Face Hub and convert to Megatron
+    bridge = AutoBridge.from_hf_pretrained("{folder}")
+    model_provider = bridge.to_megatron_provider()
+
+    # Get defaults for other configuration from an existing Llama 3.2 recipe
+    cfg = llama32_1b.pretrain_config()
+    cfg.model = model_provider
+    cfg.train.train_iters = 10
+
+    cfg.dataset.seq_length = cfg.model.seq_length
+    cfg.tokenizer.vocab_size = cfg.model.vocab_size
+
+    pretrain(cfg, forward_step)
+"""
+# 512 samples a step take a CPU a minute; what follows prints the result, which the quickstart does not.
+SMALLER = ("    pretrain(cfg, forward_step)", "    cfg.train.global_batch_size = 8\n    pretrain(cfg, forward_step)")
+TOLD = ("    pretrain(cfg, forward_step)", '    print("losses", *(step.loss for step in pretrain(cfg, forward_step)))')
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model("llama2", tmp_path_factory.mktemp("llama"))
+
+
+def run_script(folder: Path, at: Path, *changes: tuple[str, str], ranks: int, timeout_s: float) -> list[list[float]]:
+    """What each rank printed."""
+    script = SCRIPT.replace("{folder}", str(folder))
+    for old, new in changes:
+        assert old in script
+        script = script.replace(old, new)
+    at.write_text(script, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(at)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("losses ")]
+    return [[float(word) for word in line] for line in lines]
+
+
+def test_it_runs_alone_and_under_torchrun_with_the_same_losses(llama: Path, tmp_path: Path) -> None:
+    alone = run_script(llama, tmp_path / "train.py", SMALLER, TOLD, ranks=1, timeout_s=240)
+    two = run_script(llama, tmp_path / "train.py", SMALLER, TOLD, ranks=2, timeout_s=240)
+    assert [len(losses) for losses in alone + two] == [10, 10, 10]
+    assert two[0] == two[1]
+    assert two[0] == pytest.approx(alone[0], abs=0.02)  # in bf16
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_runs_to_the_letter(llama: Path, tmp_path: Path, ranks: int) -> None:
+    run_script(llama, tmp_path / "train.py", ranks=ranks, timeout_s=580)

@@ -1,0 +1,71 @@
+"""Llama 3.2 3B: pretraining and fine-tuning of all weights.
+
+import weightcast.trainer.recipes.llama.llama32_3b as llama32_3b
+
+cfg = llama32_3b.pretrain_config()
+"""
+
+from typing import Any
+
+from weightcast.trainer.config import ConfigContainer, ModelConfig
+from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+
+
+def hf_config() -> dict[str, Any]:
+    """The config.json of https://huggingface.co/meta-llama/Llama-3.2-3B, for what the model is."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    }
+
+
+def pretrain_config() -> ConfigContainer:
+    """Pretraining, on 1 GPU or a multiple; 512 sequences of 8192 tokens a step."""
+    cfg = pretrain_defaults()
+    cfg.model = ModelConfig(
+        hf_config=hf_config(),
+    )
+    cfg.train.train_iters = 1_168_251
+    cfg.train.global_batch_size = 512
+    cfg.train.micro_batch_size = 1
+    cfg.scheduler.lr_warmup_iters = 2000
+    cfg.scheduler.lr_decay_iters = cfg.train.train_iters
+    cfg.dataset.seq_length = 8192
+    return cfg
+
+
+def sft_config() -> ConfigContainer:
+    """Fine-tuning of all weights, on 1 GPU or a multiple; 8 samples of 2048 tokens a step."""
+    cfg = sft_defaults()
+    cfg.model = ModelConfig(
+        hf_path="meta-llama/Llama-3.2-3B",
+        hf_config=hf_config(),
+    )
+    cfg.train.global_batch_size = 8
+    return cfg

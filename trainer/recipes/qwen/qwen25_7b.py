@@ -1,0 +1,63 @@
+"""Qwen2.5 7B: pretraining and fine-tuning of all weights.
+
+import weightcast.trainer.recipes.qwen.qwen25_7b as qwen25_7b
+
+cfg = qwen25_7b.pretrain_config()
+"""
+
+from typing import Any
+
+from weightcast.trainer.config import ConfigContainer, ModelConfig
+from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+
+
+def hf_config() -> dict[str, Any]:
+    """The config.json of https://huggingface.co/Qwen/Qwen2.5-7B, for what the model is."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "initializer_range": 0.02,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    }
+
+
+def pretrain_config() -> ConfigContainer:
+    """Pretraining, on 2 GPUs (TP2) or a multiple; 32 sequences of 4096 tokens a step."""
+    cfg = pretrain_defaults()
+    cfg.model = ModelConfig(
+        hf_config=hf_config(),
+        tensor_model_parallel_size=2,
+    )
+    return cfg
+
+
+def sft_config() -> ConfigContainer:
+    """Fine-tuning of all weights, on 2 GPUs (TP2) or a multiple; 128 samples of 2048 tokens a step."""
+    cfg = sft_defaults()
+    cfg.model = ModelConfig(
+        hf_path="Qwen/Qwen2.5-7B",
+        hf_config=hf_config(),
+        tensor_model_parallel_size=2,
+    )
+    cfg.train.train_iters = 100
+    cfg.scheduler.lr_decay_iters = 100
+    cfg.scheduler.lr_warmup_iters = 10
+    cfg.optimizer.adam_beta2 = 0.95
+    return cfg

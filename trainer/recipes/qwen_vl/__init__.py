@@ -1,0 +1,1 @@
+"""Recipes of Qwen2.5-VL."""
