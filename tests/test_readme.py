@@ -37,6 +37,14 @@ EXERCISED = {
     "python -m weightcast plan path/to/hf --tp 2 --pp 2 --world-size 8 --json plan.json": (
         "tests/test_cli.py::test_plan_of_a_folder_and_of_a_configuration_alone"
     ),
+    **dict.fromkeys(
+        (
+            "python -m weightcast train --nproc 2 recipe=qwen3_600m.pretrain proxy=true train.train_iters=2",
+            "python -m weightcast recipes qwen3_30b",
+            "python -m weightcast plan qwen3_30b_a3b.pretrain",
+        ),
+        "tests/trainer/test_recipe_plans.py::test_the_commands",
+    ),
     "python -m weightcast plan run.yaml --pp 3 --stages 'E|t*4|L' --rank 0": (
         "tests/test_cli.py::test_plan_of_a_run_of_the_trainer"
     ),

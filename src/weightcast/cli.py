@@ -11,11 +11,14 @@ import typer
 
 from weightcast import __version__
 from weightcast.sync.errors import WeightcastError
+from weightcast.trainer import commands
 
 _ABOUT = "Keep inference engines in step with a Megatron-Core trainer."
 app = typer.Typer(
     name="weightcast", help=_ABOUT, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+app.command()(commands.recipes)
+app.command()(commands.train)
 
 WRONG_INPUT = 2
 FAILED = 1
@@ -50,9 +53,7 @@ def demo(
         int | None, typer.Option(help="Trainer ranks that share each layer; 2, or 1 on a machine with one GPU.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; a suitable one if none is given.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the report, the logs and the exported model.")] = Path(
-        "out/demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for report, logs and exported model.")] = Path("out/demo"),
 ) -> None:
     """Train with Megatron-Core, stream every version into a running engine, and prove what it holds."""
     from weightcast.adapters.demo.inputs import DemoRequest
@@ -80,7 +81,8 @@ def demo(
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Hugging Face folder, hub id, a config.json alone, or the trainer's YAML file.")
+        str,
+        typer.Argument(help="Hugging Face folder, hub id, config.json, the trainer's YAML file, or a recipe."),
     ],
     tp: Annotated[int | None, typer.Option(help="Tensor parallel size.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline parallel size.")] = None,
@@ -108,14 +110,12 @@ def plan(
     from weightcast.bridges.dry_run import plan_layout
     from weightcast.bridges.dry_run_layout import Layout
     from weightcast.bridges.dry_run_report import as_json, render, render_rank
-    from weightcast.bridges.standalone_inputs import open_bridge
-    from weightcast.trainer.recipe import Recipe, is_recipe, read_recipe
+    from weightcast.trainer.recipe import open_planned
 
     sizes = {"tensor": tp, "pipeline": pp, "virtual": vpp, "stages": stages, "context": cp, "expert": ep}
     given = {name: size for name, size in (sizes | {"expert_tensor": etp}).items() if size is not None}
-    recipe = read_recipe(model) if is_recipe(model) else Recipe(model, {})
-    layout = Layout(**{**recipe.sizes, **given}, world_size=world_size)
-    run = plan_layout(open_bridge(recipe.model), layout)
+    bridge, said = open_planned(model)
+    run = plan_layout(bridge, Layout(**{**said, **given}, world_size=world_size))
     console = Console()
     console.print(render(run, link_gbps))
     if rank is not None:
