@@ -5,7 +5,7 @@ Each method lays the family's rules over the model (a plan) and hands it to impo
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -210,10 +210,21 @@ class BridgeWeights:
     def _save(
         self, model: Model, path: str | Path, show_progress: bool, shard_bytes: int, with_companions: bool
     ) -> None:
-        plan = self._plan_on_all(model)
         extras = self.write_companions if with_companions else None
+        self._save_plan(self._plan_on_all(model), path, show_progress, shard_bytes, extras)
+
+    def _save_plan(
+        self,
+        plan: Plan,
+        path: str | Path,
+        show_progress: bool,
+        shard_bytes: int,
+        write_extras: Callable[[Path], None] | None,
+    ) -> None:
         with progress_bar("saving", len(plan.specs), show_progress) as advance:
-            save_weights(plan, Path(path).absolute(), write_extras=extras, progress=advance, shard_bytes=shard_bytes)
+            save_weights(
+                plan, Path(path).absolute(), write_extras=write_extras, progress=advance, shard_bytes=shard_bytes
+            )
 
     def _plan_on_all(self, model: Model) -> Plan:
         """`plan`; every rank must call it, and all raise when the plan of one cannot be made."""

@@ -88,7 +88,7 @@ class ParameterView:
 class InterleavedView:
     """Views of one shape in turns along dimension `axis`: index 0 of each of them, then index 1 of each."""
 
-    lanes: tuple[ParameterView, ...]
+    lanes: tuple[LiveView, ...]
     axis: int
 
     def __call__(self) -> torch.Tensor:

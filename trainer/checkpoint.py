@@ -25,6 +25,7 @@ from safetensors.torch import save_file as save_safetensors
 
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.config import CheckpointConfig
+from weightcast.trainer.peft.record import check_record, keep_trained, load_trained, write_record
 from weightcast.trainer.state import TrainState, unwrap
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def save_checkpoint(state: TrainState, checkpoint: CheckpointConfig) -> Path:
     dist.barrier()
     if dist.get_rank() == 0:
         _write_synced(work / "trainer.json", json.dumps(_record(state), indent=1))
+        write_record(state.config, state.model, work)
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(work, folder)
@@ -109,10 +111,14 @@ def load_checkpoint(state: TrainState, checkpoint: CheckpointConfig) -> bool:
         )
     record = _read_record(folder)
     _check_same_model(record, state, folder)
+    check_record(state.config, state.model, folder)
     _prepare_adam(state.optimizer)
     loaded = dist_checkpointing.load(_sharded_state(state, loading=True), str(folder))
     for index, chunk in enumerate(state.model):
-        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+        if state.config.peft.is_used:
+            load_trained(unwrap(chunk), loaded[f"model{index}"])
+        else:
+            unwrap(chunk).load_state_dict(loaded[f"model{index}"])
     _load_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(record.scheduler)
     state.step, state.consumed_samples = record.step, record.consumed_samples
@@ -137,6 +143,11 @@ def _sharded_state(state: TrainState, *, loading: bool) -> dict[str, Any]:
         f"model{index}": unwrap(chunk).sharded_state_dict(metadata=dict(CONTENT))
         for index, chunk in enumerate(state.model)
     }
+    if state.config.peft.is_used:
+        sharded = {
+            f"model{index}": keep_trained(unwrap(chunk), sharded[f"model{index}"])
+            for index, chunk in enumerate(state.model)
+        }
     # The optimizer looks its parameters up among the model's, whatever chunk they are in.
     return {**sharded, "optimizer": state.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=CONTENT)}
 

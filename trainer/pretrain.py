@@ -33,6 +33,7 @@ from weightcast.trainer.data.datasets import Splits, open_splits
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.gpt_step import ForwardStep, forward_step
 from weightcast.trainer.loop import StepReport, train
+from weightcast.trainer.peft.leaving import export_folders, make_source
 from weightcast.trainer.publishing import StepPublisher
 from weightcast.trainer.quantizing import quantize_source
 from weightcast.trainer.run_config import write_run_config
@@ -67,7 +68,7 @@ def pretrain(
         _open_splits(cfg, bridge, provider.vocab_size)
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(cfg.logger.events, rank=rank))
-        state = build_state(cfg, provider)
+        state = build_state(cfg, provider, bridge)
         if rank == 0:
             write_run_config(cfg)
         splits = _open_splits(cfg, bridge, provider.vocab_size)
@@ -76,8 +77,9 @@ def pretrain(
         publisher = None
         if cfg.publish.to is not None:
             assert bridge is not None
-            source = quantize_source(bridge.weight_source(state.model), cfg.publish, bridge.hf_config)
-            publisher = stack.enter_context(StepPublisher(source, cfg.publish, events))
+            source, prepare = make_source(cfg, bridge, state.model)
+            source = quantize_source(source, cfg.publish, bridge.hf_config)
+            publisher = stack.enter_context(StepPublisher(source, cfg.publish, events, prepare))
         reports = train(
             state, forward_step_func, splits.train, events, lambda step: _after_step(step, state, publisher, events)
         )
@@ -98,11 +100,10 @@ def _after_step(step: StepReport, state: TrainState, publisher: StepPublisher | 
 
 
 def _export(state: TrainState, bridge: AutoBridge | None, events: EventLog) -> None:
-    folder = state.config.checkpoint.export_hf
-    if folder is not None:
+    if state.config.checkpoint.export_hf is not None or state.config.peft.export_adapter is not None:
         assert bridge is not None
         with events.phase("export", version=state.step):
-            bridge.save_hf_pretrained(state.model, folder)
+            export_folders(state.config, bridge, state.model)
 
 
 def _open_splits(cfg: ConfigContainer, bridge: AutoBridge | None, vocab_size: int) -> Splits:
@@ -122,10 +123,11 @@ def _tokenizer_folder(cfg: ConfigContainer, bridge: AutoBridge | None) -> str:
 
 
 def _check_bridge(cfg: ConfigContainer, bridge: AutoBridge | None) -> None:
-    if bridge is None and (cfg.publish.to is not None or cfg.checkpoint.export_hf is not None):
+    wanting = (cfg.publish.to, cfg.checkpoint.export_hf, cfg.peft.load_adapter, cfg.peft.export_adapter)
+    if bridge is None and any(setting is not None for setting in wanting):
         raise ConfigError(
-            "publish.to and checkpoint.export_hf need the bridge that cfg.model came from: pretrain(cfg, forward_step, "
-            "bridge=bridge), or set cfg.model.hf_path instead of a provider"
+            "publish.to, checkpoint.export_hf, peft.load_adapter and peft.export_adapter need the bridge that cfg.model"
+            " came from: pretrain(cfg, forward_step, bridge=bridge), or set cfg.model.hf_path instead of a provider"
         )
 
 

@@ -9,6 +9,7 @@ quantised source (`quantizing.py`) takes its largest weights first.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
@@ -25,16 +26,23 @@ from weightcast.trainer.reporting import Reporting
 class StepPublisher:
     """Publishes each `publish.every`-th step. Every rank makes one and calls it alike.
 
-    Waits for `publish.wait_for` engines first (rank 0). Raises the errors of `WeightPublisher`, and
-    `DeadlineExceeded` when the engines do not come.
+    `prepare` is called before each version. Waits for `publish.wait_for` engines first (rank 0). Raises the errors of
+    `WeightPublisher`, and `DeadlineExceeded` when the engines do not come.
     """
 
-    def __init__(self, source: WeightSource, publish: PublishConfig, events: EventLog) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        publish: PublishConfig,
+        events: EventLog,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         assert publish.to is not None
         self._config = publish
         self._events = events
         self._is_first_rank = source.rank == 0
         self._quantized = source if isinstance(source, QuantizedSource) else None
+        self._prepare = prepare
         self._pending: tuple[StepReport, Publication, float] | None = None
         with ExitStack() as stack:
             # Reports are alike on all ranks, so one rank tells of them.
@@ -64,6 +72,9 @@ class StepPublisher:
         """Publish the version of `step` and record what became of it. Every rank calls it."""
         start_s = time.monotonic()
         self._finish()
+        if self._prepare is not None:
+            with self._events.phase("publish.prepare", version=step.step):
+                self._prepare()
         if self._quantized is not None:
             with self._events.phase("publish.quantize", version=step.step):
                 self._quantized.prepare()

@@ -14,6 +14,8 @@ from weightcast.trainer.checks.model import check_provider
 from weightcast.trainer.config import ConfigContainer, ModelConfig
 from weightcast.trainer.model_source import open_model
 from weightcast.trainer.optim import make_ddp_config, make_optimizer, make_scheduler
+from weightcast.trainer.peft.prepare import freeze_settings, prepare_hook
+from weightcast.trainer.peft.schemes import check_adapter_folder, make_method
 from weightcast.trainer.precision import apply_precision
 
 
@@ -45,13 +47,17 @@ def make_provider(config: ConfigContainer, bridge: AutoBridge | None) -> tuple[A
 
     Makes no process group. Raises `ConfigError` for settings that do not fit the model.
     """
+    check_adapter_folder(config.peft)
     if isinstance(config.model, ModelConfig):
-        bridge, provider = open_model(config.model)
+        loads = config.checkpoint.pretrained_checkpoint is None
+        bridge, provider = open_model(config.model, load_weights=loads)
     else:
         provider = config.model
     provider.seed = config.rng.seed
     apply_precision(config.mixed_precision, provider)
     check_provider(config, provider)
+    make_method(config.peft, provider)  # for its errors
+    freeze_settings(config, provider)
     provider.finalize()
     if config.dataset.seq_length > provider.seq_length:
         raise ConfigError(
@@ -61,10 +67,15 @@ def make_provider(config: ConfigContainer, bridge: AutoBridge | None) -> tuple[A
     return provider, bridge
 
 
-def build_state(config: ConfigContainer, provider: Any) -> TrainState:
-    """Model, optimizer and schedule at step 0. Every rank calls it; a collective that makes what groups are missing."""
+def build_state(config: ConfigContainer, provider: Any, bridge: AutoBridge | None = None) -> TrainState:
+    """Model, optimizer and schedule at step 0. Every rank calls it; a collective that makes what groups are missing.
+
+    `bridge` is needed for `peft.load_adapter` alone.
+    """
     initialize_distributed(timeout_s=config.dist.distributed_timeout_minutes * 60)
-    model = provider.provide_distributed_model(ddp_config=make_ddp_config(config), wrap_with_ddp=True)
+    model = provider.provide_distributed_model(
+        ddp_config=make_ddp_config(config), wrap_with_ddp=True, pre_wrap_hook=prepare_hook(config, bridge)
+    )
     optimizer = make_optimizer(config, model)
     return TrainState(config, provider, model, optimizer, make_scheduler(config, optimizer))
 

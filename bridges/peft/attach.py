@@ -1,5 +1,6 @@
 """Attaching: find the linears that a recipe wants, freeze the model, and give each of them its factors."""
 
+import difflib
 import math
 import zlib
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from weightcast.bridges.layers.linears import with_frozen_weight
 from weightcast.bridges.layers.mtp import INNER_LAYER, INNER_MODULE
 from weightcast.bridges.peft.factors import LowRank, PartRows, SplitLowRank
 from weightcast.bridges.peft.layers import Adaptation, adapted_class, adapted_linears
-from weightcast.bridges.peft.names import GATE_UP_PARTS, QKV_PARTS, applies, fused_target, matches
+from weightcast.bridges.peft.names import GATE_UP_PARTS, PARTS, QKV_PARTS, applies, fused_target, matches
 from weightcast.bridges.peft.placement import Placement, read_placement
 from weightcast.bridges.peft.state import AdapterState
 from weightcast.bridges.rules import FusedQkv, GatedMlp, ModelDimensions
@@ -66,10 +67,11 @@ def _named_linears(chunk: MegatronModule) -> Iterator[tuple[str, Any]]:
     """The chunk's linears by their names in the whole model, with its numbers of layers and experts."""
     for path, module in chunk.named_modules():
         if path.rpartition(".")[2].startswith("linear_"):
-            yield _whole_name(chunk, path), module
+            yield whole_name(chunk, path), module
 
 
-def _whole_name(chunk: nn.Module, path: str) -> str:
+def whole_name(chunk: nn.Module, path: str) -> str:
+    """The name in the whole model of the module at `path` in a bare chunk: with its numbers of layers and experts."""
     words: list[str] = []
     module: Any = chunk
     before: Any = chunk
@@ -109,8 +111,10 @@ def _check_targets(recipe: "LoRA", names: list[str]) -> None:
     for target, hit in zip(recipe.target_modules, hits.tolist(), strict=False):
         if not hit:
             last = sorted({linear.rpartition(".")[2] for linear in linears})
+            near = difflib.get_close_matches(target, [*last, *PARTS, *linears], n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise ConfigError(
-                f"target_modules names {target!r}, which is no linear of the model; it has {', '.join(last)} "
+                f"target_modules names {target!r}, which is no linear of the model; {hint}it has {', '.join(last)} "
                 f"({linears[0] if linears else 'none here'}, ...)"
             )
 
@@ -190,8 +194,11 @@ def _mark_parameters(pair: LowRank, placement: Placement, weight: Any) -> None:
     parameters: list[Any] = list(pair.parameters())
     for parameter in parameters:
         parameter.allreduce = getattr(weight, "allreduce", True)
+        # Norms count a whole parameter on the first rank of the dense layers' group alone (megatron-core 0.16.1),
+        # which is wrong for experts: with fewer ranks to an expert, each of the group has experts of its own.
+        counted_here = not parameter.allreduce and placement.rank == 0
         is_cut = any(parameter is other for other in cut)
         dim = (0 if placement.cut == "rows" else 1) if is_cut else -1
-        set_tensor_model_parallel_attributes(parameter, is_cut, dim, 1)
+        set_tensor_model_parallel_attributes(parameter, is_cut or counted_here, dim, 1)
         if not is_cut:
             parameter.sequence_parallel = placement.sequence_parallel

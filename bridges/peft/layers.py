@@ -84,14 +84,27 @@ def adapted_linears(modules: Iterable[nn.Module]) -> Iterator[AdaptedLinear]:
     return (part for module in modules for part in module.modules() if isinstance(part, AdaptedLinear))
 
 
-def merged_weight(linear: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight with its update, on this rank, computed in `dtype`. A collective for DoRA on a row-parallel linear."""
+def merged_weight(
+    linear: AdaptedLinear, dtype: torch.dtype = torch.float32, norms: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weight with its update, on this rank, computed in `dtype`.
+
+    Without `norms`, those of `merged_norms`, it is a collective for DoRA on a row-parallel linear.
+    """
     adaptation = linear.adaptation
     whole = linear.weight.detach().to(dtype) + linear.adapter.update(dtype).detach()
     if not adaptation.use_dora:
         return whole
-    norms = adaptation.placement.row_norms(whole)
+    norms = adaptation.placement.row_norms(whole) if norms is None else norms
     return (linear.adapter.magnitude(norms).detach().to(dtype) / norms).view(-1, 1) * whole
+
+
+def merged_norms(linear: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+    """What DoRA divides the rows by, where ranks must sum for it: [num_out], a collective. None elsewhere."""
+    placement = linear.adaptation.placement
+    if not linear.adaptation.use_dora or placement.cut != "columns" or placement.size == 1:
+        return None
+    return placement.row_norms(linear.weight.detach().to(dtype) + linear.adapter.update(dtype).detach())
 
 
 def _unpack(result: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:

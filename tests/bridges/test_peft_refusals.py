@@ -93,7 +93,7 @@ def test_dropout_is_of_training_only(bridge: AutoBridge) -> None:
 
 
 def test_a_target_that_is_not_there_is_refused(bridge: AutoBridge) -> None:
-    with pytest.raises(ConfigError, match=r"'linear_qvk', which is no linear of the model; it has linear_fc1"):
+    with pytest.raises(ConfigError, match=r"'linear_qvk', which is no linear of the model; did you mean 'linear_qkv'"):
         build(bridge, LoRA(target_modules=["linear_proj", "linear_qvk"]))
 
 

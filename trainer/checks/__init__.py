@@ -10,6 +10,7 @@ as a `ConfigError` that says what to change.
 from weightcast.trainer.checks.files import check_checkpoint, check_data
 from weightcast.trainer.checks.layout import Layout, check_layout, check_model
 from weightcast.trainer.checks.model import check_recompute
+from weightcast.trainer.checks.peft import check_peft
 from weightcast.trainer.checks.publish import check_publish
 from weightcast.trainer.checks.training import check_training, decay_iters
 from weightcast.trainer.config import ConfigContainer
@@ -26,4 +27,5 @@ def check_config(config: ConfigContainer, *, world_size: int) -> Layout:
     check_data(config)
     check_checkpoint(config)
     check_publish(config, world_size)
+    check_peft(config)
     return layout

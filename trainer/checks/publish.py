@@ -31,7 +31,9 @@ def check_publish(config: ConfigContainer, world_size: int) -> None:
     check_choice("publish.quantize", publish.quantize, QUANTIZE)
     if publish.quantize != "none" and publish.to is None:
         raise ConfigError("publish.quantize is set and publish.to is not: say at which address engines subscribe")
-    if publish.quantize == "none" and (publish.modules_to_not_convert or publish.engine_config is not None):
+    told_of_adapter = publish.peft == "adapter" and not publish.modules_to_not_convert
+    given = publish.modules_to_not_convert or publish.engine_config is not None
+    if publish.quantize == "none" and given and not told_of_adapter:
         raise ConfigError(
             "publish.modules_to_not_convert and publish.engine_config are for quantised publishing: set "
             "publish.quantize to fp8_block or fp8_tensor, or leave them out"

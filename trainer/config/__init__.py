@@ -17,6 +17,7 @@ from weightcast.trainer.config.data import DatasetConfig, TokenizerConfig
 from weightcast.trainer.config.logger import LoggerConfig
 from weightcast.trainer.config.model import ModelConfig
 from weightcast.trainer.config.optimization import DistributedDataParallelConfig, OptimizerConfig, SchedulerConfig
+from weightcast.trainer.config.peft import PeftConfig
 from weightcast.trainer.config.publish import PublishConfig, delta_mode
 from weightcast.trainer.config.training import DistributedInitConfig, RNGConfig, TrainConfig
 
@@ -29,6 +30,7 @@ __all__ = [
     "LoggerConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PeftConfig",
     "PublishConfig",
     "RNGConfig",
     "SchedulerConfig",
@@ -53,6 +55,7 @@ class ConfigContainer:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     mixed_precision: str | None = None
     """`bf16_mixed` (bf16 weights, fp32 masters), `fp32`, or null for what the checkpoint's dtype says; with Transformer

@@ -18,5 +18,9 @@ class CheckpointConfig:
     """Newest checkpoints that are kept; older ones are removed after a new one is whole."""
     load: str | None = None
     """Folder to resume from. If it is also `save` and holds nothing yet, training starts afresh."""
+    pretrained_checkpoint: str | None = None
+    """Training run's folder, or Megatron checkpoint, of the weights to start from instead of `model.hf_path`'s; with
+    `peft` the base's. Weights alone are taken, of any layout; `load` resumes."""
     export_hf: str | None = None
-    """Folder that the trained model is written into as a Hugging Face checkpoint, after the last step."""
+    """Folder that the trained model is written into as a Hugging Face checkpoint, after the last step; adapters are
+    merged in it."""

@@ -32,6 +32,9 @@ class PublishConfig:
     """Port on which rank 0 answers Prometheus at `/metrics` (0: a free one, which is logged); null answers nobody."""
     metrics_host: str = "127.0.0.1"
     """Address of this machine for `metrics_port`. Whoever reaches it may read the metrics."""
+    peft: str = "merged"
+    """Of a run with adapters: `merged`, whole weights as engines without adapters know them; or `adapter`, the adapter
+    alone under the names of a PEFT folder."""
     quantize: str = "none"
     """`none`; `fp8_block` (FP8 with a scale for each 128 x 128, as DeepSeek's and Qwen's checkpoints); or `fp8_tensor`
     (one scale a matrix): what vLLM would make of the weights itself, made here, at half the bytes."""
@@ -39,7 +42,8 @@ class PublishConfig:
     """Modules to publish as they are besides embeddings, norms, routers and output layers: names, parts of them in
     whole words, or patterns with `*`."""
     engine_config: str | None = None
-    """File for what an engine must be told to read FP8, as JSON for its `--hf-overrides` or `config.json`."""
+    """File for what an engine must be told to read FP8, as JSON for its `--hf-overrides` or `config.json`; with
+    `peft=adapter` for the adapter's `adapter_config.json`."""
 
 
 def delta_mode(publish: PublishConfig) -> str:
