@@ -120,8 +120,11 @@ def test_experts_are_ungrouped_where_they_are_adapted(words: list[str], grouped:
 
 def test_default_targets_of_latent_attention() -> None:
     latent = SimpleNamespace(multi_latent_attention=True, q_lora_rank=None)
-    own = ("linear_q_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
-    assert default_targets(LoRA, latent) == (*own, "linear_fc1", "linear_fc2")
+    common = ("linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
+    assert default_targets(LoRA, latent) == ("linear_q_proj", *common, "linear_fc1", "linear_fc2")
     latent.q_lora_rank = 24
-    own = ("linear_q_down_proj", "linear_q_up_proj", *own[1:])
-    assert default_targets(CanonicalLoRA, latent) == (*own, "linear_fc1_up", "linear_fc1_gate", "linear_fc2")
+    query = ("linear_q_down_proj", "linear_q_up_proj")
+    assert default_targets(CanonicalLoRA, latent) == (
+        *(*query, *common),
+        *("linear_fc1_up", "linear_fc1_gate", "linear_fc2"),
+    )
