@@ -14,6 +14,7 @@ from tests.trainer.runs import words_for
 # After weightcast, which holds back Megatron's import-time notices.
 from megatron.core import dist_checkpointing  # isort: skip
 
+TWO, FOUR = "train.train_iters=2", "train.train_iters=4"
 TP2 = "model.tensor_model_parallel_size=2"
 LORA = ("peft.scheme=lora", "peft.dim=4")
 DORA = ("peft.scheme=dora", "peft.dim=4", "peft.dropout=0.1", "mixed_precision=bf16_mixed")
@@ -36,14 +37,13 @@ def words(qwen3: Path, texts: list[Path], folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def before(words: list[str], folder: Path) -> dict[str, Any]:
     """Whole runs, and runs that stop half-way."""
-    six, three = "train.train_iters=6", "train.train_iters=3"
     saves_base = (f"checkpoint.save={folder / 'base'}", f"checkpoint.export_hf={folder / 'hf'}")
     both = (f"checkpoint.save={folder / 'own'}", f"checkpoint.export_hf={folder / 'own-merged'}")
     return _run(
         {
-            "dora six": [*DORA, TP2, six, f"peft.export_adapter={folder / 'six'}"],
-            "dora three": [*DORA, TP2, three, f"checkpoint.save={folder / 'dora'}"],
-            "base": ["train.train_iters=2", *saves_base],
+            "dora four": [*DORA, TP2, FOUR, f"peft.export_adapter={folder / 'four'}"],
+            "dora two": [*DORA, TP2, TWO, f"checkpoint.save={folder / 'dora'}"],
+            "base": [TWO, *saves_base],
             "first layer": [*FIRST_LAYER],
             "own": [*OWN, *both],
         },
@@ -58,22 +58,22 @@ def after(before: dict[str, Any], words: list[str], texts: list[Path], qwen3: Pa
     assert all("error" not in found for found in before.values()), before
     other = write_tiny_model("llama2", folder / "other")
     resumes = (f"checkpoint.load={folder / 'dora'}", f"peft.export_adapter={folder / 'resumed'}")
-    six, base = "train.train_iters=6", f"checkpoint.pretrained_checkpoint={folder / 'base'}"
+    base = f"checkpoint.pretrained_checkpoint={folder / 'base'}"
     return _run(
         {
-            "dora": [*DORA, TP2, six, *resumes],
-            "from base": [*LORA, TP2, base],
-            "from hf": [*LORA, f"model.hf_path={folder / 'hf'}", f"tokenizer.tokenizer_model={qwen3}"],
-            "own": [*OWN, six, f"checkpoint.load={folder / 'own'}"],
+            "dora": [*DORA, TP2, FOUR, *resumes],
+            "from base": [*LORA, TP2, TWO, base],
+            "from hf": [*LORA, TWO, f"model.hf_path={folder / 'hf'}", f"tokenizer.tokenizer_model={qwen3}"],
+            "own": [*OWN, "train.train_iters=5", f"checkpoint.load={folder / 'own'}"],
             "whole into adapters": [*LORA, f"checkpoint.load={folder / 'base'}"],
             "adapters into whole": [f"checkpoint.load={folder / 'dora'}"],
             "other settings": [*DORA, "peft.dim=8", f"checkpoint.load={folder / 'dora'}"],
             "adapters as base": [*LORA, f"checkpoint.pretrained_checkpoint={folder / 'dora'}"],
             "no base": [*LORA, f"checkpoint.pretrained_checkpoint={folder / 'nowhere'}"],
             "base of another": [*LORA, f"model.hf_path={other}", base],
-            "adapter of another": [f"model.hf_path={other}", f"peft.load_adapter={folder / 'six'}"],
+            "adapter of another": [f"model.hf_path={other}", f"peft.load_adapter={folder / 'four'}"],
             "no adapter": [f"peft.load_adapter={folder / 'nowhere'}"],
-            "other adapter": [*LORA, f"peft.load_adapter={folder / 'six'}"],
+            "other adapter": [*LORA, f"peft.load_adapter={folder / 'four'}"],
             "no such target": [*LORA, "peft.target_modules=[linear_qv]"],
         },
         words,
@@ -89,19 +89,19 @@ def _run(given: dict[str, list[str]], words: list[str], more: Runs | None = None
 
 
 def test_resume_is_exact(before: dict[str, Any], after: dict[str, Any], folder: Path) -> None:
-    whole, resumed = before["dora six"], after["dora"]
+    whole, resumed = before["dora four"], after["dora"]
     assert "error" not in resumed, resumed
-    assert before["dora three"]["losses"] == whole["losses"][:3]
-    assert resumed["losses"] == whole["losses"][3:]
-    assert resumed["grad_norms"] == whole["grad_norms"][3:]
-    ours, theirs = (load_file(folder / name / "adapter_model.safetensors") for name in ("resumed", "six"))
+    assert before["dora two"]["losses"] == whole["losses"][:2]
+    assert resumed["losses"] == whole["losses"][2:]
+    assert resumed["grad_norms"] == whole["grad_norms"][2:]
+    ours, theirs = (load_file(folder / name / "adapter_model.safetensors") for name in ("resumed", "four"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_a_checkpoint_holds_adapters_alone(before: dict[str, Any], folder: Path) -> None:
     assert before
-    saved = folder / "dora" / "iter_0000003"
+    saved = folder / "dora" / "iter_0000002"
     assert (saved / "peft.json").is_file()
     keys = set(dist_checkpointing.load_tensors_metadata(str(saved)))
     assert "decoder.layers.3.mlp.linear_fc2.adapter.linear_in.weight" in keys
