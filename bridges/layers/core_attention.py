@@ -6,6 +6,7 @@ scale, and separate key and value head dimensions (`k_channels`, `v_channels`, a
 scores (Gemma 2) and attention sinks (gpt-oss) are computed one by one in `explicit_attention`.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -143,19 +144,52 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Query [s, batch, heads, k], key [t, batch, groups, k], value [t, batch, groups, v] to [s, batch, heads * v].
 
+        With `packed_seq_params` (format thd) the tensors have no batch dimension, and each of the sequences that stand
+        end to end in them sees itself alone; gives [s, 1, heads * v] then.
         `attention_mask` is bool, broadcastable to [batch, 1, s, t], True where a query must not see a key; it is
         applied on top of the causal mask and the window. Under context parallelism all tensors are of this rank's
         tokens, the mask's t is that of the whole sequence, and the call is a collective.
         """
-        if packed_seq_params is not None or attention_bias is not None:
+        if attention_bias is not None:
             raise ConfigError(
-                "packed sequences and attention bias are not supported without Transformer Engine; pass an attention "
-                "mask instead, or install transformer-engine"
+                "attention bias is not supported without Transformer Engine; pass an attention mask instead, or "
+                "install transformer-engine"
             )
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
+        if packed_seq_params is not None:
+            lengths = self._lengths_of_packed(packed_seq_params, len(query), attention_mask)
+            pieces = [query[:, None].split(lengths), key[:, None].split(lengths), value[:, None].split(lengths)]
+            return torch.cat([self._attend(q, k, v, None, mask_type) for q, k, v in zip(*pieces, strict=True)])
         if self.context_group is not None:
             _refuse_cached_keys(len(query), len(key))
             key, value = gather_sequence(key, self.context_group), gather_sequence(value, self.context_group)
+        return self._attend(query, key, value, attention_mask, mask_type)
+
+    def _lengths_of_packed(
+        self, packed: PackedSeqParams, num_tokens: int, attention_mask: torch.Tensor | None
+    ) -> list[int]:
+        """Tokens of each of the packed sequences."""
+        bounds = packed.cu_seqlens_q.tolist()
+        padded = (packed.cu_seqlens_q_padded, packed.cu_seqlens_kv_padded)
+        plain = all(part is None or part.tolist() == bounds for part in (packed.cu_seqlens_kv, *padded))
+        if self.context_group is not None or attention_mask is not None or packed.qkv_format != "thd" or not plain:
+            raise ConfigError(
+                "without Transformer Engine packed sequences are of the format thd, without context parallelism, a "
+                "mask or padding between them: drop these, or install transformer-engine"
+            )
+        if bounds[0] != 0 or bounds[-1] != num_tokens:
+            raise ConfigError(f"cu_seqlens_q goes from {bounds[0]} to {bounds[-1]}, and there are {num_tokens} tokens")
+        return [end - start for start, end in pairwise(bounds)]
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        mask_type: AttnMaskType,
+    ) -> torch.Tensor:
+        """Attention of one batch of sequences; shapes as in `forward`."""
         mask = self._mask(query, key, attention_mask, mask_type)
         dropout = self.dropout if self.training else 0.0
         if mask is not None and query.is_cuda and not self._is_explicit:

@@ -21,6 +21,7 @@ from weightcast.bridges.layers.rope import Rope, RopeEmbedding, RopePerKindOfLay
 from weightcast.sync.errors import ConfigError
 
 # After weightcast, which holds back Megatron's import-time notices.
+from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
 
@@ -156,8 +157,52 @@ def test_what_attention_does_not_compute_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"softmax_type='off-by-one'.*'vanilla'"):
         attention(softmax_type="off-by-one")
     q = random(6, 2, 4, 8)
-    with pytest.raises(ConfigError, match=r"packed sequences.*mask"):
-        attention()(q, q[:, :, :2], q[:, :, :2], None, packed_seq_params=object())
+    with pytest.raises(ConfigError, match=r"attention bias.*mask"):
+        attention()(q, q[:, :, :2], q[:, :, :2], None, attention_bias=q)
+
+
+def packed(bounds: list[int], **changed: Any) -> PackedSeqParams:
+    boundaries = torch.tensor(bounds, dtype=torch.int32)
+    given = {"qkv_format": "thd", "cu_seqlens_q": boundaries, "cu_seqlens_kv": boundaries} | changed
+    return PackedSeqParams(**given)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, (2, 0)])
+@pytest.mark.parametrize("bounds", [[0, 7], [0, 3, 7], [0, 1, 2, 6, 7]])
+def test_packed_sequences_see_themselves_alone(
+    bounds: list[int], window: tuple[int, int] | None, softcap: float | None
+) -> None:
+    """The same output and gradients as with a mask over the whole that parts them."""
+    module = attention(window_size=window)
+    module.softcap = softcap
+    results = []
+    for is_packed in (True, False):
+        q, k, v = (part.requires_grad_() for part in (random(7, 1, 4, 8), random(7, 1, 2, 8), random(7, 1, 2, 8)))
+        document = torch.bucketize(torch.arange(7), torch.tensor(bounds[1:]), right=True)
+        if is_packed:
+            out = module(q.squeeze(1), k.squeeze(1), v.squeeze(1), None, packed_seq_params=packed(bounds))
+        else:
+            out = module(q, k, v, (document[:, None] != document[None, :])[None, None])
+        out.square().sum().backward()
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (packed([0, 3, 6]), "goes from 0 to 6, and there are 7 tokens"),
+        (packed([0, 7], qkv_format="sbhd"), "of the format thd"),
+        (packed([0, 7], cu_seqlens_kv=torch.tensor([0, 3, 7])), "padding between them"),
+        (packed([0, 7], cu_seqlens_q_padded=torch.tensor([0, 8])), "padding between them"),
+    ],
+)
+def test_packing_that_attention_does_not_compute_is_refused(params: PackedSeqParams, message: str) -> None:
+    q = random(7, 4, 8)
+    with pytest.raises(ConfigError, match=message):
+        attention()(q, q[:, :2], q[:, :2], None, packed_seq_params=params)
 
 
 class _Group:
