@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
+import weightcast.bridges.quiet_megatron  # noqa: F401  (first: Megatron's import-time notices)
 from weightcast.trainer.data.samples import Batch
+
+from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 ForwardStep = Callable[[Iterator[Batch], Any], tuple[torch.Tensor, LossFunction]]
@@ -28,8 +31,20 @@ def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tens
     """
     batch = next(data_iterator).to(next(model.parameters()).device)
     # No mask tensor: the attention of every supported layer spec is causal by itself.
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    packed = {} if batch.cu_seqlens is None else {"packed_seq_params": packed_seq_params(batch)}
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, **packed)
     return output, partial(masked_loss, batch.loss_mask)
+
+
+def packed_seq_params(batch: Batch) -> PackedSeqParams:
+    """What attention and rotary embeddings are told of a packed batch, in the terms of Transformer Engine's `thd`."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
 
 
 def masked_loss(

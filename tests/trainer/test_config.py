@@ -15,6 +15,8 @@ from weightcast.trainer.checks import check_config
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.overrides import known_keys, load_config, save_config
 
+SFT = ("dataset.kind=sft", "dataset.dataset_name=x")
+
 
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
@@ -157,7 +159,21 @@ def test_layout_is_worked_out() -> None:
         (["publish.quantize=fp8_block"], 1, "publish.quantize is set and publish.to is not"),
         (["publish.modules_to_not_convert=[mlp.down_proj]"], 1, "are for quantised publishing"),
         (["publish.engine_config=x.json"], 1, "are for quantised publishing"),
-        (["dataset.kind=mok"], 1, "dataset.kind='mok' is not one of: text, mock"),
+        (["dataset.kind=mok"], 1, "dataset.kind='mok' is not one of: text, mock, sft"),
+        (["dataset.kind=mock", f"dataset.files=[{__file__}]"], 1, "dataset.files is for dataset.kind=text or sft"),
+        (
+            ["dataset.packed_sequence=true"],
+            1,
+            "dataset.packed_sequence is for dataset.kind=sft, and the kind is 'text'",
+        ),
+        (["dataset.split='0,1'"], 1, "such as 9999,8,2"),
+        (["dataset.kind=sft"], 1, "needs either dataset.files or dataset.dataset_name"),
+        ([*SFT, f"dataset.files=[{__file__}]"], 1, "and not both"),
+        ([*SFT, "dataset.too_long=cut"], 1, "dataset.too_long='cut' is not one of: truncate, drop, refuse"),
+        ([*SFT, "dataset.prompt_template='{output} {input}'"], 1, "must end with {output} and have it once"),
+        ([*SFT, "dataset.val_proportion=0.5", "dataset.test_proportion=0.5"], 1, "leave something to train on"),
+        ([*SFT, "dataset.val_proportion=0.5", f"dataset.validation_files=[{__file__}]"], 1, "keep one of them"),
+        ([*SFT, "dataset.packed_sequence=true", "train.micro_batch_size=2"], 1, "needs train.micro_batch_size=1"),
         (["dataset.files=[/nowhere/a.txt]"], 1, "there is no file '/nowhere/a.txt'"),
     ],
 )

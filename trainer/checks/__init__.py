@@ -7,7 +7,8 @@ as a `ConfigError` that says what to change.
     layout.num_microbatches
 """
 
-from weightcast.trainer.checks.files import check_checkpoint, check_data
+from weightcast.trainer.checks.data import check_data
+from weightcast.trainer.checks.files import check_checkpoint
 from weightcast.trainer.checks.layout import Layout, check_layout, check_model
 from weightcast.trainer.checks.model import check_recompute
 from weightcast.trainer.checks.peft import check_peft

@@ -7,17 +7,20 @@ it once before the others do; what it returns is the same on every rank.
     splits.train.of_step(consumed_samples=0, data_parallel_rank=0, data_parallel_size=1)
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightcast.sync.errors import ConfigError
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.data.mock import MockSamples
-from weightcast.trainer.data.packing import load_or_pack
+from weightcast.trainer.data.packing import check_tokens_fit, load_or_pack
 from weightcast.trainer.data.samples import Batches, Samples
+from weightcast.trainer.data.sft.splits import open_sft
 from weightcast.trainer.data.text import choose_files
-from weightcast.trainer.data.text_samples import TextSamples
+from weightcast.trainer.data.text_samples import text_splits
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ def open_splits(config: ConfigContainer, *, vocab_size: int, tokenizer_folder: C
         return Batches(samples, micro_batch_size=train.micro_batch_size, global_batch_size=train.global_batch_size)
 
     training, *held_out = _open_samples(config, vocab_size, tokenizer_folder)
+    if config.dataset.split is not None and None in held_out:
+        logger.warning("dataset.split=%s: validation or test has no whole sample", config.dataset.split)
     train = batches(training)
     assert train is not None
     return Splits(train, *map(batches, held_out))
@@ -54,28 +59,23 @@ def _open_samples(
     room = vocab_size if config.tokenizer.vocab_size is None else min(vocab_size, config.tokenizer.vocab_size)
     if config.dataset.kind == "mock":
         return _mock_samples(config, room, 0), _mock_samples(config, room, 1), _mock_samples(config, room, 2)
-    return _text_samples(config, room, tokenizer_folder()), None, None
+    if config.dataset.kind == "sft":
+        return open_sft(config, tokenizer_folder(), cache_folder(config, "sft"), vocab_size=room)
+    return _text_samples(config, room, tokenizer_folder())
 
 
 def _mock_samples(config: ConfigContainer, room: int, split: int) -> MockSamples:
     return MockSamples(vocab_size=room, seq_length=config.dataset.seq_length, seed=config.rng.seed, split=split)
 
 
-def _text_samples(config: ConfigContainer, room: int, tokenizer_folder: str) -> TextSamples:
+def _text_samples(
+    config: ConfigContainer, room: int, tokenizer_folder: str
+) -> tuple[Samples, Samples | None, Samples | None]:
     stream = load_or_pack(choose_files(config.dataset), tokenizer_folder, cache_folder(config, "tokens"))
     check_tokens_fit(stream.record.max_token_id, room, stream.record.tokenizer)
-    return TextSamples(stream, seq_length=config.dataset.seq_length, seed=config.rng.seed)
+    return text_splits(stream, seq_length=config.dataset.seq_length, seed=config.rng.seed, split=config.dataset.split)
 
 
 def cache_folder(config: ConfigContainer, kind: str) -> Path:
     """Where what is made once of the data is kept."""
     return Path(config.dataset.cache_dir) if config.dataset.cache_dir else Path.home() / ".cache/weightcast" / kind
-
-
-def check_tokens_fit(max_token_id: int, room: int, source: str) -> None:
-    """Raise `ConfigError` when the model has no embedding for a token."""
-    if max_token_id >= room:
-        raise ConfigError(
-            f"the tokenizer of {source} gives token {max_token_id}, and the model has "
-            f"{room}: name the model's own tokenizer with tokenizer.tokenizer_model"
-        )

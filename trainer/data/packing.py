@@ -8,11 +8,7 @@ tokenizer that changed gives another folder; it is written beside its place and 
     stream.tokens[:8]
 """
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,19 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightcast.sync.errors import ConfigError
+from weightcast.trainer.data.cache import file_sha256, key_of, make_once, tokenizer_sha256
 from weightcast.trainer.data.text import read_document
 
 FORMAT = 1
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "config.json",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +55,14 @@ def load_or_pack(files: Sequence[Path], tokenizer_folder: str, cache_dir: Path) 
     """
     if not files:
         raise ConfigError("no text: dataset.files is empty; name at least one file")
-    shas = [_sha256(path) for path in files]
-    tokenizer_sha = _tokenizer_sha256(tokenizer_folder)
-    key = hashlib.sha256("\n".join([str(FORMAT), tokenizer_sha, *shas]).encode()).hexdigest()[:32]
-    folder = cache_dir / key
-    if not folder.is_dir():
-        _write_atomically(folder, files, shas, tokenizer_folder, tokenizer_sha)
-    return _open(folder)
+    shas = [file_sha256(path) for path in files]
+    tokenizer_sha = tokenizer_sha256(tokenizer_folder)
+
+    def write(folder: Path) -> None:
+        record = _write_stream(folder, files, shas, tokenizer_folder, tokenizer_sha)
+        (folder / "index.json").write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+
+    return _open(make_once(cache_dir / key_of(str(FORMAT), tokenizer_sha, *shas), write))
 
 
 def _open(folder: Path) -> TokenStream:
@@ -84,23 +72,6 @@ def _open(folder: Path) -> TokenStream:
     if len(tokens) != record.num_tokens or len(starts) != len(record.files):
         raise ConfigError(f"the token stream in {folder} is damaged: remove the folder, and it is made again")
     return TokenStream(tokens, starts, record)
-
-
-def _write_atomically(
-    folder: Path, files: Sequence[Path], shas: Sequence[str], tokenizer_folder: str, tokenizer_sha: str
-) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    try:
-        record = _write_stream(work, files, shas, tokenizer_folder, tokenizer_sha)
-        (work / "index.json").write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have put the same stream there first
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_stream(
@@ -155,16 +126,10 @@ def load_tokenizer(folder: str) -> Any:
         ) from error
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-
-
-def _tokenizer_sha256(folder: str) -> str:
-    """A hash of the files that decide how text becomes tokens; of the hub id where `folder` is not a folder."""
-    names = [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
-    sums = [f"{name} {_sha256(Path(folder) / name)}" for name in names]
-    return hashlib.sha256("\n".join(sums or [folder]).encode()).hexdigest()
+def check_tokens_fit(max_token_id: int, room: int, source: str) -> None:
+    """Raise `ConfigError` when the model has no embedding for a token."""
+    if max_token_id >= room:
+        raise ConfigError(
+            f"the tokenizer of {source} gives token {max_token_id}, and the model has "
+            f"{room}: name the model's own tokenizer with tokenizer.tokenizer_model"
+        )

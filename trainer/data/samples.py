@@ -27,6 +27,8 @@ class Sample:
     loss_mask: NDArray[np.float32]
     """1 where the label counts."""
     position_ids: NDArray[np.int64]
+    cu_seqlens: NDArray[np.int32] | None = None
+    """Of a sample that is packed, where each of its sequences starts, and the end."""
 
 
 class Samples(Protocol):
@@ -51,13 +53,17 @@ class Batch:
     loss_mask: torch.Tensor
     """float32, 1 where the label counts."""
     position_ids: torch.Tensor
-    """int64, 0 … seq_length - 1."""
+    """int64, 0 … seq_length - 1; of packed sequences, from 0 in each."""
+    cu_seqlens: torch.Tensor | None = None
+    """Where sequences that are packed into the one row start, and the end: int32 [sequences + 1]; else None."""
+    max_seqlen: int | None = None
+    """Tokens of the longest of these."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(
-            self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device), self.position_ids.to(device)
-        )
+        tensors = (self.tokens, self.labels, self.loss_mask, self.position_ids)
+        boundaries = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Batch(*(tensor.to(device) for tensor in tensors), boundaries, self.max_seqlen)
 
 
 class Batches:
@@ -113,10 +119,13 @@ class EpochOrder:
 
 
 def collate(rows: list[Sample]) -> Batch:
-    """The micro-batch whose rows these are."""
-    return Batch(
-        torch.from_numpy(np.stack([row.tokens for row in rows])),
-        torch.from_numpy(np.stack([row.labels for row in rows])),
-        torch.from_numpy(np.stack([row.loss_mask for row in rows])),
-        torch.from_numpy(np.stack([row.position_ids for row in rows])),
-    )
+    """The micro-batch whose rows these are; a packed sample is one alone."""
+    tensors = [
+        torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+        for name in ("tokens", "labels", "loss_mask", "position_ids")
+    ]
+    boundaries = rows[0].cu_seqlens
+    if boundaries is None:
+        return Batch(*tensors)
+    assert len(rows) == 1, "a packed sample is a micro-batch of its own; see check_data"
+    return Batch(*tensors, torch.from_numpy(boundaries), int(np.diff(boundaries).max()))
