@@ -1,18 +1,14 @@
-"""Saving and resuming a run, with Megatron-Core's `dist_checkpointing`.
+"""What a checkpoint holds, and resuming from it, with Megatron-Core's `dist_checkpointing`.
 
 A checkpoint is a folder `iter_0000003`: model and optimizer in Megatron's `torch_dist` format (which another layout
 of ranks can read), `trainer.json` (step, data position, learning-rate schedule, what model this is) and each rank's
-random states. It is written under another name and renamed when whole, then the record
-`latest_checkpointed_iteration.txt` moves on; an interrupted save leaves the earlier checkpoints as they were.
+random states. `saving.py` writes them.
 
-    save_checkpoint(state, cfg.checkpoint)
-    resumed = load_checkpoint(state, cfg.checkpoint)
+    load_checkpoint(state, find_latest(cfg.checkpoint.load))
 """
 
 import json
 import logging
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +17,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from safetensors.torch import load_file
-from safetensors.torch import save_file as save_safetensors
 
 from weightcast.sync.errors import ConfigError
-from weightcast.trainer.config import CheckpointConfig
-from weightcast.trainer.peft.record import check_record, keep_trained, load_trained, write_record
+from weightcast.trainer.peft.record import check_record, keep_trained, load_trained
 from weightcast.trainer.state import TrainState, unwrap
 
 logger = logging.getLogger(__name__)
@@ -54,6 +48,12 @@ MODEL_FIELDS = (
     "rotary_base_local",
     "rope_scaling",
     "window_size",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "q_lora_rank",
+    "kv_lora_rank",
 )
 
 
@@ -68,52 +68,16 @@ class TrainerRecord:
     model: dict[str, Any]
 
 
-def save_checkpoint(state: TrainState, checkpoint: CheckpointConfig) -> Path:
-    """Save `state` into `checkpoint.save` and keep the newest `most_recent_k`. Every rank calls it; a collective."""
-    assert checkpoint.save is not None
-    root = Path(checkpoint.save)
-    folder, work = root / _folder_name(state.step), root / f".saving-{_folder_name(state.step)}"
-    if dist.get_rank() == 0:
-        for remains in root.glob(".saving-*"):
-            shutil.rmtree(remains)
-        work.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded_state(state, loading=False), str(work), content_metadata=dict(CONTENT))
-    save_safetensors(_random_states(), work / _rng_file(dist.get_rank()))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _write_synced(work / "trainer.json", json.dumps(_record(state), indent=1))
-        write_record(state.config, state.model, work)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(work, folder)
-        _write_synced(root / f"{LATEST}.new", str(state.step))
-        os.replace(root / f"{LATEST}.new", root / LATEST)
-        _remove_old(root, checkpoint.most_recent_k)
-    dist.barrier()
-    return folder
+def load_checkpoint(state: TrainState, folder: Path) -> None:
+    """Put the checkpoint `folder` into `state`. Every rank calls it; a collective.
 
-
-def load_checkpoint(state: TrainState, checkpoint: CheckpointConfig) -> bool:
-    """Put the newest checkpoint of `checkpoint.load` into `state`. Every rank calls it; a collective.
-
-    False when the folder holds none and is also where this run saves: then training starts afresh. Raises
-    `ConfigError` when another folder holds none, and when the checkpoint is of another model.
+    Raises `ConfigError` when the checkpoint is of another model, or cannot be read.
     """
-    assert checkpoint.load is not None
-    folder = find_latest(checkpoint.load)
-    if folder is None:
-        if checkpoint.save is not None and Path(checkpoint.save) == Path(checkpoint.load):
-            return False
-        raise ConfigError(
-            f"checkpoint.load={checkpoint.load!r} holds no checkpoint (no {LATEST}): name a folder that training "
-            f"saved into, or leave checkpoint.load out to start afresh"
-        )
     record = _read_record(folder)
     _check_same_model(record, state, folder)
     check_record(state.config, state.model, folder)
     _prepare_adam(state.optimizer)
-    loaded = dist_checkpointing.load(_sharded_state(state, loading=True), str(folder))
+    loaded = dist_checkpointing.load(sharded_state(state, loading=True), str(folder))
     for index, chunk in enumerate(state.model):
         if state.config.peft.is_used:
             load_trained(unwrap(chunk), loaded[f"model{index}"])
@@ -123,22 +87,24 @@ def load_checkpoint(state: TrainState, checkpoint: CheckpointConfig) -> bool:
     state.scheduler.load_state_dict(record.scheduler)
     state.step, state.consumed_samples = record.step, record.consumed_samples
     _restore_random_states(folder, record.world_size)
-    return True
 
 
 def find_latest(root: str | Path) -> Path | None:
-    """The newest whole checkpoint in `root`, by its record; `None` when there is none."""
+    """The newest whole checkpoint in `root`, by its record; `None` when there is none. Raises `ConfigError`."""
     latest = Path(root) / LATEST
     if not latest.is_file():
         return None
-    return Path(root) / _folder_name(int(latest.read_text(encoding="utf-8")))
+    said = latest.read_text(encoding="utf-8").strip()
+    if not said.isdigit():
+        raise ConfigError(f"{latest} says {said!r} and no step: name a checkpoint with checkpoint.ckpt_step")
+    return Path(root) / folder_name(int(said))
 
 
-def _folder_name(step: int) -> str:
+def folder_name(step: int) -> str:
     return f"iter_{step:07d}"
 
 
-def _sharded_state(state: TrainState, *, loading: bool) -> dict[str, Any]:
+def sharded_state(state: TrainState, *, loading: bool) -> dict[str, Any]:
     sharded = {
         f"model{index}": unwrap(chunk).sharded_state_dict(metadata=dict(CONTENT))
         for index, chunk in enumerate(state.model)
@@ -188,7 +154,7 @@ def _load_optimizer(optimizer: Any, loaded: Any) -> None:
             part.optimizer.state[parameter]["step"] = step.clone()
 
 
-def _record(state: TrainState) -> dict[str, Any]:
+def describe(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "consumed_samples": state.consumed_samples,
@@ -226,7 +192,7 @@ def _check_same_model(record: TrainerRecord, state: TrainState, folder: Path) ->
         )
 
 
-def _random_states() -> dict[str, torch.Tensor]:
+def random_states() -> dict[str, torch.Tensor]:
     states = {f"tracker.{name}": value for name, value in tensor_parallel.get_cuda_rng_tracker().get_states().items()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -242,7 +208,7 @@ def _restore_random_states(folder: Path, saved_world_size: int) -> None:
             dist.get_world_size(),
         )
         return
-    states = load_file(folder / _rng_file(dist.get_rank()))
+    states = load_file(folder / rng_file(dist.get_rank()))
     torch.set_rng_state(states.pop("cpu"))
     if "cuda" in states:
         torch.cuda.set_rng_state(states.pop("cuda"))
@@ -251,18 +217,5 @@ def _restore_random_states(folder: Path, saved_world_size: int) -> None:
     )
 
 
-def _rng_file(rank: int) -> str:
+def rng_file(rank: int) -> str:
     return f"rng-{rank:05d}.safetensors"
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove_old(root: Path, keep: int) -> None:
-    checkpoints = sorted(path for path in root.glob("iter_*") if path.is_dir())
-    for path in checkpoints[:-keep]:
-        shutil.rmtree(path)

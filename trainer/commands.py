@@ -26,7 +26,7 @@ def recipes(
     from weightcast.trainer.recipes.listing import as_json, describe, list_recipes, matching, render
 
     found = matching(name)
-    if found == [name]:
+    if name is not None and found == [name]:
         typer.echo(describe(name, num_ranks=gpus), nl=False)
         return
     entries = list(list_recipes(found, num_ranks=gpus))

@@ -3,81 +3,111 @@
 `train_step` is the whole of a step and `train` the whole of a run. Which schedule runs (plain, 1F1B, interleaved)
 is Megatron's choice by the layout.
 
-    for report in train(state, forward_step, batches, events, after_step): ...
+    result = train(state, forward_step, batches, validation=held_out, events=events, callbacks=Callbacks())
+    result.reports[-1].loss, result.stop.reason
 """
 
-import logging
-import time
-from collections.abc import Callable
+import math
 from dataclasses import asdict, dataclass
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from weightcast.trainer.data.context_parallel import cut_along_sequence
-from weightcast.trainer.data.samples import Batch, Batches
+from weightcast.trainer.callbacks import Callbacks
+from weightcast.trainer.data.source import BatchSource, batches_of_rank
+from weightcast.trainer.errors import DivergedError
+from weightcast.trainer.evaluating import evaluate
 from weightcast.trainer.events import EventLog
+from weightcast.trainer.figures import StepReport, peak_memory_bytes
+from weightcast.trainer.flops import flops_of_sample
+from weightcast.trainer.garbage import GarbageCollection
 from weightcast.trainer.gpt_step import LOSS, ForwardStep
+from weightcast.trainer.health import find_nan
+from weightcast.trainer.losses import sum_losses
+from weightcast.trainer.saving import Saver
 from weightcast.trainer.state import TrainState
-
-logger = logging.getLogger(__name__)
+from weightcast.trainer.stopping import Stop, Stopping
+from weightcast.trainer.timing import StepClock
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one step came to; the same on every rank, except for the time."""
+class TrainResult:
+    """What a run came to."""
 
-    step: int
-    loss: float
-    """Mean cross entropy per unmasked token of the global batch, before the step."""
-    grad_norm: float
-    """Global gradient norm before clipping."""
-    lr: float
-    """Learning rate that the step was taken with."""
-    step_s: float
-    """Seconds on this rank, without publishing and saving."""
+    reports: list[StepReport]
+    """One for each step of this process, not of the run before a resume."""
+    stop: Stop
 
 
 def train(
     state: TrainState,
     forward_step: ForwardStep,
-    batches: Batches,
+    batches: BatchSource,
+    *,
+    validation: BatchSource | None,
     events: EventLog,
-    after_step: Callable[[StepReport], None],
-) -> list[StepReport]:
-    """Train from `state.step` to `train.train_iters`, calling `after_step` with each step. Every rank calls it."""
-    reports = []
-    while state.step < state.config.train.train_iters:
-        with events.phase("step", version=state.step + 1):
-            report = train_step(state, forward_step, batches, events)
-        reports.append(report)
-        events.record("step", **asdict(report))
-        if dist.get_rank() == 0 and report.step % state.config.logger.log_interval == 0:
-            logger.info(
-                "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %.2f s",
-                report.step,
-                state.config.train.train_iters,
-                report.loss,
-                report.grad_norm,
-                report.lr,
-                report.step_s,
-            )
-        after_step(report)
-    return reports
+    callbacks: Callbacks,
+) -> TrainResult:
+    """Train from `state.step` until a reason to stop. Every rank calls it; a collective.
+
+    A step is followed by the callbacks, an evaluation and a checkpoint, where they are due. Raises `DivergedError` and
+    `StorageError`, on every rank.
+    """
+    settings, reports = state.config.train, []
+    callbacks.on_train_start(state)
+    with (
+        Stopping(settings) as stopping,
+        GarbageCollection(settings) as garbage,
+        Saver(state.config, events, callbacks.on_save) as saver,
+    ):
+        stop = stopping.reason(state.step)
+        while stop is None:
+            with events.phase("step", version=state.step + 1):
+                try:
+                    report = one_step(state, forward_step, batches, events)
+                except DivergedError:
+                    saver.finish()
+                    raise
+            reports.append(report)
+            events.record("step", **asdict(report))
+            callbacks.on_step_end(state, report)
+            garbage.after_step(state.step)
+            if settings.eval_interval is not None and state.step % settings.eval_interval == 0:
+                assert validation is not None, "whoever opens the data sees to it"
+                garbage.around_evaluation()
+                with events.phase("evaluate", version=state.step):
+                    evaluation = evaluate(state, forward_step, validation)
+                events.record("evaluation", **asdict(evaluation))
+                callbacks.on_eval_end(state, evaluation)
+                garbage.around_evaluation()
+            stop = stopping.reason(state.step)
+            saver.after_step(state, is_last=stop is not None)
+    callbacks.on_train_end(state, stop)
+    return TrainResult(reports, stop)
 
 
-def train_step(state: TrainState, forward_step: ForwardStep, batches: Batches, events: EventLog) -> StepReport:
-    """One optimizer step over the next global batch. Every rank calls it; a collective."""
-    start_s, version = time.monotonic(), state.step + 1
-    micro_batches = batches_of_rank(batches, state.consumed_samples)
+def one_step(state: TrainState, forward_step: ForwardStep, batches: BatchSource, events: EventLog) -> StepReport:
+    """The next step: trained, or passed over where `train.iterations_to_skip` names it. A collective."""
+    if state.step + 1 not in state.config.train.iterations_to_skip:
+        return train_step(state, forward_step, batches, events)
+    clock = StepClock(events, version=state.step + 1)
+    return _finish_step(state, clock, math.nan, math.nan, 0, skipped="train.iterations_to_skip names it")
+
+
+def train_step(state: TrainState, forward_step: ForwardStep, batches: BatchSource, events: EventLog) -> StepReport:
+    """One optimizer step over the next global batch. Every rank calls it; a collective.
+
+    Raises `DivergedError` for a loss or gradient that is no number, unless `train.nan_action` is `skip`.
+    """
+    clock = StepClock(events, version=state.step + 1)
+    with clock.phase("data"):
+        micro_batches = batches_of_rank(batches, state.consumed_samples)
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    with events.phase("forward_backward", version=version):
+    with clock.phase("forward_backward"):
         losses = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=clock.timed(forward_step),
             data_iterator=[iter(micro_batches) for _ in state.model],
             model=state.model,
             num_microbatches=len(micro_batches),
@@ -85,38 +115,46 @@ def train_step(state: TrainState, forward_step: ForwardStep, batches: Batches, e
             micro_batch_size=state.config.train.micro_batch_size,
             forward_only=False,
         )
-    lr = float(state.optimizer.param_groups[0]["lr"])
-    with events.phase("optimizer", version=version):
+    total, num_tokens = sum_losses([entry[LOSS] for entry in losses])
+    loss = total / num_tokens if num_tokens else math.nan
+    fault = find_nan(state.model, loss) if state.config.ddp.check_for_nan_in_grad else None
+    if fault is not None:
+        if state.config.train.nan_action == "stop":
+            raise DivergedError(
+                f"step {state.step + 1}: {fault}; the weights are as before it. Resume from an earlier checkpoint with "
+                f"a lower optimizer.lr, or pass over what is bad with train.nan_action=skip or "
+                f"train.iterations_to_skip=[{state.step + 1}]"
+            )
+        return _finish_step(state, clock, loss, math.nan, num_tokens, skipped=fault)
+    with clock.phase("optimizer"):
         _, grad_norm, _ = state.optimizer.step()
-    state.scheduler.step(1)
-    state.step = version
-    state.consumed_samples += state.config.train.global_batch_size
-    loss = mean_loss([entry[LOSS] for entry in losses])
-    return StepReport(version, loss, float(grad_norm), lr, time.monotonic() - start_s)
+    return _finish_step(state, clock, loss, float(grad_norm), num_tokens)
 
 
-def batches_of_rank(batches: Batches, consumed_samples: int) -> list[Batch]:
-    """The micro-batches that this rank computes of the step that starts after `consumed_samples` samples."""
-    whole = batches.of_step(
-        consumed_samples=consumed_samples,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+def _finish_step(
+    state: TrainState, clock: StepClock, loss: float, grad_norm: float, num_tokens: float, skipped: str | None = None
+) -> StepReport:
+    """Move on by one step; the schedule moves only when the weights did, as Megatron's does."""
+    config, step_s = state.config, clock.step_s
+    samples = config.train.global_batch_size
+    groups = state.optimizer.param_groups
+    lr, weight_decay = float(groups[0]["lr"]), max(float(group["weight_decay"]) for group in groups)
+    state.step += 1
+    state.consumed_samples += samples
+    if skipped is None:
+        state.scheduler.step(samples)
+    flops = flops_of_sample(state.provider, config.dataset.seq_length) * samples
+    return StepReport(
+        step=state.step,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        step_s=step_s,
+        weight_decay=weight_decay,
+        num_tokens=int(num_tokens),
+        tokens_per_s=samples * config.dataset.seq_length / step_s,
+        tflops_per_gpu=flops / step_s / dist.get_world_size() / 1e12,
+        memory_bytes=peak_memory_bytes(),
+        phases_s=clock.phases_s,
+        skipped=skipped,
     )
-    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    return [cut_along_sequence(batch, rank=rank, size=size) for batch in whole]
-
-
-def mean_loss(parts: list[torch.Tensor]) -> float:
-    """The mean loss per token over the global batch, on every rank. A collective.
-
-    `parts` are [sum of losses, number of tokens] of each micro-batch on the last pipeline stage, and empty on the
-    others.
-    """
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for part in parts:
-        total += part
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(total, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(total[0] / total[1])

@@ -14,8 +14,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
-from weightcast.trainer.checks import decay_iters
 from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.lr_schedule import schedule_lengths, weight_decays
 
 
 def make_ddp_config(config: ConfigContainer) -> DistributedDataParallelConfig:
@@ -26,7 +26,8 @@ def make_ddp_config(config: ConfigContainer) -> DistributedDataParallelConfig:
         grad_reduce_in_fp32=ddp.grad_reduce_in_fp32,
         overlap_grad_reduce=ddp.overlap_grad_reduce,
         overlap_param_gather=ddp.overlap_param_gather,
-        check_for_nan_in_grad=ddp.check_for_nan_in_grad,
+        # Ours (`health.py`) looks on all ranks at once; Megatron's would leave the other ranks waiting for one.
+        check_for_nan_in_grad=False,
         bucket_size=ddp.bucket_size,
     )
 
@@ -64,18 +65,21 @@ def make_optimizer(config: ConfigContainer, model: list[Any]) -> Any:
 
 
 def make_scheduler(config: ConfigContainer, optimizer: Any) -> Any:
-    """The learning rate by step; `step(1)` after each optimizer step."""
-    decay = decay_iters(config)
+    """The learning rate and weight decay by samples; `step(global_batch_size)` after each optimizer step."""
+    lengths = schedule_lengths(config)
+    start, end = weight_decays(config)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=config.scheduler.lr_warmup_init,
         max_lr=config.optimizer.lr,
         min_lr=config.optimizer.min_lr,
-        lr_warmup_steps=config.scheduler.lr_warmup_iters,
-        lr_decay_steps=decay,
+        lr_warmup_steps=lengths.warmup_samples,
+        lr_decay_steps=lengths.decay_samples,
         lr_decay_style=config.scheduler.lr_decay_style,
-        start_wd=config.optimizer.weight_decay,
-        end_wd=config.optimizer.weight_decay,
-        wd_incr_steps=decay,
-        wd_incr_style="constant",
+        start_wd=start,
+        end_wd=end,
+        wd_incr_steps=lengths.weight_decay_samples,
+        wd_incr_style=config.scheduler.weight_decay_incr_style,
+        wsd_decay_steps=lengths.wsd_decay_samples,
+        lr_wsd_decay_style=config.scheduler.lr_wsd_decay_style,
     )

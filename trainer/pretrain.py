@@ -26,18 +26,21 @@ from weightcast.bridges import AutoBridge
 from weightcast.bridges.hf_source import HFSource
 from weightcast.bridges.process_groups import destroy_distributed
 from weightcast.sync.errors import ConfigError, WeightcastError
-from weightcast.trainer.checkpoint import load_checkpoint, save_checkpoint
+from weightcast.trainer.callbacks import Callback, Callbacks
 from weightcast.trainer.checks import check_config
 from weightcast.trainer.config import ConfigContainer, ModelConfig
 from weightcast.trainer.data.datasets import Splits, open_splits
 from weightcast.trainer.events import EventLog
+from weightcast.trainer.figures import StepReport
 from weightcast.trainer.gpt_step import ForwardStep, forward_step
-from weightcast.trainer.loop import StepReport, train
+from weightcast.trainer.loop import TrainResult, train
 from weightcast.trainer.peft.leaving import export_folders, make_source
 from weightcast.trainer.publishing import StepPublisher
 from weightcast.trainer.quantizing import quantize_source
+from weightcast.trainer.reporters import open_reporters
 from weightcast.trainer.run_config import write_run_config
 from weightcast.trainer.run_words import load_run
+from weightcast.trainer.starting import start_from
 from weightcast.trainer.state import TrainState, build_state, make_provider
 
 logger = logging.getLogger(__name__)
@@ -52,14 +55,29 @@ EXPECTED_WARNINGS = (
 
 
 def pretrain(
-    cfg: ConfigContainer, forward_step_func: ForwardStep, *, bridge: AutoBridge | None = None
+    cfg: ConfigContainer,
+    forward_step_func: ForwardStep,
+    *,
+    bridge: AutoBridge | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[StepReport]:
     """Train as `cfg` says; returns what each step came to. Every rank calls it.
 
     `cfg.model` is a `ModelConfig` or a provider. `bridge` is needed with a provider, and only to publish or to export.
     Raises `ConfigError` before any process group is made where settings contradict each other, the model or the
-    text.
+    text; `DivergedError` for a NaN that stops the run; `StorageError` for a disk that refuses a checkpoint.
     """
+    return run_training(cfg, forward_step_func, bridge=bridge, callbacks=callbacks).reports
+
+
+def run_training(
+    cfg: ConfigContainer,
+    forward_step_func: ForwardStep,
+    *,
+    bridge: AutoBridge | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """As `pretrain`; also says why the run ended."""
     rank, world_size = _rank_and_world_size()
     check_config(cfg, world_size=world_size)
     provider, bridge = make_provider(cfg, bridge)
@@ -72,43 +90,43 @@ def pretrain(
         if rank == 0:
             write_run_config(cfg)
         splits = _open_splits(cfg, bridge, provider.vocab_size)
-        if cfg.checkpoint.load is not None and load_checkpoint(state, cfg.checkpoint):
-            logger.info("resumed from %s at step %d", cfg.checkpoint.load, state.step)
-        publisher = None
+        start_from(state, cfg.checkpoint)
+        members = open_reporters(cfg, stack)
         if cfg.publish.to is not None:
             assert bridge is not None
             source, prepare = make_source(cfg, bridge, state.model)
             source = quantize_source(source, cfg.publish, bridge.hf_config)
-            publisher = stack.enter_context(StepPublisher(source, cfg.publish, events, prepare))
-        reports = train(
-            state, forward_step_func, splits.train, events, lambda step: _after_step(step, state, publisher, events)
+            members.append(stack.enter_context(StepPublisher(source, cfg.publish, events, prepare)))
+        result = train(
+            state,
+            forward_step_func,
+            splits.train,
+            validation=splits.validation,
+            events=events,
+            callbacks=Callbacks([*members, *callbacks]),
         )
-        _export(state, bridge, events)
-    return reports
-
-
-def _after_step(step: StepReport, state: TrainState, publisher: StepPublisher | None, events: EventLog) -> None:
-    """Publish and save, where they are due."""
-    state.gather_parameters()
-    if publisher is not None and publisher.is_due(step.step):
-        publisher.after_step(step)
-    checkpoint, last = state.config.checkpoint, state.config.train.train_iters
-    interval = checkpoint.save_interval if checkpoint.save_interval is not None else last
-    if checkpoint.save is not None and (step.step % interval == 0 or step.step == last):
-        with events.phase("save", version=step.step):
-            save_checkpoint(state, checkpoint)
+        if result.stop.is_complete:
+            _export(state, bridge, events)
+    return result
 
 
 def _export(state: TrainState, bridge: AutoBridge | None, events: EventLog) -> None:
     if state.config.checkpoint.export_hf is not None or state.config.peft.export_adapter is not None:
         assert bridge is not None
+        state.gather_parameters()
         with events.phase("export", version=state.step):
             export_folders(state.config, bridge, state.model)
 
 
 def _open_splits(cfg: ConfigContainer, bridge: AutoBridge | None, vocab_size: int) -> Splits:
     """The data; the first rank of each machine makes what is cached before it joins the others."""
-    return open_splits(cfg, vocab_size=vocab_size, tokenizer_folder=lambda: _tokenizer_folder(cfg, bridge))
+    splits = open_splits(cfg, vocab_size=vocab_size, tokenizer_folder=lambda: _tokenizer_folder(cfg, bridge))
+    if cfg.train.eval_interval is not None and splits.validation is None:
+        raise ConfigError(
+            f"train.eval_interval={cfg.train.eval_interval} and nothing is held out to evaluate on: set dataset.split, "
+            "such as dataset.split=98,2,0, or what holds samples out of this dataset.kind, or leave the interval out"
+        )
+    return splits
 
 
 def _tokenizer_folder(cfg: ConfigContainer, bridge: AutoBridge | None) -> str:
@@ -150,7 +168,7 @@ def _quieten() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status, 2 for a mistake in the settings."""
+    """The command; returns its exit status: 2 for an error, 128 + its number for a signal that ended the run early."""
     parser = argparse.ArgumentParser(
         prog="python -m weightcast.trainer.pretrain", description="Train, publish and export a model."
     )
@@ -161,13 +179,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten()
     try:
         _, world_size = _rank_and_world_size()
-        pretrain(load_run(given.overrides, config_file=given.config, world_size=world_size), forward_step)
+        config = load_run(given.overrides, config_file=given.config, world_size=world_size)
+        result = run_training(config, forward_step)
     except WeightcastError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         destroy_distributed()
-    return 0
+    return result.stop.status
 
 
 if __name__ == "__main__":

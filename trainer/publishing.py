@@ -17,13 +17,15 @@ from typing import Self, cast
 
 from weightcast.sync import DeltaMode, Publication, PublishReport, Span, WeightPublisher, WeightSource
 from weightcast.sync.quantized_source import QuantizedSource
+from weightcast.trainer.callbacks import Callback
 from weightcast.trainer.config import PublishConfig, delta_mode
 from weightcast.trainer.events import EventLog
-from weightcast.trainer.loop import StepReport
+from weightcast.trainer.figures import StepReport
 from weightcast.trainer.reporting import Reporting
+from weightcast.trainer.state import TrainState
 
 
-class StepPublisher:
+class StepPublisher(Callback):
     """Publishes each `publish.every`-th step. Every rank makes one and calls it alike.
 
     `prepare` is called before each version. Waits for `publish.wait_for` engines first (rank 0). Raises the errors of
@@ -63,6 +65,12 @@ class StepPublisher:
         with self._open:
             if error is None:
                 self._finish()
+
+    def on_step_end(self, state: TrainState, report: StepReport) -> None:
+        """Publish where it is due; a step that left the weights as they were makes no version."""
+        if self.is_due(report.step) and report.skipped is None:
+            state.gather_parameters()
+            self.after_step(report)
 
     def is_due(self, step: int) -> bool:
         """Whether this step is published."""

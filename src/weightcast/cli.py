@@ -164,6 +164,18 @@ def export_(
 
 
 @app.command()
+def plots(
+    events: Annotated[Path, typer.Argument(help="The trainer's events, as logger.events named them.")],
+    out: Annotated[Path, typer.Argument(help="Picture to write, PNG by its suffix.")] = Path("run.png"),
+) -> None:
+    """Draw a training run: loss and validation, throughput, versions."""
+    from weightcast.trainer.plots import draw_run
+
+    run = draw_run(events, out)
+    typer.echo(f"{out}: {len(run.steps)} steps, {len(run.evaluations)} evaluations, {len(run.versions)} versions")
+
+
+@app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="Hugging Face folder of the base model.")],
     adapter: Annotated[Path, typer.Argument(help="PEFT folder: LoRA or DoRA.")],

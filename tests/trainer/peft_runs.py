@@ -15,6 +15,7 @@ from weightcast.sync.errors import WeightcastError
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.data.packing import load_or_pack
 from weightcast.trainer.data.samples import Batches
+from weightcast.trainer.data.text_samples import text_splits
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.gpt_step import forward_step
 from weightcast.trainer.loop import train_step
@@ -95,7 +96,8 @@ def one_step(config: ConfigContainer, texts: Sequence[str], cache: str) -> tuple
     state = build_state(config, provider, bridge)
     stream = load_or_pack([Path(text) for text in texts], config.model.hf_path, Path(cache))
     sizes = {"micro_batch_size": config.train.micro_batch_size, "global_batch_size": config.train.global_batch_size}
-    train_step(state, forward_step, Batches(stream, seq_length=SEQ_LENGTH, seed=1234, **sizes), EventLog(None, rank=0))
+    samples, *_ = text_splits(stream, seq_length=SEQ_LENGTH, seed=1234, split=None)
+    train_step(state, forward_step, Batches(samples, **sizes), EventLog(None, rank=0))
     return state, bridge
 
 

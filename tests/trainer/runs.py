@@ -9,8 +9,8 @@ from weightcast.bridges import AutoBridge
 from weightcast.bridges.process_groups import destroy_model_parallel
 from weightcast.sync.errors import WeightcastError
 from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.figures import StepReport
 from weightcast.trainer.gpt_step import forward_step
-from weightcast.trainer.loop import StepReport
 from weightcast.trainer.overrides import load_config
 from weightcast.trainer.pretrain import pretrain
 
@@ -43,7 +43,7 @@ def train_all(runs: dict[str, list[str]]) -> dict[str, Any]:
                 "losses": [report.loss for report in reports],
                 "grad_norms": [report.grad_norm for report in reports],
                 "lrs": [report.lr for report in reports],
-                "weights": _sum_of(config.checkpoint.export_hf),
+                "weights": sum_of(config.checkpoint.export_hf),
             }
         except WeightcastError as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
@@ -63,7 +63,8 @@ def _train_provider(config: ConfigContainer) -> list[StepReport]:
     return pretrain(config, forward_step, bridge=bridge)
 
 
-def _sum_of(folder: str | None) -> str | None:
+def sum_of(folder: str | None) -> str | None:
+    """A hash of the weights in an exported folder."""
     if folder is None:
         return None
     files = sorted(Path(folder).glob("*.safetensors"))

@@ -81,7 +81,7 @@ def one_pass(model: Any, samples: Any, *, micro: int, told: bool = True) -> tupl
         output, loss_of = forward_step(iter([given]), model)
         loss, num_tokens, _ = loss_of(output)
         total, count = total + loss.detach(), count + int(num_tokens)
-        loss.backward()
+        torch.autograd.backward(loss)
     grads = [parameter.grad / count for parameter in model.parameters() if parameter.grad is not None]
     return (total / count).item(), grads, samples.num_samples
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from weightcast.trainer.data.packing import load_or_pack
 from weightcast.trainer.data.samples import Batches
+from weightcast.trainer.data.text_samples import text_splits
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 # Fused experts, as transformers stacks them, beside an A each for q, k and v.
@@ -105,7 +106,8 @@ def write_model(name: str, folder: Path) -> None:
 
 def by_peft(name: str, folder: Path, texts: list[Path]) -> dict[str, Any]:
     stream = load_or_pack(texts, str(folder / "model"), folder / "cache")
-    batches = Batches(stream, seq_length=SEQ_LENGTH, micro_batch_size=8, global_batch_size=8, seed=1234)
+    samples, *_ = text_splits(stream, seq_length=SEQ_LENGTH, seed=1234, split=None)
+    batches = Batches(samples, micro_batch_size=8, global_batch_size=8)
     reference = make_reference(folder / "model", use_dora="dora" in name, shared=CASES[name].shared)
     reference.set_values(folder / "adapter")
     (batch,) = batches.of_step(consumed_samples=0, data_parallel_rank=0, data_parallel_size=1)

@@ -109,7 +109,7 @@ def test_events_tell_of_every_version(published: tuple[dict[int, dict[str, torch
         assert row["stall_s"] >= row["stage_s"] > 0
         assert [(engine["engine"], engine["state"]) for engine in row["engines"]] == [("test-engine", "serving")]
     phases = {(record["phase"], record["version"]) for record in records if "phase" in record}
-    expected = {"step", "forward_backward", "optimizer", "publish.pack", "publish.stage", "publish.commit"}
+    expected = {"step", "data", "forward_backward", "optimizer", "publish.pack", "publish.stage", "publish.commit"}
     assert phases == {(name, version) for name in expected for version in (1, 2, 3)} | {("export", 3)}
 
 
@@ -117,7 +117,7 @@ def test_other_ranks_tell_of_their_own_work(published: tuple[dict[int, dict[str,
     records = read_events(published[1] / "events.jsonl.1")
     assert {record["process"] for record in records} == {"trainer-1"}
     names = [record["phase"] for record in records if record.get("version") == 2 and "phase" in record]
-    assert names == ["forward_backward", "optimizer", "step", "publish.pack"]
+    assert names == ["data", "forward_backward", "optimizer", "step", "publish.pack"]
 
 
 def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: list[Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from weightcast.sync.errors import AddressError
 from weightcast.sync.report_log import read_reports
 from weightcast.trainer.config import PublishConfig
 from weightcast.trainer.events import EventLog
-from weightcast.trainer.loop import StepReport
+from weightcast.trainer.figures import StepReport
 from weightcast.trainer.publishing import StepPublisher
 
 WAIT_S = 30.0

@@ -13,10 +13,11 @@ from weightcast.trainer.checks.layout import Layout, check_layout, check_model
 from weightcast.trainer.checks.model import check_recompute
 from weightcast.trainer.checks.peft import check_peft
 from weightcast.trainer.checks.publish import check_publish
-from weightcast.trainer.checks.training import check_training, decay_iters
+from weightcast.trainer.checks.schedule import check_schedule
+from weightcast.trainer.checks.training import check_training
 from weightcast.trainer.config import ConfigContainer
 
-__all__ = ["Layout", "check_config", "decay_iters"]
+__all__ = ["Layout", "check_config"]
 
 
 def check_config(config: ConfigContainer, *, world_size: int) -> Layout:
@@ -25,6 +26,7 @@ def check_config(config: ConfigContainer, *, world_size: int) -> Layout:
     check_model(config, layout)
     check_recompute(config.model)
     check_training(config)
+    check_schedule(config)
     check_data(config)
     check_checkpoint(config)
     check_publish(config, world_size)

@@ -11,7 +11,14 @@ from weightcast.trainer.config import ConfigContainer, DatasetConfig
 from weightcast.trainer.data.split_shares import parse_split
 
 KINDS = ("text", "mock", "sft")
-_SFT = ("validation_files", "test_files", "val_proportion", "test_proportion", "dataset_name", "dataset_subset")
+_SFT: tuple[str, ...] = (
+    "validation_files",
+    "test_files",
+    "val_proportion",
+    "test_proportion",
+    "dataset_name",
+    "dataset_subset",
+)
 _SFT += ("prompt_template", "packed_sequence", "too_long")
 # Settings that not all kinds look at, and which do.
 KINDS_OF = {"files": ("text", "sft"), "split": ("text",)}

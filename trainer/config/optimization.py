@@ -31,16 +31,34 @@ class OptimizerConfig:
 
 @dataclass(slots=True, kw_only=True)
 class SchedulerConfig:
-    """The learning rate over the steps."""
+    """The learning rate and the weight decay over the steps (`lr_schedule.py`)."""
 
     lr_decay_style: str = "cosine"
-    """`constant`, `linear`, `cosine` or `inverse-square-root`."""
+    """`constant`, `linear`, `cosine`, `inverse-square-root` or `WSD` (warm-up, stable, decay)."""
     lr_decay_iters: int | None = None
     """Step at which `min_lr` is reached; null means `train.train_iters`."""
+    lr_decay_samples: int | None = None
+    """The same in samples, instead of `lr_decay_iters`."""
+    lr_wsd_decay_style: str = "exponential"
+    """How the last part of WSD falls: `exponential`, `linear`, `cosine` or `minus_sqrt`."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of that last part, before `lr_decay_iters`; WSD needs it or `lr_wsd_decay_samples`."""
+    lr_wsd_decay_samples: int | None = None
+    """The same in samples."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up before the decay. The first of them has the rate `lr_warmup_init`."""
+    lr_warmup_samples: int = 0
+    """The same in samples, instead of `lr_warmup_iters`."""
+    lr_warmup_fraction: float | None = None
+    """The same as a share of the whole schedule (`lr_decay_iters` or `lr_decay_samples`)."""
     lr_warmup_init: float = 0.0
     """Learning rate at which the warm-up starts."""
+    start_weight_decay: float | None = None
+    """Weight decay at the first step; null means `optimizer.weight_decay`."""
+    end_weight_decay: float | None = None
+    """Weight decay from `train.train_iters` on; null means `optimizer.weight_decay`."""
+    weight_decay_incr_style: str = "constant"
+    """How it goes from one to the other: `constant` (they are the same), `linear` or `cosine`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +74,6 @@ class DistributedDataParallelConfig:
     overlap_param_gather: bool = False
     """Gather parameters while the next forward pass goes on; needs the two settings above it."""
     check_for_nan_in_grad: bool = True
-    """Stop with an error on a NaN or infinite gradient, before it is reduced."""
+    """Look for NaN and infinite losses and gradients before each update; `train.nan_action` says what then happens."""
     bucket_size: int | None = None
     """Parameters in one reduction bucket; null lets Megatron-Core choose."""

@@ -3,7 +3,7 @@
 cfg.train.train_iters = 10
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True, kw_only=True)
@@ -16,6 +16,27 @@ class TrainConfig:
     """Samples of one optimizer step, over all data-parallel ranks and micro-batches."""
     train_iters: int = 10
     """Optimizer steps of the whole run, those before a resume included."""
+    iterations_to_skip: list[int] = field(default_factory=list)
+    """Steps (1 is the first) whose samples are passed over without training on them, for data that is known bad."""
+    nan_action: str = "stop"
+    """What a NaN or infinite loss or gradient leads to: `stop` ends the run with an error that says where, `skip`
+    leaves the step's update out, goes on and says so. `ddp.check_for_nan_in_grad=false` looks for none."""
+    eval_interval: int | None = None
+    """Steps between two evaluations on held-out samples; null evaluates never."""
+    eval_iters: int = 10
+    """Global batches of one evaluation. Every evaluation sees the same samples."""
+    exit_signal_handler: bool = True
+    """On SIGTERM or SIGUSR1 finish the step, save, and leave with the status 128 + the signal's number."""
+    exit_duration_in_mins: float | None = None
+    """Minutes after which the run saves and leaves with status 0; null sets no limit."""
+    exit_interval: int | None = None
+    """Leave, having saved, after each step that is a multiple of this; null goes on until `train_iters`."""
+    manual_gc: bool = False
+    """Collect Python's garbage at fixed steps instead of when the interpreter pleases, so that ranks pause together."""
+    manual_gc_interval: int = 0
+    """Steps between two collections with `manual_gc`; 0 collects at the beginning alone."""
+    manual_gc_eval: bool = True
+    """With `manual_gc`, collect before and after each evaluation too."""
 
 
 @dataclass(slots=True, kw_only=True)

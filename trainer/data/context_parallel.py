@@ -7,9 +7,7 @@ over all ranks, so the curve is that of one rank.
     batch = cut_along_sequence(batch, rank=parallel_state.get_context_parallel_rank(), size=2)
 """
 
-from dataclasses import fields, replace
-
-import torch
+from dataclasses import replace
 
 from weightcast.bridges.layers.context_parallel import positions_of_rank
 from weightcast.trainer.data.samples import Batch
@@ -24,10 +22,10 @@ def cut_along_sequence(batch: Batch, *, rank: int, size: int) -> Batch:
         return batch
     length = batch.tokens.shape[1]
     at = positions_of_rank(length // size, rank, size, batch.tokens.device)
-    whole = {item.name: getattr(batch, item.name) for item in fields(batch)}
-    cut = {
-        name: value.index_select(1, at)
-        for name, value in whole.items()
-        if isinstance(value, torch.Tensor) and value.shape == batch.tokens.shape
-    }
-    return replace(batch, **cut)
+    return replace(
+        batch,
+        tokens=batch.tokens.index_select(1, at),
+        labels=batch.labels.index_select(1, at),
+        loss_mask=batch.loss_mask.index_select(1, at),
+        position_ids=batch.position_ids.index_select(1, at),
+    )

@@ -61,9 +61,14 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        tensors = (self.tokens, self.labels, self.loss_mask, self.position_ids)
-        boundaries = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return Batch(*(tensor.to(device) for tensor in tensors), boundaries, self.max_seqlen)
+        return Batch(
+            self.tokens.to(device),
+            self.labels.to(device),
+            self.loss_mask.to(device),
+            self.position_ids.to(device),
+            None if self.cu_seqlens is None else self.cu_seqlens.to(device),
+            self.max_seqlen,
+        )
 
 
 class Batches:
@@ -120,12 +125,13 @@ class EpochOrder:
 
 def collate(rows: list[Sample]) -> Batch:
     """The micro-batch whose rows these are; a packed sample is one alone."""
-    tensors = [
+    tokens, labels, loss_mask, position_ids = (
         torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
         for name in ("tokens", "labels", "loss_mask", "position_ids")
-    ]
+    )
     boundaries = rows[0].cu_seqlens
     if boundaries is None:
-        return Batch(*tensors)
+        return Batch(tokens, labels, loss_mask, position_ids)
     assert len(rows) == 1, "a packed sample is a micro-batch of its own; see check_data"
-    return Batch(*tensors, torch.from_numpy(boundaries), int(np.diff(boundaries).max()))
+    longest = int(np.diff(boundaries).max())
+    return Batch(tokens, labels, loss_mask, position_ids, torch.from_numpy(boundaries), longest)

@@ -52,9 +52,9 @@ def _adapts_experts(config: ConfigContainer, provider: Any) -> bool:
 def prepare_hook(config: ConfigContainer, bridge: AutoBridge | None) -> ModelHook | None:
     """The hook of a run's new model; it is a collective.
 
-    None where there is nothing to do.
+    None for a run without adapters, which takes its weights when it starts (`starting.py`).
     """
-    if not config.peft.is_used and config.checkpoint.pretrained_checkpoint is None:
+    if not config.peft.is_used:
         return None
     return partial(_prepare, config=config, bridge=bridge)
 
@@ -62,8 +62,6 @@ def prepare_hook(config: ConfigContainer, bridge: AutoBridge | None) -> ModelHoo
 def _prepare(model: list[Any], config: ConfigContainer, bridge: AutoBridge | None) -> None:
     if config.checkpoint.pretrained_checkpoint is not None:
         load_pretrained(model, config.checkpoint.pretrained_checkpoint)
-    if not config.peft.is_used:
-        return
     chunks = unwrap_chunks(model)
     method = make_method(config.peft, chunks[0].config)
     if method is not None:

@@ -1,0 +1,26 @@
+"""Everything that tells of a run, as callbacks: the bar or the log, the sinks, the slow rank.
+
+callbacks = open_reporters(cfg, stack)
+"""
+
+from contextlib import ExitStack
+
+import torch.distributed as dist
+from rich.console import Console
+
+from weightcast.trainer.callbacks import Callback
+from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.progress import ProgressBar, is_wanted
+from weightcast.trainer.sinks import open_sinks
+from weightcast.trainer.step_log import StepLog
+from weightcast.trainer.stragglers import StragglerWatch
+
+
+def open_reporters(config: ConfigContainer, stack: ExitStack) -> list[Callback]:
+    """This rank's reporters, closed with `stack`. Every rank calls it; raises `ConfigError` for a missing extra."""
+    watch = StragglerWatch(config)
+    if dist.get_rank() != 0:
+        return [watch]
+    console = Console(stderr=True)
+    shown = stack.enter_context(ProgressBar(config, console)) if is_wanted(config, console) else StepLog(config)
+    return [shown, *(stack.enter_context(sink) for sink in open_sinks(config)), watch]

@@ -1,0 +1,35 @@
+"""The helper process that carries what checkpoint writers report, made to end with its rank.
+
+Megatron makes a `multiprocessing` manager for it at the first save (`_get_write_results_queue`, 0.16.1). A manager ends
+when its parent leaves in good order; when the parent is killed, it stays for ever with a few hundred megabytes.
+
+    ensure_results_queue()
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.managers import SyncManager
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def ensure_results_queue() -> None:
+    """Make Megatron's queue of writers' results ours, unless there is one. Idempotent; each rank for itself."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(_end_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _end_with_parent(parent: int) -> None:
+    """In the helper: have the kernel end it when the thread that started it is gone (Linux; elsewhere it stays)."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
