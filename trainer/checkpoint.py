@@ -19,6 +19,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from safetensors.torch import load_file
 
 from weightcast.sync.errors import ConfigError
+from weightcast.trainer.optimizer_parts import states_of_parts
 from weightcast.trainer.peft.record import check_record, keep_trained, load_trained
 from weightcast.trainer.state import TrainState, unwrap
 
@@ -26,8 +27,13 @@ logger = logging.getLogger(__name__)
 
 LATEST = "latest_checkpointed_iteration.txt"
 # `non_homogeneous_layers` names every layer by its global number, so that another PP can read them;
-# `fully_reshardable` keeps the optimizer's state in the parameters' own shapes, so that another TP and DP can.
-CONTENT = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+# `fully_reshardable` keeps the optimizer's state in the parameters' own shapes, so that another TP and DP can; there is
+# no prefix for each of the chained optimizers (one is for experts where EP is 2 or more), so that another EP can.
+CONTENT = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 # What makes two models the same one, by the provider's names.
 MODEL_FIELDS = (
     "num_layers",
@@ -140,11 +146,12 @@ def _load_optimizer(optimizer: Any, loaded: Any) -> None:
     `load_parameter_state_from_fully_reshardable` expects in the checkpoint and does not find; and Megatron gives all
     parameters one tensor as their step, which Adam then counts up in place once a parameter.
     """
-    if not _torch_adams(optimizer):
-        optimizer.load_state_dict(loaded)
-        return
     parts = optimizer.chained_optimizers
-    for part, part_state in zip(parts, [loaded] if len(parts) == 1 else loaded.values(), strict=True):
+    states = states_of_parts(parts, loaded)
+    if not _torch_adams(optimizer):
+        optimizer.load_state_dict(states[0] if len(states) == 1 else dict(enumerate(states)))
+        return
+    for part, part_state in zip(parts, states, strict=True):
         of_parameters = part_state.pop("param_state", None)
         part.load_state_dict(part_state)
         steps = {parameter: state.pop("step") for parameter, state in part.optimizer.state.items()}
