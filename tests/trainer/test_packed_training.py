@@ -15,7 +15,7 @@ from tests.trainer.sft_files import write_lines
 from transformers import AutoTokenizer
 
 SEQ_LENGTH = 48
-FAMILIES = ("llama3.2", "qwen3", "qwen3-moe", "gemma3")
+FAMILIES = ("llama3.2", "qwen3", "qwen3-moe", "gemma3", "deepseek-v2-lite")
 
 
 def write_records(path: Path, count: int, seed: int) -> Path:
