@@ -128,8 +128,9 @@ def _count_stages(provider: Any, num_ranks: int) -> Iterator[_Count]:
     stages, virtual = provider.pipeline_model_parallel_size, provider.virtual_pipeline_model_parallel_size
     for stage in range(stages):
         with fake_world(stage * (num_ranks // stages), num_ranks), torch.device("meta"), warnings.catch_warnings():
-            # Experts that no tensor parallelism cuts say this one by one; nothing is computed here anyway.
-            warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
+            # Nothing is computed here; experts and latent attention say these one by one.
+            for message in ("`sequence_parallel` is set to `True`", "Warning: tp_group is None"):
+                warnings.filterwarnings("ignore", message=message)
             initialize_model_parallel(provider)
             chunks = [provider.provide(vp_stage=number) for number in ([None] if virtual is None else range(virtual))]
             yield _count(chunks)
