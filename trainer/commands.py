@@ -10,6 +10,12 @@ from typing import Annotated
 import typer
 
 
+def add_commands(app: typer.Typer) -> None:
+    """Make them known to the command line."""
+    for command in (recipes, train, plots):
+        app.command()(command)
+
+
 def recipes(
     name: Annotated[
         str | None,
@@ -55,3 +61,14 @@ def train(
     command = torchrun_command(words or (), num_ranks=num_ranks, config_file=config)
     sys.stdout.flush()
     os.execv(command[0], command)  # torchrun takes this process's place, and its signals
+
+
+def plots(
+    events: Annotated[Path, typer.Argument(help="The trainer's events, as logger.events named them.")],
+    out: Annotated[Path, typer.Argument(help="Picture to write, PNG by its suffix.")] = Path("run.png"),
+) -> None:
+    """Draw a training run: loss and validation, throughput, versions."""
+    from weightcast.trainer.plots import draw_run
+
+    run = draw_run(events, out)
+    typer.echo(f"{out}: {len(run.steps)} steps, {len(run.evaluations)} evaluations, {len(run.versions)} versions")

@@ -11,14 +11,10 @@ import typer
 
 from weightcast import __version__
 from weightcast.sync.errors import WeightcastError
-from weightcast.trainer import commands
+from weightcast.trainer.commands import add_commands
 
-_ABOUT = "Keep inference engines in step with a Megatron-Core trainer."
-app = typer.Typer(
-    name="weightcast", help=_ABOUT, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
-app.command()(commands.recipes)
-app.command()(commands.train)
+app = typer.Typer(name="weightcast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+add_commands(app)
 
 WRONG_INPUT = 2
 FAILED = 1
@@ -36,7 +32,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    """Keep inference engines in step with a Megatron-Core trainer."""
 
 
 @app.command()
@@ -161,18 +157,6 @@ def export_(
     if report.left_out:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(report.left_out.items()))
         typer.echo(f"no weights, left out: {kinds}")
-
-
-@app.command()
-def plots(
-    events: Annotated[Path, typer.Argument(help="The trainer's events, as logger.events named them.")],
-    out: Annotated[Path, typer.Argument(help="Picture to write, PNG by its suffix.")] = Path("run.png"),
-) -> None:
-    """Draw a training run: loss and validation, throughput, versions."""
-    from weightcast.trainer.plots import draw_run
-
-    run = draw_run(events, out)
-    typer.echo(f"{out}: {len(run.steps)} steps, {len(run.evaluations)} evaluations, {len(run.versions)} versions")
 
 
 @app.command()
