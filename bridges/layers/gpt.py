@@ -9,6 +9,7 @@ from torch import nn
 from weightcast.bridges.layers.mtp import PredictingGPTModel
 from weightcast.bridges.layers.rope import RopeEmbedding, RopePerKindOfLayer
 from weightcast.bridges.layers.specs import block_spec, prediction_spec
+from weightcast.bridges.layers.whole_loss import use_whole_loss
 
 if TYPE_CHECKING:
     from weightcast.bridges.provider import GPTModelProvider
@@ -91,4 +92,6 @@ def build_gpt(provider: "GPTModelProvider", pre_process: bool, post_process: boo
         softcap_logits(model.output_layer, provider.final_logit_softcapping)  # before the padding is masked
     if post_process and provider.mask_padded_vocabulary:
         mask_padding(model.output_layer, provider.vocab_size, model.pg_collection.tp.rank())
+    if post_process and not provider.mtp_num_layers:  # those that predict more have a loss of their own
+        use_whole_loss(model)
     return model

@@ -12,6 +12,7 @@ import engines
 import gpu
 import links
 import moves
+import train_step
 from records import Case, CaseError, Reading, Settings, at_least, at_most
 
 DENSITIES = {"008": 0.008, "023": 0.023, "066": 0.066}
@@ -185,6 +186,14 @@ CPU_CASES: tuple[Case, ...] = (
             ("copy_with_digest", "a copy with its digest, in one pass"),
             ("land_chunks", "chunks hashed, then copied with their digests"),
         )
+    ),
+    Case(
+        "train_step_cpu",
+        "a training step on one CPU core: time against transformers with plain PyTorch",
+        at_most(1.1),
+        train_step.measure_train_step,
+        "transformers",
+        needs=("transformers",),
     ),
     Case(
         "shared_memory_read_gbps",
