@@ -16,7 +16,8 @@ from weightcast.sync.disk.reports import DiskReport
 from weightcast.sync.disk.subscriber import DiskLimits, DiskSubscriber, DiskUpdate
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
 from weightcast.sync.host.share import HostShare
-from weightcast.sync.publisher import DeltaMode, Publication, WeightPublisher
+from weightcast.sync.publication import Publication
+from weightcast.sync.publisher import DeltaMode, WeightPublisher
 from weightcast.sync.records import EngineReport, SourceReport, Span
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.report import PublishReport

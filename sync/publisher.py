@@ -12,6 +12,8 @@ of this rank's share) while engines already fetch what is packed. From then on t
     publication = publisher.begin(version=step)     # returns when this rank's bits are safe
     train()
     report = publication.wait()                     # the fleet serves it
+
+or sooner still, with the next optimizer step held back (`publication.py`).
 """
 
 import time
@@ -27,12 +29,14 @@ from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, VersionError
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
 from weightcast.sync.messages import PROTOCOL, Packed, Packing, Published, SourceHello
-from weightcast.sync.packer import PackMode
+from weightcast.sync.packer import Packer, PackMode
+from weightcast.sync.publication import Publication
 from weightcast.sync.publisher_loop import PublisherLoop
 from weightcast.sync.records import SourceReport, Span
 from weightcast.sync.report import PublishReport
 from weightcast.sync.schema import MAX_UINT
 from weightcast.sync.share import Share
+from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.source import WeightSource
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Version, fingerprint, new_epoch
@@ -136,25 +140,32 @@ class WeightPublisher:
         """
         return self.begin(version, timeout_s=timeout_s).wait()
 
-    def begin(self, version: int, *, timeout_s: float | None = None) -> "Publication":
+    def begin(self, version: int, *, timeout_s: float | None = None, hold: bool = False) -> Publication:
         """Publish the weights as they are now; returns when they may be changed. Every rank must call.
+
+        With `hold` it returns before that, and the weights must stay as they are until the publication's `packed`
+        has returned.
 
         A publication that was begun before and not waited for is waited for first, and its failure forgotten: its
         deadline bounds that. Raises what `publish` raises, as far as it is known by then.
         """
         self._check_number(version)
-        if self._unfinished is not None:
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
             with suppress(DeadlineExceeded, EngineError):
-                self._unfinished.wait()
+                unfinished.wait()
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
         self._loop.watch(lambda: self._loop.assigned is not None, timeout_s, self._describe_missing)
-        pack = self._pack_and_offer(version, deadline_s)
+        packer, snapshot = self._offer(version, deadline_s)
+        publication = Publication(
+            version, timeout_s, deadline_s, lambda: self._pack(packer, snapshot), self._finish, hold=hold
+        )
         self._last_number = version
-        self._unfinished = Publication(self, version, pack, timeout_s, deadline_s)
-        return self._unfinished
+        self._unfinished = publication
+        return publication
 
-    def _finish(self, publication: "Publication") -> PublishReport:
+    def _finish(self, publication: Publication) -> PublishReport:
         # The coordinator keeps the deadline and says who missed it; this wait only outlasts a dead coordinator.
         grace_s = 5.0
         number = publication.number
@@ -172,7 +183,7 @@ class WeightPublisher:
                 f"{published.error} (deadline {publication.timeout_s:g} s). Engines keep what they serve; "
                 "mend or remove the engine, or publish the next version"
             )
-        return self._make_report(published, publication.pack)
+        return self._make_report(published, publication.packed())
 
     def _check_number(self, number: int) -> None:
         if not 0 <= number <= MAX_UINT or number <= self._last_number:
@@ -187,15 +198,19 @@ class WeightPublisher:
             return f"rank 0 to answer at {self.address} with every rank's share"
         return f"the source ranks {coordinator.roster.missing} to join {self.address}; every rank makes a publisher"
 
-    def _pack_and_offer(self, number: int, deadline_s: float) -> Span:
+    def _offer(self, number: int, deadline_s: float) -> tuple[Packer, Snapshot]:
+        """Tell of a version of which no chunk is packed yet."""
         assigned = self._loop.assigned
         assert assigned is not None
-        start_s = time.monotonic()
-        self._loop.withdraw(timeout_s=max(1.0, deadline_s - start_s))
+        self._loop.withdraw(timeout_s=max(1.0, deadline_s - time.monotonic()))
         is_read = self._loop.server.is_sending
         packer = self._share.prepare(assigned.regions, assigned.chunk_bytes, is_read=is_read)
         snapshot = packer.begin(Version(assigned.epoch, number), self._choose_mode())
         self._loop.offer(snapshot, Packing(number, self._share.tickets), deadline_s)
+        return packer, snapshot
+
+    def _pack(self, packer: Packer, snapshot: Snapshot) -> Span:
+        start_s = time.monotonic()
         for _ in range(len(snapshot)):
             packer.pack_next(snapshot)
             self._loop.nudge()
@@ -210,7 +225,7 @@ class WeightPublisher:
             packer.changed_elements,
             len(snapshot),
         )
-        self._loop.seal(Packed(number, digests, report, (pack,)))
+        self._loop.seal(Packed(snapshot.version.number, digests, report, (pack,)))
         return pack
 
     def _choose_mode(self) -> PackMode:
@@ -243,6 +258,8 @@ class WeightPublisher:
 
     def close(self) -> None:
         """Say goodbye to the engines, which go on with what they serve, and close every socket."""
+        if self._unfinished is not None:
+            self._unfinished.settle()
         self._loop.close()
         self._share.close()
 
@@ -253,30 +270,3 @@ class WeightPublisher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class Publication:
-    """A version on its way: what `WeightPublisher.begin` returns. The weights may be changed already."""
-
-    def __init__(
-        self, publisher: WeightPublisher, number: int, pack: Span, timeout_s: float, deadline_s: float
-    ) -> None:
-        self.number = number
-        self.pack = pack
-        self.timeout_s = timeout_s
-        self.deadline_s = deadline_s
-        self._publisher = publisher
-        self._report: PublishReport | None = None
-        self._error: DeadlineExceeded | EngineError | None = None
-
-    def wait(self) -> PublishReport:
-        """Wait until the fleet serves it; raises what `WeightPublisher.publish` raises. May be called again."""
-        if self._error is not None:
-            raise self._error
-        if self._report is None:
-            try:
-                self._report = self._publisher._finish(self)
-            except (DeadlineExceeded, EngineError) as error:
-                self._error = error
-                raise
-        return self._report
