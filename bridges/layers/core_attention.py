@@ -158,7 +158,7 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
         if packed_seq_params is not None:
             lengths = self._lengths_of_packed(packed_seq_params, len(query), attention_mask)
-            pieces = [torch.split(tensor[:, None], lengths) for tensor in (query, key, value)]
+            pieces = [torch.split(part[:, None], lengths) for part in (query, key, value)]
             return torch.cat([self._attend(q, k, v, None, mask_type) for q, k, v in zip(*pieces, strict=True)])
         if self.context_group is not None:
             _refuse_cached_keys(len(query), len(key))

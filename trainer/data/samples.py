@@ -61,14 +61,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(
-            self.tokens.to(device),
-            self.labels.to(device),
-            self.loss_mask.to(device),
-            self.position_ids.to(device),
-            None if self.cu_seqlens is None else self.cu_seqlens.to(device),
-            self.max_seqlen,
+        tokens, labels, mask, positions = (
+            tensor.to(device) for tensor in (self.tokens, self.labels, self.loss_mask, self.position_ids)
         )
+        boundaries = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Batch(tokens, labels, mask, positions, boundaries, self.max_seqlen)
 
 
 class Batches:
@@ -125,13 +122,12 @@ class EpochOrder:
 
 def collate(rows: list[Sample]) -> Batch:
     """The micro-batch whose rows these are; a packed sample is one alone."""
-    tokens, labels, loss_mask, position_ids = (
+    tokens, labels, mask, positions = (
         torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
         for name in ("tokens", "labels", "loss_mask", "position_ids")
     )
     boundaries = rows[0].cu_seqlens
     if boundaries is None:
-        return Batch(tokens, labels, loss_mask, position_ids)
+        return Batch(tokens, labels, mask, positions)
     assert len(rows) == 1, "a packed sample is a micro-batch of its own; see check_data"
-    longest = int(np.diff(boundaries).max())
-    return Batch(tokens, labels, loss_mask, position_ids, torch.from_numpy(boundaries), longest)
+    return Batch(tokens, labels, mask, positions, torch.from_numpy(boundaries), int(np.diff(boundaries).max()))
