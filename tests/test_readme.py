@@ -67,6 +67,9 @@ EXERCISED = {
     ),
     "python -m weightcast quantize path/to/hf out/fp8": "tests/test_cli.py::test_quantize_to_fp8",
     "python -m weightcast merge path/to/hf path/to/adapter out/merged": "tests/test_cli.py::test_merge_of_an_adapter",
+    "python -m weightcast preprocess texts.jsonl --out data/texts --tokenizer path/to/hf": (
+        "tests/trainer/test_indexed_data.py::test_preprocess_and_train"
+    ),
     # `make test` is what runs this file, and `make setup` is what it ran before.
     "make test": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",
     "make setup": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",

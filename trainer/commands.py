@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from weightcast.trainer.data.preprocess_command import preprocess
+
 
 def add_commands(app: typer.Typer) -> None:
     """Make them known to the command line."""
-    for command in (recipes, train, plots):
+    for command in (recipes, train, preprocess, plots):
         app.command()(command)
 
 

@@ -173,7 +173,7 @@ def test_layout_is_worked_out() -> None:
         (["publish.quantize=fp8_block"], 1, "publish.quantize is set and publish.to is not"),
         (["publish.modules_to_not_convert=[mlp.down_proj]"], 1, "are for quantised publishing"),
         (["publish.engine_config=x.json"], 1, "are for quantised publishing"),
-        (["dataset.kind=mok"], 1, "dataset.kind='mok' is not one of: text, mock, sft"),
+        (["dataset.kind=mok"], 1, "dataset.kind='mok' is not one of: text, mock, sft, indexed"),
         (["dataset.kind=mock", f"dataset.files=[{__file__}]"], 1, "dataset.files is for dataset.kind=text or sft"),
         (
             ["dataset.packed_sequence=true"],
@@ -188,6 +188,9 @@ def test_layout_is_worked_out() -> None:
         ([*SFT, "dataset.val_proportion=0.5", "dataset.test_proportion=0.5"], 1, "leave something to train on"),
         ([*SFT, "dataset.val_proportion=0.5", f"dataset.validation_files=[{__file__}]"], 1, "keep one of them"),
         ([*SFT, "dataset.packed_sequence=true", "train.micro_batch_size=2"], 1, "needs train.micro_batch_size=1"),
+        (["dataset.kind=indexed"], 1, "needs either dataset.data_path, or dataset.train_data_path"),
+        (["dataset.kind=indexed", "dataset.data_path=[a]", "dataset.valid_data_path=[b]"], 1, "needs either"),
+        (["dataset.kind=indexed", "dataset.train_data_path=[a]", "dataset.split='8,1,1'"], 1, "name the other splits'"),
         (["dataset.files=[/nowhere/a.txt]"], 1, "there is no file '/nowhere/a.txt'"),
     ],
 )

@@ -10,7 +10,7 @@ from weightcast.trainer.checks.common import check_choice, check_positive
 from weightcast.trainer.config import ConfigContainer, DatasetConfig
 from weightcast.trainer.data.split_shares import parse_split
 
-KINDS = ("text", "mock", "sft")
+KINDS = ("text", "mock", "sft", "indexed")
 _SFT: tuple[str, ...] = (
     "validation_files",
     "test_files",
@@ -20,9 +20,10 @@ _SFT: tuple[str, ...] = (
     "dataset_subset",
 )
 _SFT += ("prompt_template", "packed_sequence", "too_long")
+_INDEXED = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 # Settings that not all kinds look at, and which do.
-KINDS_OF = {"files": ("text", "sft"), "split": ("text",)}
-KINDS_OF |= dict.fromkeys(_SFT, ("sft",))
+KINDS_OF: dict[str, tuple[str, ...]] = {"files": ("text", "sft"), "split": ("text", "indexed")}
+KINDS_OF |= dict.fromkeys(_SFT, ("sft",)) | dict.fromkeys(_INDEXED, ("indexed",))
 TOO_LONG = ("truncate", "drop", "refuse")
 
 
@@ -38,6 +39,8 @@ def check_data(config: ConfigContainer) -> None:
     _check_kind(dataset)
     if dataset.split is not None:
         parse_split(dataset.split)
+    if dataset.kind == "indexed":
+        _check_indexed(dataset)
     if dataset.kind == "sft":
         _check_sft(dataset)
     if dataset.packed_sequence:
@@ -53,6 +56,17 @@ def _check_kind(dataset: DatasetConfig) -> None:
                 f"dataset.{name} is for dataset.kind={' or '.join(kinds)}, and the kind is {dataset.kind!r}: set the "
                 "kind, or leave it out"
             )
+
+
+def _check_indexed(dataset: DatasetConfig) -> None:
+    held_out = bool(dataset.valid_data_path or dataset.test_data_path)
+    if bool(dataset.data_path) == bool(dataset.train_data_path) or (dataset.data_path and held_out):
+        raise ConfigError(
+            "dataset.kind=indexed needs either dataset.data_path, or dataset.train_data_path and, with it, "
+            "valid_data_path and test_data_path"
+        )
+    if dataset.split is not None and not dataset.data_path:
+        raise ConfigError("dataset.split divides dataset.data_path; with train_data_path name the other splits' own")
 
 
 def _check_sft(dataset: DatasetConfig) -> None:

@@ -13,7 +13,8 @@ class DatasetConfig:
     kind: str = "text"
     """`text`: files as one packed stream of tokens (`data/packing.py`). `mock`: made-up tokens that a model can learn
     from (`data/mock.py`), without files or tokenizer, over the ids below `tokenizer.vocab_size` or the model's.
-    `sft`: prompts and answers, of which the answers are trained on (`data/sft/`)."""
+    `sft`: prompts and answers, of which the answers are trained on (`data/sft/`). `indexed`: Megatron's `.bin` and
+    `.idx`, as `weightcast preprocess` makes them (`data/indexed/`)."""
     files: list[str] = field(default_factory=list)
     """`text`: files to train on, one document a file, in this order; empty means Python's own standard library.
     `sft`: files of JSON lines, each with `messages`, `conversations`, `prompt` and `completion`, or `input` and
@@ -21,7 +22,16 @@ class DatasetConfig:
     seq_length: int = 128
     """Tokens of a sample."""
     split: str | None = None
-    """`text`: shares of training, validation and test, such as `9999,8,2`; null trains on everything."""
+    """`text`, `indexed`: shares of training, validation and test, such as `9999,8,2`; null trains on everything."""
+    data_path: list[str] = field(default_factory=list)
+    """`indexed`: datasets by their paths without a suffix, divided by `split`: [a, b] blends them by their samples,
+    [0.3, a, 0.7, b] by these weights."""
+    train_data_path: list[str] = field(default_factory=list)
+    """`indexed`: in place of `data_path`, datasets to train on, whole."""
+    valid_data_path: list[str] = field(default_factory=list)
+    """`indexed`: with `train_data_path`, datasets to validate on."""
+    test_data_path: list[str] = field(default_factory=list)
+    """`indexed`: with `train_data_path`, datasets to test on."""
     validation_files: list[str] = field(default_factory=list)
     """`sft`: files of JSON lines to validate on."""
     test_files: list[str] = field(default_factory=list)

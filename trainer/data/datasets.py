@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.data.indexed.samples import open_indexed
 from weightcast.trainer.data.mock import MockSamples
 from weightcast.trainer.data.packing import check_tokens_fit, load_or_pack
 from weightcast.trainer.data.samples import Batches, Samples
@@ -61,6 +62,8 @@ def _open_samples(
         return _mock_samples(config, room, 0), _mock_samples(config, room, 1), _mock_samples(config, room, 2)
     if config.dataset.kind == "sft":
         return open_sft(config, tokenizer_folder(), cache_folder(config, "sft"), vocab_size=room)
+    if config.dataset.kind == "indexed":
+        return open_indexed(config, cache_folder(config, "indexed"), vocab_size=room)
     return _text_samples(config, room, tokenizer_folder())
 
 
