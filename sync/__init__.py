@@ -9,15 +9,17 @@
 It knows torch, zmq and msgpack; no Megatron, no engine.
 """
 
-from weightcast.sync.arrival import Limits
 from weightcast.sync.disk.materialize import MaterializeReport, materialize
 from weightcast.sync.disk.publisher import DiskPublisher
 from weightcast.sync.disk.reports import DiskReport
 from weightcast.sync.disk.subscriber import DiskLimits, DiskSubscriber, DiskUpdate
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
 from weightcast.sync.host.share import HostShare
+from weightcast.sync.limits import Limits
 from weightcast.sync.publication import Publication
 from weightcast.sync.publisher import DeltaMode, WeightPublisher
+from weightcast.sync.quantize_rules import Fp8Scheme
+from weightcast.sync.quantized_source import QuantizedSource
 from weightcast.sync.records import EngineReport, SourceReport, Span
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.report import PublishReport
@@ -46,6 +48,7 @@ __all__ = [
     "EngineReport",
     "EngineStatus",
     "FleetPolicy",
+    "Fp8Scheme",
     "HeldRegion",
     "HostShare",
     "Limits",
@@ -54,6 +57,7 @@ __all__ = [
     "ModuleSource",
     "Publication",
     "PublishReport",
+    "QuantizedSource",
     "Region",
     "ReportLog",
     "SourceReport",

@@ -8,12 +8,14 @@ delta began from may not have been what they should, and memory that was read ma
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 
 from weightcast.sync.delta_format import ByteArray
-from weightcast.sync.errors import ConfigError, WireError
+from weightcast.sync.errors import WireError
 from weightcast.sync.host.lease import Lease
+from weightcast.sync.limits import Limits, size_run
 from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Staged
 from weightcast.sync.model_view import ModelView
 from weightcast.sync.records import Span
@@ -24,8 +26,6 @@ from weightcast.sync.version import Version
 
 # What is said to have brought a version that another worker of the host received.
 HOST_TRANSPORT = "host"
-# A source leaves an engine that wants more at once unanswered.
-MAX_CREDIT_CHUNKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,33 +46,6 @@ class Tell:
 
 
 Effect = Request | Tell
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How patient a subscription is, and how much it asks for at once."""
-
-    credit_chunks: int = 8
-    """Chunks asked for and not yet received, a source (a source answers at most 64 at once)."""
-    links: int = 1
-    """Connections to each source, over which its chunks come in turn (one of TCP carries some 30 Gb/s)."""
-    under_way_chunks: int = 64
-    """The same over all sources: times the chunk's size, what may be on its way to this engine."""
-    chunk_timeout_s: float = 10.0
-    """A chunk that has not come after this is asked for again."""
-    chunk_attempts: int = 3
-    """How often a chunk may arrive damaged before the version is refused."""
-    ping_every_s: float = 0.5
-    lost_after_s: float = 10.0
-    """A coordinator that was silent for this long is lost."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.credit_chunks <= MAX_CREDIT_CHUNKS or self.under_way_chunks < 1 or not 1 <= self.links <= 64:
-            raise ConfigError(
-                f"credit_chunks={self.credit_chunks}, under_way_chunks={self.under_way_chunks} and "
-                f"links={self.links} grant no sound credit; use 1 to {MAX_CREDIT_CHUNKS} for the first, at least 1 for "
-                "the second, and 1 to 64 for the last"
-            )
 
 
 @dataclass(slots=True)
@@ -148,24 +121,46 @@ class Arrival:
         while self._askable and len(self.asked_s) < self.limits.under_way_chunks:
             rank = self._askable.popleft()
             index = self._next_index.get(rank, 0)
-            self._next_index[rank] = index + 1
-            self._under_way[rank] = self._under_way.get(rank, 0) + 1
-            requests.append(self._request(rank, index, now_s))
+            count = self._find_run(rank, index)
+            self._next_index[rank] = index + count
+            self._under_way[rank] = self._under_way.get(rank, 0) + count
+            requests.append(self._request(rank, index, now_s, count))
             self._queue(rank)
         return requests
 
     def _queue(self, rank: int) -> None:
         """Put a source in the line of those that may be asked, when it has more chunks and credit is left."""
         assert self.staging is not None
-        has_more = self._next_index.get(rank, 0) < len(self.staging.layouts[rank].chunks)
-        if has_more and self._under_way[rank] < self.limits.credit_chunks and rank not in self._askable:
+        num_left = len(self.staging.layouts[rank].chunks) - self._next_index.get(rank, 0)
+        run = self._max_run(rank)
+        # Of what is read the source packs one run while another is read.
+        room = (2 * run if rank in self.reached else self.limits.credit_chunks) - self._under_way[rank]
+        if num_left > 0 and room >= min(num_left, run) and rank not in self._askable:
             self._askable.append(rank)
 
-    def _request(self, rank: int, index: int, now_s: float) -> Request:
+    def _max_run(self, rank: int) -> int:
+        """How many chunks of a source are asked for at once."""
         assert self.staging is not None
-        self.asked_s[rank, index] = now_s
+        num_asked = self._next_index.get(rank, 0)
+        num_left = len(self.staging.layouts[rank].chunks) - num_asked
+        return size_run(num_asked, num_left, self.chunk_bytes) if rank in self.reached else 1
+
+    def _find_run(self, rank: int, index: int) -> int:
+        """How many chunks from `index` on, all read and of one base, are asked for in one message."""
+        staging = self.staging
+        assert staging is not None
+        end = min(index + self._max_run(rank), len(staging.layouts[rank].chunks))
+        end = min(end, index + max(1, self.limits.under_way_chunks - len(self.asked_s)))
+        base = staging.base(rank, index)
+        others = range(index + 1, end) if self.reads(rank, index) else ()
+        alike = takewhile(lambda other: self.reads(rank, other) and staging.base(rank, other) == base, others)
+        return 1 + sum(1 for _ in alike)
+
+    def _request(self, rank: int, index: int, now_s: float, count: int = 1) -> Request:
+        assert self.staging is not None
+        self.asked_s |= dict.fromkeys(((rank, number) for number in range(index, index + count)), now_s)
         base = self.staging.base(rank, index)
-        message = ChunkRequest(self.announce.version, index, base, self.reads(rank, index))
+        message = ChunkRequest(self.announce.version, index, base, self.reads(rank, index), count)
         return Request(rank, self.staging.layouts[rank].address, self.chunk_bytes, message)
 
     def reads(self, rank: int, index: int) -> bool:

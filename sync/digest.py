@@ -90,6 +90,25 @@ def copy_with_digest(
     return digest_kernel.digest(_block_weights(), source, region, target, streams=streams, level=level)
 
 
+def copy_bytes_with_digest(
+    target: npt.NDArray[np.uint8],
+    source: npt.NDArray[np.uint8],
+    region: Region,
+    dtype: torch.dtype,
+) -> int:
+    """As `copy_with_digest`, of the bytes of a region's elements in C order; `target` may be `source` itself."""
+    level = digest_kernel.available_levels()[-1]
+    is_copied = target.ctypes.data != source.ctypes.data
+    if level != digest_kernel.NUMPY:
+        streams = is_copied and target.nbytes >= _MIN_STREAM_BYTES
+        into = target if is_copied else None
+        weights = _block_weights()
+        return digest_kernel.digest_bytes(weights, source, region, dtype.itemsize, into, level=level, streams=streams)
+    if is_copied:
+        np.copyto(target, source)
+    return region_digest(torch.from_numpy(target).view(dtype).view(region.shape), region)
+
+
 def _digest_by_numpy(raw: npt.NDArray[np.uint8], region: Region, itemsize: int) -> int:
     offset = region.offset or (0,)
     shape = region.shape or (1,)

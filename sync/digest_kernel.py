@@ -81,3 +81,41 @@ def digest(
         streams,
     )
     return found
+
+
+def digest_bytes(
+    table: npt.NDArray[np.uint64],
+    source: npt.NDArray[np.uint8],
+    region: Region,
+    itemsize: int,
+    target: npt.NDArray[np.uint8] | None = None,
+    *,
+    level: str,
+    streams: bool = False,
+) -> int:
+    """The same of the bytes of a region's elements, in C order: chunks have thousands of pieces, tensors cost time."""
+    num_bytes = region.numel * itemsize
+    assert source.nbytes == num_bytes > 0 and (target is None or target.nbytes == num_bytes), (source.nbytes, region)
+    library = _load()
+    assert library is not None and level in available_levels(), level
+    num_dims, shape, offset, strides = _describe_box(region.shape, region.offset, itemsize)
+    found: int = library.weightcast_digest(
+        *(LEVELS.index(level), table.ctypes.data, itemsize, num_dims, shape, offset),
+        *(source.ctypes.data, strides),
+        *((None, None) if target is None else (target.ctypes.data, strides)),
+        streams,
+    )
+    return found
+
+
+@lru_cache(maxsize=1 << 14)
+def _describe_box(
+    shape: tuple[int, ...], offset: tuple[int, ...], itemsize: int
+) -> tuple[int, "ctypes.Array[ctypes.c_ssize_t]", "ctypes.Array[ctypes.c_ssize_t]", "ctypes.Array[ctypes.c_ssize_t]"]:
+    """A box in C order as the loops take it: every version has the same boxes."""
+    num_dims = max(1, len(shape))
+    numbers = ctypes.c_ssize_t * num_dims
+    strides = [itemsize]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return num_dims, numbers(*(shape or (1,))), numbers(*(offset or (0,))), numbers(*strides)

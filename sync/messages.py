@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from weightcast.sync import schema
+from weightcast.sync.errors import WireError
 from weightcast.sync.records import (
     CHUNK_HASH_BYTES,
     MAX_CHUNKS,
@@ -37,9 +38,18 @@ from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.schema import checked, many, optional, real, text, uint
 from weightcast.sync.version import Version
 
-PROTOCOL = 2
+PROTOCOL = 3
 ENCODINGS = ("dense", "delta", "zdelta", "same", "absent")
 DELTA_MODES = ("off", "on", "zstd")
+# Chunks that one request or header may stand for, where no bytes travel.
+MAX_RUN_CHUNKS = 64
+
+
+def _run(value: Any) -> int:
+    """How many chunks follow each other: at least one."""
+    if type(value) is not int or not 1 <= value <= MAX_RUN_CHUNKS:
+        raise WireError(f"an integer from 1 to {MAX_RUN_CHUNKS} was expected, got {schema.show(value)}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +219,15 @@ class Published:
 class ChunkRequest:
     """An engine grants credit for one chunk, of which it has the bits of `base`.
 
-    With `reached` it reads the chunk's bytes by itself and only asks to be told when they are there.
+    With `reached` it reads the chunk's bytes by itself and only asks to be told when they are there. It may then ask
+    for `count` chunks from `index` on at once, all of one `base`, and is told when the last of them is there.
     """
 
     version: Version = checked(VERSION)
     index: int = checked(uint(MAX_CHUNKS))
     base: Version | None = checked(optional(VERSION))
     reached: bool = checked(schema.boolean)
+    count: int = checked(_run, default=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +235,7 @@ class ChunkHeader:
     """Goes before a chunk's bytes, which are those of `encoding`; `hash` is the xxh3-128 of what follows.
 
     Nothing follows `same` (the bits of the request's base), `absent` (the source has another version), and what the
-    engine reads by itself.
+    engine reads by itself; then one header may stand for `count` chunks from `index` on.
     """
 
     version: Version = checked(VERSION)
@@ -231,6 +243,7 @@ class ChunkHeader:
     encoding: str = checked(schema.choice(*ENCODINGS))
     base: Version | None = checked(optional(VERSION))
     hash: bytes = checked(schema.binary(CHUNK_HASH_BYTES))
+    count: int = checked(_run, default=1)
 
 
 Message: TypeAlias = (

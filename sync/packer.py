@@ -56,6 +56,7 @@ class Packer:
             for chunk, bits in zip(chunks, _cut(arena, chunks), strict=True)
         ]
         self._mode: PackMode = "off"
+        self._rereads = True
         self._digests: dict[Region, int] = {}
         self._owners: Iterator[tuple[Region, torch.Tensor]] = iter(())
         self._owner: tuple[Region, torch.Tensor] | None = None
@@ -68,9 +69,13 @@ class Packer:
         for state, bits in zip(self._states, _cut(arena, [state.chunk for state in self._states]), strict=True):
             state.bits = bits
 
-    def begin(self, version: Version, mode: PackMode) -> Snapshot:
-        """A snapshot of which no chunk is packed yet. The one before must not be served any more."""
+    def begin(self, version: Version, mode: PackMode, *, rereads: bool = True) -> Snapshot:
+        """A snapshot of which no chunk is packed yet. The one before must not be served any more.
+
+        `rereads` says that this process reads chunks again at once, to hash and send them.
+        """
         self._mode = mode if any(state.version is not None for state in self._states) else "off"
+        self._rereads = rereads or self._mode != "off"
         self.delta_bytes = 0
         self.changed_elements = None if self._mode == "off" else 0
         self._digests = dict.fromkeys(self._regions, 0)
@@ -120,7 +125,7 @@ class Packer:
             region, live = self._find(piece.region)
             target = view_piece(piece, self._dtypes[region.name], buffer)
             source = live[_slices_within(piece.region, region)]
-            digest = copy_with_digest(target, source, piece.region, reread=True)
+            digest = copy_with_digest(target, source, piece.region, reread=self._rereads)
             self._digests[region] = add_digests(self._digests[region], digest)
 
     def _walk_regions(self) -> Iterator[tuple[Region, torch.Tensor]]:

@@ -203,17 +203,17 @@ class WeightPublisher:
         assigned = self._loop.assigned
         assert assigned is not None
         self._loop.withdraw(timeout_s=max(1.0, deadline_s - time.monotonic()))
-        is_read = self._loop.server.is_sending
+        server = self._loop.server
+        is_read = server.is_sending
         packer = self._share.prepare(assigned.regions, assigned.chunk_bytes, is_read=is_read)
-        snapshot = packer.begin(Version(assigned.epoch, number), self._choose_mode())
+        version = Version(assigned.epoch, number)
+        snapshot = packer.begin(version, self._choose_mode(), rereads=server.has_sent or not self._share.tickets)
         self._loop.offer(snapshot, Packing(number, self._share.tickets), deadline_s)
         return packer, snapshot
 
     def _pack(self, packer: Packer, snapshot: Snapshot) -> Span:
         start_s = time.monotonic()
-        for _ in range(len(snapshot)):
-            packer.pack_next(snapshot)
-            self._loop.nudge()
+        self._pack_all(packer, snapshot)
         end_s = time.monotonic()
         pack = Span("pack", start_s + self._wall_offset_s, end_s + self._wall_offset_s)
         digests = np.array(packer.digests(), "<u8").tobytes()
@@ -227,6 +227,14 @@ class WeightPublisher:
         )
         self._loop.seal(Packed(snapshot.version.number, digests, report, (pack,)))
         return pack
+
+    def _pack_all(self, packer: Packer, snapshot: Snapshot) -> None:
+        """Pack every chunk. To wake the thread that serves them takes longer than to pack one: only when it waits."""
+        for index in range(len(snapshot)):
+            packer.pack_next(snapshot)
+            awaited_index = self._loop.server.awaited_index
+            if (awaited_index is not None and awaited_index <= index) or index + 1 == len(snapshot):
+                self._loop.nudge()
 
     def _choose_mode(self) -> PackMode:
         if self._delta != "auto":

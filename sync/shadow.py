@@ -31,6 +31,17 @@ class TensorPool(Protocol):
         ...
 
 
+# What numpy gives begins 16 bytes after a page: every vector of a copy from elsewhere would then lie on two lines.
+_ALIGNMENT_BYTES = 64
+
+
+def _allocate(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory of undefined contents that begins on a cache line."""
+    raw = np.empty(num_bytes + _ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT_BYTES
+    return raw[start : start + num_bytes]
+
+
 class BufferPool:
     """Host buffers by tensor name, reused once no tensor lies on them any more."""
 
@@ -48,7 +59,7 @@ class BufferPool:
             return torch.empty(spec.shape, dtype=spec.dtype)
         buffer = self._buffers.get(spec.name)
         if buffer is None or len(buffer) != spec.num_bytes or self._leases[spec.name]() is not None:
-            fresh = np.empty(spec.num_bytes, np.uint8)
+            fresh = _allocate(spec.num_bytes)
             if keep_bits and buffer is not None:
                 fresh[:] = buffer
             self._buffers[spec.name] = buffer = fresh

@@ -8,9 +8,10 @@ one's copy is there. To the publisher every worker is a receiver of its own. `ho
 
 from collections.abc import Sequence
 
-from weightcast.sync.arrival import Arrival, Effect, Limits
+from weightcast.sync.arrival import Arrival, Effect
 from weightcast.sync.errors import WeightcastError
 from weightcast.sync.host.lease import Lease
+from weightcast.sync.limits import Limits
 from weightcast.sync.messages import Announce, Failed
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import Shadow

@@ -10,6 +10,7 @@ Nothing here touches the network or the engine.
 
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from weightcast.sync.chunk_delta import parse_chunk, unpack_chunk
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_codec import apply_parsed, as_elements
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
-from weightcast.sync.digest import MASK, copy_with_digest, region_digest
+from weightcast.sync.digest import MASK, copy_bytes_with_digest, copy_with_digest, region_digest
 from weightcast.sync.errors import SourceError, WireError
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
@@ -42,6 +43,7 @@ class Staging:
         self.checksums_checked = 0
         self._shadow = shadow
         self._tensors = shadow.open(layouts, self.specs)
+        self._raws: dict[str, ByteArray] = {}
         self._missing: set[ChunkKey] = set()
         self._chunks_of: dict[str, list[ChunkKey]] = {spec.name: [] for spec in specs}
         for layout in layouts.values():
@@ -129,16 +131,21 @@ class Staging:
         if body is None or num_bytes != chunk.num_bytes:
             raise WireError(f"has {num_bytes} bytes, {chunk.num_bytes} were announced; it is not used")
         self._shadow.forget([key])
-        body = _writable(body)
-        digests = []
-        for piece in chunk.pieces:
-            target = self._target(piece)
-            came = view_piece(piece, target.dtype, body)
-            if target.data_ptr() == came.data_ptr():
-                digests.append(region_digest(came, piece.region))
-            else:
-                digests.append(copy_with_digest(target, came, piece.region))
-        return tuple(digests)
+        return tuple(self._land_piece(piece, body) for piece in chunk.pieces)
+
+    def _land_piece(self, piece: Piece, body: ByteArray) -> int:
+        """Bring a piece to its place, where it may be already; its digest."""
+        region = piece.region
+        tensor = self._tensors[region.name]
+        start_byte = _find_run(region.shape, region.offset, tuple(tensor.shape), tensor.element_size())
+        if start_byte is None:
+            return copy_with_digest(self._target(piece), view_piece(piece, tensor.dtype, _writable(body)), region)
+        raw = self._raws.get(region.name)
+        if raw is None:
+            raw = self._raws[region.name] = _bytes_of(tensor)
+        target = raw[start_byte : start_byte + piece.num_bytes]
+        source = body[piece.start_byte : piece.start_byte + piece.num_bytes]
+        return copy_bytes_with_digest(target, source, region, tensor.dtype)
 
     def _land_change(self, key: ChunkKey, header: ChunkHeader, body: ByteArray | None) -> tuple[int, ...]:
         """What changed since the bits that lie there."""
@@ -237,7 +244,20 @@ class Staging:
                 f"the first is chunk {index} of source rank {rank}"
             )
         tensors, self._tensors = self._tensors, {}
+        self._raws.clear()
         return tensors
+
+
+@lru_cache(maxsize=1 << 14)
+def _find_run(shape: tuple[int, ...], offset: tuple[int, ...], whole: tuple[int, ...], itemsize: int) -> int | None:
+    """Where a box begins in the bytes of its tensor, when it is one run of them; None when it is not."""
+    cut = next((dim for dim, size in enumerate(shape) if size != 1), len(shape))
+    if shape[cut + 1 :] != whole[cut + 1 :]:
+        return None
+    start = 0
+    for size, first in zip(whole, offset, strict=True):
+        start = start * size + first
+    return start * itemsize
 
 
 def _bytes_of(tensor: torch.Tensor) -> ByteArray:

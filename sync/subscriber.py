@@ -19,10 +19,11 @@ from types import TracebackType
 
 import torch
 
-from weightcast.sync.arrival import Arrival, Limits
+from weightcast.sync.arrival import Arrival
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, VersionError
 from weightcast.sync.fleet import Role
 from weightcast.sync.host.share import HostShare
+from weightcast.sync.limits import Limits
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shared_subscription import SharedSubscription

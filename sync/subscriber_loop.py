@@ -7,7 +7,8 @@ subscription under `lock`, which is notified after every step.
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ class SubscriberLoop:
             self._context.destroy(linger=0)
             raise
         self._client = ZmqChunkClient(self._context, keys, num_links=num_links)
+        self._poller, self._polled = zmq.Poller(), list[Any]()
         self._worker: HostWorker | None = None
         if share is not None:
             assert isinstance(subscription, SharedSubscription)
@@ -102,12 +104,7 @@ class SubscriberLoop:
             with self.lock:
                 self._carry_out(self._subscription.hello())
             while not self._stopping:
-                poller = zmq.Poller()
-                for socket in (self._wake_in, self._control, *self._client.sockets()):
-                    poller.register(socket, zmq.POLLIN)
-                for follower in self._worker.sockets() if self._worker is not None else ():
-                    poller.register(follower.fileno(), zmq.POLLIN)
-                ready: Mapping[Any, int] = dict(poller.poll(_POLL_MS))
+                ready: Mapping[Any, int] = dict(self._renew_poller().poll(_POLL_MS))
                 with self.lock:
                     self._step(ready)
                     self.lock.notify_all()
@@ -128,6 +125,17 @@ class SubscriberLoop:
             self._client.close()
             self._reaches.close()
             self._context.destroy(linger=500)
+
+    def _renew_poller(self) -> zmq.Poller:
+        """Of all sockets; the one before, where they are the same."""
+        sockets: list[Any] = [self._wake_in, self._control, *self._client.sockets()]
+        if self._worker is not None:
+            sockets += [follower.fileno() for follower in self._worker.sockets()]
+        if sockets != self._polled:
+            self._poller, self._polled = zmq.Poller(), sockets
+            for socket in sockets:
+                self._poller.register(socket, zmq.POLLIN)
+        return self._poller
 
     def _step(self, ready: Mapping[Any, int]) -> None:
         if self._wake_in in ready:
@@ -167,7 +175,8 @@ class SubscriberLoop:
         return ""
 
     def _take_chunks(self, socket: zmq.Socket[bytes]) -> None:
-        for _ in range(_CHUNKS_A_TURN):
+        num_chunks = 0
+        while num_chunks < _CHUNKS_A_TURN:
             try:
                 received = self._client.receive(socket, self._subscription.place)
             except WireError as error:
@@ -175,7 +184,9 @@ class SubscriberLoop:
                 return
             if received is None:
                 return
-            self._carry_out(self._land(received))
+            for one in _one_by_one(received):
+                self._carry_out(self._land(one))
+            num_chunks += received.header.count
             if socket not in self._client.sockets():
                 return
 
@@ -242,6 +253,16 @@ class SubscriberLoop:
             self._carry_out(self._subscription.give_up(reason))
             return False
         return True
+
+
+def _one_by_one(received: ReceivedChunk) -> Iterator[ReceivedChunk]:
+    """The chunks that a header stands for."""
+    if received.header.count == 1:
+        yield received
+        return
+    for number in range(received.header.count):
+        header = replace(received.header, index=received.header.index + number, count=1)
+        yield ReceivedChunk(received.rank, header, None)
 
 
 def raise_ended(ended: Exception | None) -> None:

@@ -9,9 +9,10 @@ method takes the time and returns what to send; a thread elsewhere carries it ou
 
 from collections.abc import Mapping, Sequence
 
-from weightcast.sync.arrival import Arrival, Effect, Limits, Tell, open_arrival
+from weightcast.sync.arrival import Arrival, Effect, Tell, open_arrival
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
+from weightcast.sync.limits import Limits
 from weightcast.sync.messages import (
     PROTOCOL,
     Announce,

@@ -54,6 +54,16 @@ class ChunkServer(Protocol):
         """Whether bytes of the snapshot are still on their way out."""
         ...
 
+    @property
+    def has_sent(self) -> bool:
+        """Whether bytes of chunks were sent since `hold`, and not only read by engines of this host."""
+        ...
+
+    @property
+    def awaited_index(self) -> int | None:
+        """The first chunk that somebody waits for, if anybody does; other threads may ask."""
+        ...
+
     def hold(self, snapshot: Snapshot) -> None:
         """Serve this snapshot from now on, and no other."""
         ...

@@ -10,12 +10,14 @@ One connection of TCP carries 30 Gb/s at best, so an engine has several to each 
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import groupby
 
 import numpy as np
 import zmq
 
-from weightcast.sync.arrival import MAX_CREDIT_CHUNKS, Request
+from weightcast.sync.arrival import Request
 from weightcast.sync.errors import WireError
+from weightcast.sync.limits import MAX_CREDIT_CHUNKS
 from weightcast.sync.messages import ChunkHeader, ChunkRequest, decode, encode
 from weightcast.sync.snapshot import ABSENT, Snapshot
 from weightcast.sync.transports import zmq_sockets
@@ -32,6 +34,10 @@ class ZmqChunkServer:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: CurveKeys | None) -> None:
         self.socket, self.address = zmq_sockets.bind(context, address, keys, MAX_REQUEST_BYTES)
         self.num_malformed = 0
+        self.awaited_index: int | None = None
+        """The first chunk that somebody waits for; read by the packer's thread."""
+        self.has_sent = False
+        """Whether bytes of chunks were sent since `hold`, and not only read by engines of this host."""
         self._snapshot: Snapshot | None = None
         self._under_way: dict[bytes, deque[zmq.MessageTracker]] = {}
         # Requests for chunks that are not packed yet, in the order in which they came; bounded a peer by its credit.
@@ -45,6 +51,7 @@ class ZmqChunkServer:
     def hold(self, snapshot: Snapshot) -> None:
         """Serve this snapshot from now on; requests for another are answered with 'absent'."""
         self._snapshot = snapshot
+        self.has_sent = False
         self._under_way.clear()
 
     def drop(self) -> None:
@@ -53,8 +60,18 @@ class ZmqChunkServer:
 
     def answer(self) -> None:
         """Answer every request that is there, and earlier ones whose chunks became ready."""
-        for peer in list(self._waiting):
-            self._answer_waiting(peer)
+        self._answer_new()
+        while True:
+            for peer in list(self._waiting):
+                self._answer_waiting(peer)
+            requests = (request for waiting in self._waiting.values() for request in waiting)
+            self.awaited_index = min(map(self._last, requests), default=None)
+            # The packer sees it from here on; what was packed before that is answered at once.
+            snapshot = self._snapshot
+            if self.awaited_index is None or snapshot is None or not snapshot.is_ready(self.awaited_index):
+                return
+
+    def _answer_new(self) -> None:
         while True:
             try:
                 peer, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -64,7 +81,7 @@ class ZmqChunkServer:
                 request = decode(frames[0]) if len(frames) == 1 else None
             except WireError:
                 request = None
-            if not isinstance(request, ChunkRequest):
+            if not isinstance(request, ChunkRequest) or (request.count > 1 and not request.reached):
                 self.num_malformed += 1
             elif self._must_wait(request):
                 waiting = self._waiting.setdefault(peer, deque())
@@ -75,7 +92,15 @@ class ZmqChunkServer:
 
     def _must_wait(self, request: ChunkRequest) -> bool:
         snapshot = self._snapshot
-        return snapshot is not None and request.version == snapshot.version and not snapshot.is_ready(request.index)
+        if snapshot is None or request.version != snapshot.version:
+            return False
+        return not snapshot.is_ready(self._last(request))
+
+    def _last(self, request: ChunkRequest) -> int:
+        """The index of the last chunk that is asked for."""
+        snapshot = self._snapshot
+        end = request.index + request.count
+        return (end if snapshot is None else min(end, max(len(snapshot), request.index + 1))) - 1
 
     def _answer_waiting(self, peer: bytes) -> None:
         waiting = self._waiting.pop(peer)
@@ -86,8 +111,25 @@ class ZmqChunkServer:
             if not self._must_wait(request):
                 self._send(peer, request)
 
+    def _send_run(self, peer: bytes, request: ChunkRequest) -> None:
+        """Tell an engine which chunks it may read; a header for each run of those that are alike."""
+        snapshot = self._snapshot
+        assert snapshot is not None
+        indices = range(request.index, request.index + request.count)
+        bodies = (snapshot.body(index, request.base, reached=True) for index in indices)
+        index = request.index
+        for body, alike in groupby(bodies):
+            count = sum(1 for _ in alike)
+            self.socket.send_multipart(
+                [peer, encode(ChunkHeader(request.version, index, body.encoding, body.base, b"", count))]
+            )
+            index += count
+
     def _send(self, peer: bytes, request: ChunkRequest) -> None:
         snapshot = self._snapshot
+        if request.count > 1 and snapshot is not None and request.version == snapshot.version:
+            self._send_run(peer, request)
+            return
         if snapshot is None or request.version != snapshot.version:
             body, body_hash = ABSENT, b""
         else:
@@ -106,6 +148,7 @@ class ZmqChunkServer:
         tracker = self.socket.send(body.data, copy=False, track=True)
         assert tracker is not None
         trackers.append(tracker)
+        self.has_sent = True
 
     def close(self) -> None:
         """Stop serving."""
@@ -177,6 +220,10 @@ class ZmqChunkClient:
             raise WireError(f"source rank {rank} sent a {type(header).__name__} instead of a chunk")
         if not socket.rcvmore:
             return ReceivedChunk(rank, header, None)
+        if header.count > 1:
+            for _ in _rest(socket):
+                pass
+            raise WireError(f"source rank {rank} sent bytes for {header.count} chunks at once")
         target = place(rank, header)
         target = self._scratch if target is None else target
         num_bytes = socket.recv_into(target.data)

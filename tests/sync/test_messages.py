@@ -47,6 +47,8 @@ EXAMPLES: list[m.Message] = [
     m.ChunkRequest(V, 3, V, True),
     m.ChunkHeader(V, 3, "dense", None, b"\5" * 16),
     m.ChunkHeader(V, 3, "same", V, b""),
+    m.ChunkHeader(V, 3, "same", V, b"", 2),
+    m.ChunkRequest(V, 3, V, True, m.MAX_RUN_CHUNKS),
 ]
 
 
@@ -143,6 +145,9 @@ def test_deep_nesting_is_refused(depth: int) -> None:
         (EXAMPLES[7], "specs", [["a", "int8", [1 << 49]]], "integer"),
         (EXAMPLES[15], "regions", [["a", [0, 0], [1]]], "as many offsets"),
         (EXAMPLES[19], "index", 1 << 23, "integer"),
+        (EXAMPLES[19], "count", 0, "integer from 1 to 64"),
+        (EXAMPLES[19], "count", 65, "integer from 1 to 64"),
+        (EXAMPLES[21], "count", True, "integer from 1 to 64"),
         (EXAMPLES[21], "encoding", "gzip", "one of"),
         (EXAMPLES[21], "hash", b"x" * 17, "at most 16 bytes"),
         (EXAMPLES[16], "tickets", [[0, "shared_memory", b"x" * 1025]], "at most 1024 bytes"),

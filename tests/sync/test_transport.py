@@ -16,9 +16,10 @@ from tests.sync.packed import CHUNK_BYTES, Packed, head, make_packed
 from tests.sync.parts import WAIT_S, make_model
 
 from weightcast.sync import Version
-from weightcast.sync.arrival import MAX_CREDIT_CHUNKS, Request
+from weightcast.sync.arrival import Request
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import WireError
+from weightcast.sync.limits import MAX_CREDIT_CHUNKS
 from weightcast.sync.messages import ChunkHeader, ChunkRequest
 from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.transports.base import ChunkClient, ChunkServer
@@ -53,9 +54,11 @@ class Link:
     packed: Packed
     snapshot: Snapshot
 
-    def ask(self, version: Version, index: int, base: Version | None = None, *, reached: bool = False) -> None:
-        """Ask for a chunk."""
-        message = ChunkRequest(version, index, base, reached)
+    def ask(
+        self, version: Version, index: int, base: Version | None = None, *, reached: bool = False, count: int = 1
+    ) -> None:
+        """Ask for a chunk, or for several that are read."""
+        message = ChunkRequest(version, index, base, reached, count)
         self.client.ask(Request(3, self.server.address, CHUNK_BYTES, message))
 
     def hear(self, into: ByteArray | None = None) -> tuple[ChunkHeader, bytes] | None:
@@ -180,6 +183,41 @@ def test_requests_that_wait_are_bounded_and_dropped_with_their_version(link: Lin
 def test_what_a_receiver_reads_by_itself_is_not_sent(link: Link) -> None:
     link.ask(V1, 2, reached=True)
     assert link.hear() == (ChunkHeader(V1, 2, "dense", None, b""), b"")
+
+
+def test_chunks_that_are_read_are_asked_for_at_once_and_told_when_the_last_is_packed(link: Link) -> None:
+    link.snapshot = link.packed.packer.begin(V2, "off")
+    link.server.hold(link.snapshot)
+    link.ask(V2, 0, reached=True, count=3)
+    assert link.hear() is None and link.server.awaited_index == 2
+    for _ in range(2):
+        link.packed.packer.pack_next(link.snapshot)
+    assert link.hear() is None
+    link.packed.packer.pack_next(link.snapshot)
+    assert link.hear() == (ChunkHeader(V2, 0, "dense", None, b"", 3), b"")
+    assert link.server.awaited_index is None and not link.server.has_sent
+
+
+def test_runs_are_told_apart_where_only_some_chunks_changed_or_are_none(link: Link) -> None:
+    link.packed.tensors["embed.weight"].view(torch.int16)[0, 0] += 1
+    link.snapshot = link.packed.pack(2)
+    link.server.hold(link.snapshot)
+    num_chunks = len(link.snapshot)
+    assert 3 < num_chunks < 60
+    link.ask(V2, 0, V1, reached=True, count=num_chunks + 2)
+    assert [link.hear() for _ in range(3)] == [
+        (ChunkHeader(V2, 0, "dense", None, b""), b""),
+        (ChunkHeader(V2, 1, "same", V1, b"", num_chunks - 1), b""),
+        (ChunkHeader(V2, num_chunks, "absent", None, b"", 2), b""),
+    ]
+    assert link.hear() is None
+
+
+def test_bytes_of_several_chunks_at_once_are_neither_sent_nor_taken(link: Link) -> None:
+    link.ask(V1, 0, count=2)
+    assert link.hear() is None
+    link.ask(V1, 0)
+    assert link.hear() == link.wanted(0)
 
 
 def test_memory_may_be_written_once_nothing_is_under_way(link: Link) -> None:

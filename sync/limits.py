@@ -1,0 +1,50 @@
+"""How patient a subscription is, and how much it asks for at once. Pure.
+
+WeightSubscriber(address, limits=Limits(credit_chunks=16, links=2))
+"""
+
+from dataclasses import dataclass
+
+from weightcast.sync.errors import ConfigError
+from weightcast.sync.messages import MAX_RUN_CHUNKS
+
+# A source leaves an engine that wants more at once unanswered.
+MAX_CREDIT_CHUNKS = 64
+# Of chunks that are read and not sent so much is asked for at once: a message costs more than reading a chunk.
+_RUN_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How patient a subscription is, and how much it asks for at once."""
+
+    credit_chunks: int = 8
+    """Chunks asked for and not yet received, a source that sends them (it answers at most 64 at once)."""
+    links: int = 1
+    """Connections to each source, over which its chunks come in turn (one of TCP carries some 30 Gb/s)."""
+    under_way_chunks: int = 64
+    """The same over all sources: times the chunk's size, what may be on its way to this engine."""
+    chunk_timeout_s: float = 10.0
+    """A chunk that has not come after this is asked for again."""
+    chunk_attempts: int = 3
+    """How often a chunk may arrive damaged before the version is refused."""
+    ping_every_s: float = 0.5
+    lost_after_s: float = 10.0
+    """A coordinator that was silent for this long is lost."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.credit_chunks <= MAX_CREDIT_CHUNKS or self.under_way_chunks < 1 or not 1 <= self.links <= 64:
+            raise ConfigError(
+                f"credit_chunks={self.credit_chunks}, under_way_chunks={self.under_way_chunks} and "
+                f"links={self.links} grant no sound credit; use 1 to {MAX_CREDIT_CHUNKS} for the first, at least 1 for "
+                "the second, and 1 to 64 for the last"
+            )
+
+
+def size_run(num_asked: int, num_left: int, chunk_bytes: int) -> int:
+    """How many chunks that are read, and not sent, to ask for at once, when so many were asked for and are left.
+
+    At least one. Few at first and at the end: an engine is told of a run when its last chunk is packed, and the end of
+    a version waits until the last run is read.
+    """
+    return max(1, min(MAX_RUN_CHUNKS, _RUN_BYTES // chunk_bytes, num_asked + 1, num_left // 4))

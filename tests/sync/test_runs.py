@@ -1,0 +1,103 @@
+"""Chunks that are read, and not sent, are asked for in runs: every chunk once, few at first and at the end."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.sync.packed import CHUNK_BYTES, Packed, make_packed
+
+from weightcast.sync import Limits
+from weightcast.sync.arrival import Arrival, Effect, Request
+from weightcast.sync.errors import ConfigError
+from weightcast.sync.limits import size_run
+from weightcast.sync.messages import MAX_RUN_CHUNKS, Announce, ChunkHeader
+from weightcast.sync.shadow import Shadow
+from weightcast.sync.snapshot import Snapshot
+
+NUM_CHUNKS = 150
+
+
+@pytest.fixture(scope="module")
+def packed() -> Packed:
+    """A source with one tensor of many chunks."""
+    values = torch.arange(NUM_CHUNKS * CHUNK_BYTES, dtype=torch.int64).to(torch.uint8).view(NUM_CHUNKS, CHUNK_BYTES)
+    return make_packed({"w": values})
+
+
+def open_arrival(packed: Packed, snapshot: Snapshot, limits: Limits, shadow: Shadow | None = None) -> Arrival:
+    """An engine that reads the source's memory."""
+    staging = packed.stage(snapshot, Shadow() if shadow is None else shadow)
+    announce = Announce(snapshot.version, ())
+    return Arrival(announce, staging, CHUNK_BYTES, limits, 0.0, {0: "shared_memory"})
+
+
+def read_all(arrival: Arrival, snapshot: Snapshot) -> list[tuple[int, int]]:
+    """Answer every request with what the source would say; (first chunk, chunks) of each."""
+    requests: deque[Effect] = deque(arrival.begin(0.0))
+    runs = []
+    while requests:
+        request = requests.popleft()
+        assert isinstance(request, Request) and request.message.reached
+        assert len(arrival.asked_s) <= arrival.limits.under_way_chunks
+        index, count = request.message.index, request.message.count
+        runs.append((index, count))
+        for number in range(index, index + count):
+            body = snapshot.body(number, request.message.base, reached=True)
+            raw = np.array(snapshot.states[number].bits) if body.encoding == "dense" else None
+            header = ChunkHeader(snapshot.version, number, body.encoding, body.base, b"")
+            requests += arrival.land(0, header, raw, 0.0, is_hashed=False)
+    return runs
+
+
+@given(limits=st.builds(Limits, credit_chunks=st.integers(1, 64), under_way_chunks=st.integers(1, 200)))
+def test_every_chunk_is_asked_for_once_whatever_the_limits(packed: Packed, limits: Limits) -> None:
+    snapshot = packed.pack(1, "off")
+    arrival = open_arrival(packed, snapshot, limits)
+    runs = read_all(arrival, snapshot)
+    assert [number for index, count in runs for number in range(index, index + count)] == list(range(NUM_CHUNKS))
+    assert arrival.is_staged and arrival.tensors is not None
+    assert torch.equal(arrival.tensors["w"], packed.tensors["w"])
+    assert arrival.num_repeats == 0
+
+
+def test_runs_grow_and_shrink(packed: Packed) -> None:
+    snapshot = packed.pack(1, "off")
+    counts = [count for _, count in read_all(open_arrival(packed, snapshot, Limits()), snapshot)]
+    assert counts[:4] == [1, 2, 4, 8] and counts[-1] == 1
+    assert len(counts) < NUM_CHUNKS / 6
+
+
+def test_a_run_has_one_base(packed: Packed) -> None:
+    shadow = Shadow()
+    first = packed.pack(1, "off")
+    read_all(open_arrival(packed, first, Limits(), shadow), first)
+    shadow.forget([(0, 40)])
+    second = packed.pack(2, "on")
+    arrival = open_arrival(packed, second, Limits(), shadow)
+    runs = read_all(arrival, second)
+    assert (40, 1) in runs and arrival.is_staged
+    assert arrival.num_bytes == CHUNK_BYTES  # the others were the same
+
+
+def test_when_memory_cannot_be_read_any_more_each_chunk_is_asked_for_alone(packed: Packed) -> None:
+    snapshot = packed.pack(1, "off")
+    arrival = open_arrival(packed, snapshot, Limits())
+    asked = [effect.message for effect in arrival.begin(0.0) if isinstance(effect, Request)]
+    num_asked = sum(message.count for message in asked)
+    again = [effect.message for effect in arrival.send_again(0, 1.0) if isinstance(effect, Request)]
+    assert [(message.count, message.reached) for message in again] == [(1, False)] * num_asked
+
+
+@given(num_asked=st.integers(0, 10**6), num_left=st.integers(1, 10**6), chunk_bytes=st.integers(4096, 64 << 20))
+def test_a_run_is_never_empty_nor_longer_than_a_message_says(num_asked: int, num_left: int, chunk_bytes: int) -> None:
+    count = size_run(num_asked, num_left, chunk_bytes)
+    assert 1 <= count <= min(MAX_RUN_CHUNKS, num_left)
+    assert count == 1 or count * chunk_bytes <= 32 << 20
+
+
+def test_limits_that_grant_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="grant no sound credit"):
+        Limits(credit_chunks=0)
