@@ -2,7 +2,7 @@
 #
 #   make demo [ENGINE=transformers|vllm] [MODEL=folder-or-hub-id] [DATA=file.txt] [STEPS=6] [TP=ranks] [OUT=out/demo]
 #   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
-#   make test | test-quick | lint | test-all | clean
+#   make test | test-quick | lint | test-all | clean        [JOBS=2] processes [TESTS=tests/sync]
 #   make bench | bench-gpu [BENCH_ARGS='--cases shm_vs_memcpy --rounds 9']   tests/benchmarks/README.md says what it is
 #   make test-latest [PYTHON312=python] [LATEST_TRANSFORMERS=5.23.0]   bridges and trainer with the newest Megatron-Core
 
@@ -17,6 +17,7 @@ TP ?=
 OUT ?= out/demo
 PYTHON ?=
 TESTS ?=
+JOBS ?= 2
 BENCH_ARGS ?=
 PYTHON312 ?=
 LATEST_MEGATRON ?= 0.19.2
@@ -33,6 +34,9 @@ BENCH_GPU := $(VENV)/.installed-bench-gpu
 LATEST_VENV := .venv-latest
 LATEST := $(LATEST_VENV)/.installed-$(LATEST_MEGATRON)-$(LATEST_TRANSFORMERS)
 INPUTS := pyproject.toml constraints.txt
+
+# Test files are shared out over processes, each file whole: its fixtures are made once.
+SPREAD := -n $(JOBS) --dist loadfile
 
 # Ranks and engines share the machine's cores; a BLAS thread pool in each of them would fight over them.
 export OMP_NUM_THREADS ?= 1
@@ -71,10 +75,10 @@ demo: setup
 	$(PY) -m weightcast demo --engine '$(ENGINE)' --steps '$(STEPS)' --out '$(OUT)'$(GIVEN)
 
 test: $(VLLM)
-	$(PY) -m pytest -m 'not long' $(TESTS)
+	$(PY) -m pytest $(SPREAD) -m 'not long' $(TESTS)
 
 test-quick: $(BASE)
-	$(PY) -m pytest -m 'not slow and not vllm and not long' $(TESTS)
+	$(PY) -m pytest $(SPREAD) -m 'not slow and not vllm and not long' $(TESTS)
 
 lint: $(BASE)
 	$(PY) -m ruff check .
@@ -82,7 +86,7 @@ lint: $(BASE)
 	$(PY) -m mypy
 
 test-all: lint $(VLLM)
-	FRESH_RANKS=1 $(PY) -m pytest $(TESTS)
+	FRESH_RANKS=1 $(PY) -m pytest $(SPREAD) $(TESTS)
 
 # The newest end of the declared range, in a set-up of its own: Megatron-Core 0.17 and newer want Python 3.12. All
 # other packages are the newest that fit, unpinned; torch is the one that the other tests have.
@@ -96,7 +100,7 @@ $(LATEST): pyproject.toml | $(LATEST_VENV)/bin/python
 	@rm -f $(LATEST_VENV)/.installed-* && touch $@
 
 test-latest: $(LATEST)
-	$(LATEST_VENV)/bin/python -m pytest -m 'not long and not vllm' $(LATEST_TESTS)
+	$(LATEST_VENV)/bin/python -m pytest $(SPREAD) -m 'not long and not vllm' $(LATEST_TESTS)
 
 # Mooncake's library wants libibverbs1, libcurl4 and libnuma1 of the system.
 $(BENCH): $(VLLM)

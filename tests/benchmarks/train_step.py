@@ -18,6 +18,7 @@ from records import CaseError, Reading, Settings
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.data.packing import StreamRecord, TokenStream
 from weightcast.trainer.data.samples import Batch, Batches
+from weightcast.trainer.data.text_samples import text_splits
 
 SEQ_LENGTH, BATCH = 256, 4
 STEPS_A_ROUND = 2
@@ -68,7 +69,8 @@ def _batches() -> Batches:
     tokens = np.random.default_rng(0).integers(0, 8192, 64 * SEQ_LENGTH + 1, dtype=np.int32)
     record = StreamRecord(1, "", "", None, None, 8191, len(tokens), [])
     stream = TokenStream(tokens, np.zeros(1, dtype=np.int64), record)
-    return Batches(stream, seq_length=SEQ_LENGTH, micro_batch_size=BATCH, global_batch_size=BATCH, seed=1)
+    samples, *_ = text_splits(stream, seq_length=SEQ_LENGTH, seed=1, split=None)
+    return Batches(samples, micro_batch_size=BATCH, global_batch_size=BATCH)
 
 
 class _Contestant:
