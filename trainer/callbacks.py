@@ -23,6 +23,9 @@ class Callback:
     def on_train_start(self, state: TrainState) -> None:
         """Before the first step, after a resume."""
 
+    def on_weights_change(self, state: TrainState) -> None:
+        """Before each optimizer step, after its gradients are there: whoever still reads the weights must be done."""
+
     def on_step_end(self, state: TrainState, report: StepReport) -> None:
         """After each step, those that were skipped included; parameters may still have to be gathered
         (`state.gather_parameters()`)."""
@@ -46,6 +49,10 @@ class Callbacks(Callback):
     def on_train_start(self, state: TrainState) -> None:
         for member in self._members:
             member.on_train_start(state)
+
+    def on_weights_change(self, state: TrainState) -> None:
+        for member in self._members:
+            member.on_weights_change(state)
 
     def on_step_end(self, state: TrainState, report: StepReport) -> None:
         for member in self._members:

@@ -64,7 +64,7 @@ def train(
         while stop is None:
             with events.phase("step", version=state.step + 1):
                 try:
-                    report = one_step(state, forward_step, batches, events)
+                    report = one_step(state, forward_step, batches, events, callbacks)
                 except DivergedError:
                     saver.finish()
                     raise
@@ -86,16 +86,26 @@ def train(
     return TrainResult(reports, stop)
 
 
-def one_step(state: TrainState, forward_step: ForwardStep, batches: BatchSource, events: EventLog) -> StepReport:
+def one_step(
+    state: TrainState, forward_step: ForwardStep, batches: BatchSource, events: EventLog, callbacks: Callbacks
+) -> StepReport:
     """The next step: trained, or passed over where `train.iterations_to_skip` names it. A collective."""
     if state.step + 1 not in state.config.train.iterations_to_skip:
-        return train_step(state, forward_step, batches, events)
+        return train_step(state, forward_step, batches, events, callbacks)
     clock = StepClock(events, version=state.step + 1)
     return _finish_step(state, clock, math.nan, math.nan, 0, skipped="train.iterations_to_skip names it")
 
 
-def train_step(state: TrainState, forward_step: ForwardStep, batches: BatchSource, events: EventLog) -> StepReport:
+def train_step(
+    state: TrainState,
+    forward_step: ForwardStep,
+    batches: BatchSource,
+    events: EventLog,
+    callbacks: Callbacks | None = None,
+) -> StepReport:
     """One optimizer step over the next global batch. Every rank calls it; a collective.
+
+    Of `callbacks` it tells `on_weights_change` alone.
 
     Raises `DivergedError` for a loss or gradient that is no number, unless `train.nan_action` is `skip`.
     """
@@ -126,6 +136,8 @@ def train_step(state: TrainState, forward_step: ForwardStep, batches: BatchSourc
                 f"train.iterations_to_skip=[{state.step + 1}]"
             )
         return _finish_step(state, clock, loss, math.nan, num_tokens, skipped=fault)
+    if callbacks is not None:
+        callbacks.on_weights_change(state)
     with clock.phase("optimizer"):
         _, grad_norm, _ = state.optimizer.step()
     return _finish_step(state, clock, loss, float(grad_norm), num_tokens)

@@ -1,8 +1,9 @@
 """A version of the weights after a step: publishing from inside the training loop.
 
 The version's number is the step. Every rank publishes its own regions. Training goes on when the fleet serves the
-version or, with `publish.overlap`, when the version is packed; for how long it stood still is in the events. A
-quantised source (`quantizing.py`) takes its largest weights first.
+version; with `publish.overlap` when the version is packed, or with `publish.hold_next_step` at once, up to the next
+optimizer step. For how long it stood still is in the events. A quantised source (`quantizing.py`) takes its largest
+weights first.
 
     with StepPublisher(bridge.weight_source(model), cfg.publish, events) as publisher:
         publisher.after_step(report)
@@ -15,7 +16,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Self, cast
 
-from weightcast.sync import DeltaMode, Publication, PublishReport, Span, WeightPublisher, WeightSource
+from weightcast.sync import DeltaMode, Publication, PublishReport, WeightPublisher, WeightSource
 from weightcast.sync.quantized_source import QuantizedSource
 from weightcast.trainer.callbacks import Callback
 from weightcast.trainer.config import PublishConfig, delta_mode
@@ -72,6 +73,14 @@ class StepPublisher(Callback):
             state.gather_parameters()
             self.after_step(report)
 
+    def on_weights_change(self, state: TrainState) -> None:
+        """Wait until the version that is being packed is, before its weights change."""
+        if self._pending is not None and self._config.hold_next_step:
+            step, publication, stall_s = self._pending
+            start_s = time.monotonic()
+            publication.packed()
+            self._pending = step, publication, stall_s + time.monotonic() - start_s
+
     def is_due(self, step: int) -> bool:
         """Whether this step is published."""
         return step % self._config.every == 0
@@ -86,33 +95,29 @@ class StepPublisher(Callback):
         if self._quantized is not None:
             with self._events.phase("publish.quantize", version=step.step):
                 self._quantized.prepare()
-        publication = self._publisher.begin(version=step.step, timeout_s=self._config.timeout_s)
+        publication = self._publisher.begin(
+            version=step.step, timeout_s=self._config.timeout_s, hold=self._config.hold_next_step
+        )
         if self._config.overlap:
             self._pending = step, publication, time.monotonic() - start_s
         else:
-            report = publication.wait()
-            self._tell(step, report, time.monotonic() - start_s)
+            publication.wait()
+            self._tell(step, publication, time.monotonic() - start_s)
 
     def _finish(self) -> None:
         """Wait for the version that was begun last, and record what became of it."""
         if self._pending is not None:
             (step, publication, stall_s), self._pending = self._pending, None
-            self._tell(step, publication.wait(), stall_s)
+            publication.wait()
+            self._tell(step, publication, stall_s)
 
-    def _tell(self, step: StepReport, report: PublishReport, stall_s: float) -> None:
-        for span in self._own_spans(report):
+    def _tell(self, step: StepReport, publication: Publication, stall_s: float) -> None:
+        """Record this rank's packing, and on the first rank the fleet's staging and commit, alike on all ranks."""
+        report = publication.wait()
+        fleets = [span for span in report.spans if span.phase != "pack" and self._is_first_rank]
+        for span in (publication.packed(), *fleets):
             self._events.phase_ran(f"publish.{span.phase}", version=step.step, start_s=span.start_s, end_s=span.end_s)
         self._record(step, report, stall_s)
-
-    def _own_spans(self, report: PublishReport) -> list[Span]:
-        """This rank's packing; on the first rank also the fleet's staging and commit, which are alike on all ranks.
-
-        The report lists every rank's packing, and gives this rank's length.
-        """
-        length_s = report.phases_s["pack"]
-        packs = [span for span in report.spans if span.phase == "pack"]
-        own = min(packs, key=lambda span: abs(span.end_s - span.start_s - length_s))
-        return [own, *(span for span in report.spans if span.phase != "pack" and self._is_first_rank)]
 
     def _record(self, step: StepReport, report: PublishReport, stall_s: float) -> None:
         engines = report.engines

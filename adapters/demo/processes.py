@@ -9,6 +9,7 @@ engine core) too.
 """
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ from typing import Self
 from weightcast.sync.errors import PeerLost
 
 TERMINATE_TIMEOUT_S = 15.0
+# Below the ports that Linux gives to connections (net.ipv4.ip_local_port_range begins at 32768).
+_FIRST_PORT, _NUM_PORTS = 15_000, 17_000
 TAIL_LINES = 25
 ERROR_PREFIX = "error: "  # how weightcast.trainer.pretrain begins the line that says why it ends
 TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
@@ -117,7 +120,12 @@ def describe_exit(code: int) -> str:
 
 
 def find_free_port() -> int:
-    """A loopback TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback TCP port that nobody listens on now.
+
+    Not one of those that the kernel gives away: any program's next connection might take it before it is used.
+    """
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -135,7 +135,7 @@ def test_the_receiver_killed_in_the_middle_of_staging(start: Start) -> None:
 
 def test_a_stopped_receiver_is_waited_for_by_name_and_others_go_on_when_it_is_killed(start: Start) -> None:
     tensors = make_model(1, ROWS)
-    with make_publisher(tensors, FleetPolicy.quorum(1), lost_after_s=4.0) as publisher:
+    with make_publisher(tensors, FleetPolicy.all(1), lost_after_s=4.0) as publisher:
         workers = [start(publisher.address, f"w{number}") for number in range(2)]
         publisher.wait_for_subscribers(2, START_S)
         receiver = receiver_of(publish(publisher, 1, workers, change(tensors, 1)), workers)

@@ -161,6 +161,7 @@ def test_layout_is_worked_out() -> None:
         (["logger.straggler_interval=0"], 1, "logger.straggler_interval is 0"),
         (["optimizer.min_lr=1"], 1, "between 0 and optimizer.lr"),
         (["mixed_precision=fp8"], 1, "is not one of: null, fp32, bf16_mixed, bf16_with_fp8"),
+        (["publish.to=ipc:///tmp/x", "publish.hold_next_step=true"], 1, "set publish.overlap=true too"),
         (["ddp.overlap_param_gather=true"], 1, "needs ddp.overlap_grad_reduce=true"),
         (["checkpoint.save_interval=0"], 1, "checkpoint.save_interval is 0; it must be more than 0"),
         (["publish.wait_for=1"], 1, "publish.to is not"),

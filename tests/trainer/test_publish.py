@@ -120,35 +120,48 @@ def test_other_ranks_tell_of_their_own_work(published: tuple[dict[int, dict[str,
     assert names == ["data", "forward_backward", "optimizer", "step", "publish.pack"]
 
 
-def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: list[Path], tmp_path: Path) -> None:
+def follow_overlapped(model: Path, texts: list[Path], folder: Path, *more: str) -> list[dict[str, torch.Tensor]]:
+    """The versions of a run that goes on while they are fetched, by an engine that takes its time."""
     address = f"tcp://127.0.0.1:{find_free_port()}"
     words = [
-        *words_for(gemma3_bf16, texts, tmp_path / "cache"),
+        *words_for(model, texts, folder / "cache"),
         *(f"train.train_iters={STEPS}", f"publish.to={address}", "publish.wait_for=1"),
-        *("publish.overlap=true", "publish.delta=on", f"publish.report_log={tmp_path / 'reports.jsonl'}"),
-        *(f"checkpoint.export_hf={tmp_path / 'export'}", f"logger.events={tmp_path / 'events.jsonl'}"),
+        *("publish.overlap=true", "publish.delta=on", f"publish.report_log={folder / 'reports.jsonl'}"),
+        *(f"checkpoint.export_hf={folder / 'export'}", f"logger.events={folder / 'events.jsonl'}"),
     ]
-    trainer = start(1, words, tmp_path / "log")
+    trainer = start(1, [*words, *more], folder / "log")
+    versions = []
     try:
         with WeightSubscriber(address, engine="test-engine", transport="zmq") as subscriber:
             for number in range(1, STEPS + 1):
                 update = subscriber.wait(timeout_s=120)
                 assert update.version.number == number
-                last = {name: tensor.clone() for name, tensor in update}
+                versions.append({name: tensor.clone() for name, tensor in update})
                 time.sleep(0.3)
                 update.commit()
-            assert trainer.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+            assert trainer.wait(timeout=60) == 0, (folder / "log").read_text()
     finally:
         trainer.kill()
         trainer.wait()
+    return versions
+
+
+def test_training_goes_on_while_a_version_is_fetched(gemma3_bf16: Path, texts: list[Path], tmp_path: Path) -> None:
+    versions = follow_overlapped(gemma3_bf16, texts, tmp_path)
     exported = load_file(tmp_path / "export" / "model.safetensors")
-    assert all(torch.equal(tensor, exported[name]) for name, tensor in last.items())
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in versions[-1].items())
     reports = list(read_reports(tmp_path / "reports.jsonl"))
     assert [report.version.number for report in reports] == [1, 2, 3]
     assert reports[0].density is None and all(0 < (report.density or 0) <= 1 for report in reports[1:])
     rows = [record for record in read_events(tmp_path / "events.jsonl.0") if record.get("event") == "version"]
     # The first version is begun at once; the others wait for the engine, which takes its time over the one before.
     assert rows[0]["stall_s"] < 0.3 <= rows[0]["stage_s"] + reports[0].phases_s["commit"]
+    # Packed while the next step is computed, each version has the same bits.
+    (tmp_path / "held").mkdir()
+    held = follow_overlapped(gemma3_bf16, texts, tmp_path / "held", "publish.hold_next_step=true")
+    for number, (version, wanted) in enumerate(zip(held, versions, strict=True), 1):
+        assert version.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in version.items()), number
 
 
 @pytest.mark.parametrize("kind", ["fp8_block", "fp8_tensor"])

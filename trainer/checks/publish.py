@@ -38,6 +38,8 @@ def check_publish(config: ConfigContainer, world_size: int) -> None:
             "publish.modules_to_not_convert and publish.engine_config are for quantised publishing: set "
             "publish.quantize to fp8_block or fp8_tensor, or leave them out"
         )
+    if publish.hold_next_step and not publish.overlap:
+        raise ConfigError("publish.hold_next_step is a way to overlap: set publish.overlap=true too, or leave it out")
     if publish.to is not None and publish.to.endswith(":0") and world_size > 1:
         raise ConfigError(f"publish.to={publish.to!r}: all ranks need the same address, so name a port that is free")
     if delta_mode(publish) not in get_args(DeltaMode):

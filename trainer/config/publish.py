@@ -23,6 +23,9 @@ class PublishConfig:
     overlap: bool = False
     """Train on as soon as a version is packed, while engines fetch and load it. Its report, and its failure, come with
     the next version or at the end of the run; otherwise each step waits until the fleet serves."""
+    hold_next_step: bool = False
+    """With `overlap`: pack while the next forward and backward pass goes on, and hold the next optimizer step back
+    until that is done. Training then stands still only for what is left of the packing."""
     delta: str = "auto"
     """Whether engines that have an earlier version are sent only what changed: `on`, `off`, `zstd` (compressed as well,
     for links below 1 Gb/s), or `auto`, which decides by measurement."""
