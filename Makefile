@@ -4,12 +4,13 @@
 #   make setup [ENGINE=vllm]      the set-up alone; with ENGINE=vllm the vLLM engine too
 #   make test | test-quick | lint | test-all | clean        [JOBS=2] processes [TESTS=tests/sync]
 #   make bench | bench-gpu [BENCH_ARGS='--cases shm_vs_memcpy --rounds 9']   tests/benchmarks/README.md says what it is
+#   make gpu-check | gpu-wheels   what a machine with a GPU is asked: tests/gpu/README.md
 #   make test-latest [PYTHON312=python] [LATEST_TRANSFORMERS=5.23.0]   bridges and trainer with the newest Megatron-Core
 
 GIVEN = $(if $(TP), --tp '$(TP)')$(if $(MODEL), --model '$(MODEL)')$(if $(DATA), --data '$(DATA)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-all test-latest lint bench bench-gpu clean
+.PHONY: help setup demo test test-quick test-all test-latest lint bench bench-gpu gpu-check gpu-wheels clean
 
 ENGINE ?= transformers
 STEPS ?= 6
@@ -19,6 +20,8 @@ PYTHON ?=
 TESTS ?=
 JOBS ?= 2
 BENCH_ARGS ?=
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 PYTHON312 ?=
 LATEST_MEGATRON ?= 0.19.2
 LATEST_TRANSFORMERS ?= 5.19.0
@@ -42,7 +45,7 @@ SPREAD := -n $(JOBS) --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 help:
-	@sed -n '3,7s/^#   //p' Makefile
+	@sed -n '3,8s/^#   //p' Makefile
 
 $(PY):
 	@.ci/make_venv $(VENV) $(PYTHON)
@@ -118,6 +121,22 @@ bench: $(BENCH)
 bench-gpu: $(BENCH_GPU)
 	$(PY) tests/benchmarks/bench.py --gpu $(BENCH_ARGS)
 
+# Needs no set-up: the Python at hand has torch for CUDA. Without a C compiler numpy does the libraries' work.
+gpu-check:
+	-for name in _delta_kernel _digest_kernel; do \
+	  suffix=$$($(GPU_PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'); \
+	  [ -e sync/$$name$$suffix ] || cc -O3 -fvisibility=hidden -shared -fPIC -o sync/$$name$$suffix sync/$$name.c; \
+	done
+	$(GPU_PYTHON) tests/gpu/check.py $(GPU_ARGS)
+
+# What a machine with a GPU and without a network lacks, for CPython 3.12 on x86-64.
+GPU_WHEELS := megatron-core==0.19.2 pyzmq==27.3.0 zstandard==0.25.0 msgpack==1.2.4 omegaconf==2.4.0 xxhash==4.1.0
+GPU_TAGS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64
+gpu-wheels:
+	rm -rf .whl
+	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  $(GPU_TAGS:%=--platform %) --dest .whl $(GPU_WHEELS)
+
 clean:
-	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/weightcast.egg-info
+	rm -rf out build dist .whl .pytest_cache .mypy_cache .ruff_cache .hypothesis src/weightcast.egg-info
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf

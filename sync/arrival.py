@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import torch
 
-from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.device_staging import make_staging
 from weightcast.sync.errors import WireError
 from weightcast.sync.host.lease import Lease
 from weightcast.sync.limits import Limits, size_run
@@ -21,7 +21,7 @@ from weightcast.sync.model_view import ModelView
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
-from weightcast.sync.staging import Staging
+from weightcast.sync.staging import ChunkBytes, Staging
 from weightcast.sync.version import Version
 
 # What is said to have brought a version that another worker of the host received.
@@ -185,7 +185,7 @@ class Arrival:
         return rank in self.staging.layouts and self.staging.is_missing(rank, header.index)
 
     def land(
-        self, rank: int, header: ChunkHeader, body: ByteArray | None, now_s: float, *, is_hashed: bool = True
+        self, rank: int, header: ChunkHeader, body: ChunkBytes | None, now_s: float, *, is_hashed: bool = True
     ) -> list[Effect]:
         """Take a chunk in; `WireError` when the version cannot be trusted any more."""
         assert self.staging is not None
@@ -278,7 +278,7 @@ def open_arrival(
     """
     assert model.specs is not None
     try:
-        staging = Staging(announce.version, model.specs, model.layouts, shadow)
+        staging = make_staging(announce.version, model.specs, model.layouts, shadow)
     except MemoryError:
         num_bytes = sum(spec.num_bytes for spec in model.specs)
         raise WireError(

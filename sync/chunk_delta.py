@@ -72,27 +72,45 @@ def encode_chunk(
 
     The gaps between pieces are the same in both (zero). `pack` adds the entropy-coded form.
     """
+
+    def find(part: Part, limit_bytes: int) -> tuple[Delta, Delta] | None:
+        old, now = part.elements(base), part.elements(new)
+        delta = find_delta(old, now, limit_bytes)
+        if delta is None or not delta.num_changes:
+            return None if delta is None else (delta, delta)
+        return delta, reverse_delta(delta, old, now)
+
+    return join_changes(parts, find, max_bytes, [part.elements(base) for part in parts] if pack else None)
+
+
+def join_changes(
+    parts: Sequence[Part],
+    find: Callable[[Part, int], tuple[Delta, Delta] | None],
+    max_bytes: int,
+    old_elements: Sequence[ElementArray] | None,
+) -> ChunkDelta | None:
+    """`encode_chunk` by whatever finds the changes of a part, forward and back, in at most so many bytes, or None.
+
+    With `old_elements`, those of each part, the entropy-coded form is added.
+    """
     forward, reverse, packed = [], [], []
     left_bytes, num_changes = max_bytes, 0
-    for part in parts:
-        old, now = part.elements(base), part.elements(new)
+    for number, part in enumerate(parts):
         left_bytes -= _LENGTH.size
-        delta = find_delta(old, now, max(HEADER_BYTES, left_bytes))
-        if delta is None or (delta.num_changes and delta.num_bytes > left_bytes):
+        found = find(part, max(HEADER_BYTES, left_bytes))
+        if found is None or (found[0].num_changes and found[0].num_bytes > left_bytes):
             return None
+        delta, back = found
         num_changes += delta.num_changes
-        if not delta.num_changes:
-            delta_bytes = back_bytes = b""
-        else:
-            delta_bytes, back_bytes = delta.to_bytes(), reverse_delta(delta, old, now).to_bytes()
+        delta_bytes, back_bytes = (delta.to_bytes(), back.to_bytes()) if delta.num_changes else (b"", b"")
         left_bytes -= len(delta_bytes)
         forward.append(delta_bytes)
         reverse.append(back_bytes)
-        if pack:
-            packed.append(pack_delta(delta_bytes, old) if delta_bytes else b"")
+        if old_elements is not None:
+            packed.append(pack_delta(delta_bytes, old_elements[number]) if delta_bytes else b"")
     if not num_changes:
         return SAME
-    return ChunkDelta(_join(forward), _join(reverse), _join(packed) if pack else None, num_changes)
+    return ChunkDelta(_join(forward), _join(reverse), None if old_elements is None else _join(packed), num_changes)
 
 
 def count_changes(base: ByteArray, new: ByteArray, parts: Sequence[Part]) -> int:

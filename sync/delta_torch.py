@@ -9,12 +9,14 @@ encoded as one flat bucket.
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from weightcast.sync.delta_format import ELEMENT_TYPES, HEADER_BYTES, SKIP, Delta
 
 # Torch compares and subtracts signed integers on every device; the bits are the same.
-_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NO_LIMIT = 1 << 62
 
 
 def encode_on_device(base: torch.Tensor, new: torch.Tensor, max_bytes: int | None = None) -> Delta | None:
@@ -22,25 +24,51 @@ def encode_on_device(base: torch.Tensor, new: torch.Tensor, max_bytes: int | Non
 
     None when it takes more than `max_bytes` (default: no limit).
     """
+    limit = max_bytes if max_bytes is not None else _NO_LIMIT
+    found = _find(base, new, limit)
+    if found is None:
+        return None
+    gaps, old, changed = found
+    delta = _make(gaps, old, changed, len(new))
+    return delta if delta.num_bytes <= limit else None
+
+
+def encode_both_on_device(base: torch.Tensor, new: torch.Tensor, max_bytes: int) -> tuple[Delta, Delta] | None:
+    """The same, and the delta from `new` back to `base`, which `delta_codec.reverse_delta` would make of it."""
+    found = _find(base, new, max_bytes)
+    if found is None:
+        return None
+    gaps, old, changed = found
+    delta = _make(gaps, old, changed, len(new))
+    return (delta, _make(gaps, changed, old, len(new))) if delta.num_bytes <= max_bytes else None
+
+
+def _find(
+    base: torch.Tensor, new: torch.Tensor, max_bytes: int
+) -> tuple[npt.NDArray[np.uint8], torch.Tensor, torch.Tensor] | None:
+    """The gap bytes, on the host, and what lay and lies at the places that they lead to; None beyond `max_bytes`."""
     assert base.dtype == new.dtype and base.shape == new.shape and base.ndim == 1, (base.shape, new.shape)
     before, after = _as_integers(base), _as_integers(new)
     positions = torch.nonzero(before != after).squeeze(1)
-    if max_bytes is not None and HEADER_BYTES + 2 * len(positions) > max_bytes:
+    if HEADER_BYTES + 2 * len(positions) > max_bytes:
         return None
-    changed = after[positions]
-    step = changed - before[positions]
+    return _gaps_between(positions).cpu().numpy(), before[positions], after[positions]
+
+
+def _make(gaps: npt.NDArray[np.uint8], old: torch.Tensor, changed: torch.Tensor, num_elements: int) -> Delta:
+    """The delta that turns the elements `old`, at the places of `gaps`, into `changed`."""
+    itemsize, step = changed.element_size(), changed - old
     # No step of a one-byte element is beyond a byte.
-    is_exception = (step < -128) | (step > 127) if new.element_size() > 1 else torch.zeros_like(step, dtype=torch.bool)
+    is_exception = (step < -128) | (step > 127) if itemsize > 1 else torch.zeros_like(step, dtype=torch.bool)
     ordinals = torch.nonzero(is_exception).squeeze(1)
-    delta = Delta(
-        new.element_size(),
-        len(new),
-        changed[ordinals].cpu().numpy().view(ELEMENT_TYPES[new.element_size()]),
+    return Delta(
+        itemsize,
+        num_elements,
+        changed[ordinals].cpu().numpy().view(ELEMENT_TYPES[itemsize]),
         ordinals.to(torch.int32).cpu().numpy().view(np.uint32),
-        _gaps_between(positions).cpu().numpy(),
-        changed.view(torch.uint8).view(-1, new.element_size())[:, 0].contiguous().cpu().numpy(),
+        gaps,
+        changed.view(torch.uint8).view(-1, itemsize)[:, 0].contiguous().cpu().numpy(),
     )
-    return delta if max_bytes is None or delta.num_bytes <= max_bytes else None
 
 
 def apply_on_device(delta: Delta, current: torch.Tensor) -> None:
@@ -67,7 +95,7 @@ def apply_on_device(delta: Delta, current: torch.Tensor) -> None:
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
     assert tensor.is_contiguous(), "a delta is of contiguous memory"
-    return tensor.detach().view(_SIGNED[tensor.element_size()])
+    return tensor.detach().view(SIGNED[tensor.element_size()])
 
 
 def _gaps_between(positions: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ from weightcast.sync.regions import Region
 UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 LANE_BYTES = 8
 # Rows go block by block, so that a table of weights stays at 256 KiB; a block's number has a weight of its own.
-_BLOCK_LANES = 1 << 15
-_BLOCK_AXIS = 1 << 8
+BLOCK_LANES = 1 << 15
+BLOCK_AXIS = 1 << 8
 _MAX_TABLE_BYTES = 1 << 17
 MASK = (1 << 64) - 1
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -116,7 +116,7 @@ def _digest_by_numpy(raw: npt.NDArray[np.uint8], region: Region, itemsize: int) 
     with np.errstate(over="ignore"):
         sums = _sum_lanes(lanes, first_lane)
         for dim in range(len(shape) - 2, -1, -1):
-            weights = _weights(len(shape) - 1 - dim, offset[dim], shape[dim])
+            weights = coordinate_weights(len(shape) - 1 - dim, offset[dim], shape[dim])
             sums = np.einsum("rc,c->r", sums.reshape(-1, shape[dim]), weights)
     return int(sums[0])
 
@@ -125,11 +125,11 @@ def _digest_by_numpy(raw: npt.NDArray[np.uint8], region: Region, itemsize: int) 
 def _table(shape: tuple[int, ...], itemsize: int) -> UInt64Array:
     """The weight of every lane of a small tensor: a model of experts has thousands of one shape."""
     num_lanes = shape[-1] * itemsize // LANE_BYTES
-    assert num_lanes <= _BLOCK_LANES
+    assert num_lanes <= BLOCK_LANES
     with np.errstate(over="ignore"):
-        table = _weights(0, 0, num_lanes) * _weights(_BLOCK_AXIS, 0, 1)[0]
+        table = coordinate_weights(0, 0, num_lanes) * coordinate_weights(BLOCK_AXIS, 0, 1)[0]
         for dim in range(len(shape) - 2, -1, -1):
-            table = np.multiply.outer(_weights(len(shape) - 1 - dim, 0, shape[dim]), table)
+            table = np.multiply.outer(coordinate_weights(len(shape) - 1 - dim, 0, shape[dim]), table)
     table = np.ascontiguousarray(table.reshape(-1))
     table.flags.writeable = False
     return table
@@ -144,12 +144,12 @@ def _sum_lanes(lanes: UInt64Array, first_lane: int) -> UInt64Array:
     """Each row's weighted sum; `lanes` begin at lane `first_lane` of the full tensor's rows."""
     sums = np.zeros(lanes.shape[0], np.uint64)
     end_lane = first_lane + lanes.shape[1]
-    for block in range(first_lane // _BLOCK_LANES, -(-end_lane // _BLOCK_LANES)):
-        start = max(first_lane, block * _BLOCK_LANES)
-        stop = min(end_lane, (block + 1) * _BLOCK_LANES)
-        weights = _weights(0, start - block * _BLOCK_LANES, stop - start)
+    for block in range(first_lane // BLOCK_LANES, -(-end_lane // BLOCK_LANES)):
+        start = max(first_lane, block * BLOCK_LANES)
+        stop = min(end_lane, (block + 1) * BLOCK_LANES)
+        weights = coordinate_weights(0, start - block * BLOCK_LANES, stop - start)
         part = np.einsum("rc,c->r", lanes[:, start - first_lane : stop - first_lane], weights)
-        sums += part * _weights(_BLOCK_AXIS, block, 1)[0]
+        sums += part * coordinate_weights(BLOCK_AXIS, block, 1)[0]
     return sums
 
 
@@ -170,11 +170,11 @@ def _as_lanes(rows: npt.NDArray[np.uint8], start_byte: int) -> tuple[UInt64Array
 @lru_cache(maxsize=1)
 def _block_weights() -> UInt64Array:
     """The weights of a whole block's lanes."""
-    return _weights(0, 0, _BLOCK_LANES)
+    return coordinate_weights(0, 0, BLOCK_LANES)
 
 
 @lru_cache(maxsize=64)
-def _weights(axis: int, start: int, count: int) -> UInt64Array:
+def coordinate_weights(axis: int, start: int, count: int) -> UInt64Array:
     """`count` odd weights for coordinates `start`, `start + 1`, ... of an axis (0 is the last dimension)."""
     with np.errstate(over="ignore"):
         state = np.arange(start, start + count, dtype=np.uint64) + np.uint64((axis + 1) << 48)

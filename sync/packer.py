@@ -11,13 +11,13 @@ with: a delta costs the source no second copy of its share. From the moment that
 change its parameters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 
-from weightcast.sync.chunk_delta import count_changes, encode_chunk, list_parts
+from weightcast.sync.chunk_delta import ChunkDelta, count_changes, encode_chunk, list_parts
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.digest import add_digests, copy_with_digest
@@ -105,16 +105,20 @@ class Packer:
         self._fill(state, fresh)
         max_bytes = int(MAX_DELTA_SHARE * state.chunk.num_bytes)
         delta = encode_chunk(state.bits, fresh, state.parts, max_bytes, pack=self._mode == "zstd")
-        assert self.changed_elements is not None
-        if delta is None:
-            self.delta_bytes += state.chunk.num_bytes
-            self.changed_elements += count_changes(state.bits, fresh, state.parts)
-        else:
-            self.delta_bytes += len(delta.packed if delta.packed is not None else delta.forward)
-            self.changed_elements += delta.num_changes
+        self._count(state.chunk, delta, lambda: count_changes(state.bits, fresh, state.parts))
         if delta is None or not delta.is_same:
             state.bits[:] = fresh
         state.advance(version, delta)
+
+    def _count(self, chunk: Chunk, delta: ChunkDelta | None, count: Callable[[], int]) -> None:
+        """Add up what changed in a chunk; without a delta `count` says how many elements."""
+        assert self.changed_elements is not None
+        if delta is None:
+            self.delta_bytes += chunk.num_bytes
+            self.changed_elements += count()
+        else:
+            self.delta_bytes += len(delta.packed if delta.packed is not None else delta.forward)
+            self.changed_elements += delta.num_changes
 
     def _fill(self, state: ChunkState, buffer: ByteArray) -> None:
         """Copy a chunk's pieces from their live views into `buffer`, and digest them while they are in cache."""
@@ -124,7 +128,7 @@ class Packer:
             end = piece.start_byte + piece.num_bytes
             region, live = self._find(piece.region)
             target = view_piece(piece, self._dtypes[region.name], buffer)
-            source = live[_slices_within(piece.region, region)]
+            source = live[slices_within(piece.region, region)]
             digest = copy_with_digest(target, source, piece.region, reread=self._rereads)
             self._digests[region] = add_digests(self._digests[region], digest)
 
@@ -156,7 +160,8 @@ def _cut(arena: ByteArray, chunks: Sequence[Chunk]) -> Iterator[ByteArray]:
         start += chunk.num_bytes
 
 
-def _slices_within(piece: Region, region: Region) -> tuple[slice, ...]:
+def slices_within(piece: Region, region: Region) -> tuple[slice, ...]:
+    """Where a piece lies in the view of the region around it."""
     return tuple(
         slice(start - base, start - base + size)
         for start, base, size in zip(piece.offset, region.offset, piece.shape, strict=True)

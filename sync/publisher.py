@@ -59,6 +59,10 @@ class WeightPublisher:
     versions behind. `expose` names the kinds of memory, of which the first that this machine has is packed into, so
     that engines of the same host may read it by themselves; none for connections alone.
 
+    Of weights on a GPU, what changed is found there before anything is copied: with "on" or "zstd", where the GPU has
+    room for one more copy of this rank's share (`device_packer.py`), and with `expose=("cuda_ipc",)`, which has that
+    copy anyway and from which engines' GPUs read.
+
     Raises `AddressError` when the address cannot be had, `SourceError` when tensor names repeat, `ConfigError`.
     """
 
@@ -81,7 +85,7 @@ class WeightPublisher:
         if delta not in get_args(DeltaMode) or history < 0:
             allowed = ", ".join(get_args(DeltaMode))
             raise ConfigError(f"delta={delta!r} with history={history}: use one of {allowed}, and 0 or more versions")
-        self._share = Share(source, history, expose)
+        self._share = Share(source, history, expose, keeps_bits_on_device=delta in ("on", "zstd"))
         self._timeout_s = timeout_s
         self._last_number = -1
         self._delta: DeltaMode = delta

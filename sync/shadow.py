@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from weightcast.sync.device_pool import DevicePool
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version
@@ -69,10 +70,17 @@ class BufferPool:
 
 
 class Shadow:
-    """See the module. `pool` is where the tensors lie (by default private memory), `whole` the version that it has."""
+    """See the module. `pool` is where the tensors lie (by default private memory), `whole` the version that it has.
 
-    def __init__(self, pool: TensorPool | None = None, whole: Version | None = None) -> None:
-        self._pool: TensorPool = BufferPool() if pool is None else pool
+    With `device` they lie on that device, in memory of the shadow's own.
+    """
+
+    def __init__(
+        self, pool: TensorPool | None = None, whole: Version | None = None, device: torch.device | None = None
+    ) -> None:
+        own: BufferPool | DevicePool = BufferPool() if device is None else DevicePool(device)
+        self._pool: TensorPool = own if pool is None else pool
+        self.device = own.device if isinstance(own, DevicePool) else None
         self._whole = whole
         self._specs: Sequence[TensorSpec] = ()
         self._layouts: Mapping[int, SourceLayout] = {}

@@ -7,18 +7,25 @@ share.tickets                                                   # how engines ma
 
 from collections.abc import Sequence
 
-from weightcast.sync.chunks import lay_out_chunks
+from weightcast.sync.chunks import Chunk, lay_out_chunks
+from weightcast.sync.device_packer import DevicePacker, find_room
 from weightcast.sync.packer import Packer
 from weightcast.sync.records import Ticket
 from weightcast.sync.regions import Region, check_unique_names
+from weightcast.sync.snapshot import allocate_arena
 from weightcast.sync.source import WeightSource
 from weightcast.sync.transports.reaches import Arena, check_kinds, make_arena
 
 
 class Share:
-    """See the module. Raises `SourceError` when tensor names repeat, `ConfigError` for an unknown kind of memory."""
+    """See the module. Raises `SourceError` when tensor names repeat, `ConfigError` for an unknown kind of memory.
 
-    def __init__(self, source: WeightSource, history: int, expose: Sequence[str]) -> None:
+    With `keeps_bits_on_device` the last bits of weights on a GPU are kept there as well, where it has room for them.
+    """
+
+    def __init__(
+        self, source: WeightSource, history: int, expose: Sequence[str], *, keeps_bits_on_device: bool = False
+    ) -> None:
         self.rank = source.rank
         self.specs = tuple(source.specs())
         check_unique_names(self.specs)
@@ -26,6 +33,7 @@ class Share:
         self._specs_by_name = {spec.name: spec for spec in self.specs}
         self._history = history
         self._expose = check_kinds(expose)
+        self._keeps_bits_on_device = keeps_bits_on_device
         self._laid_out: tuple[tuple[Region, ...], int] | None = None
         self._packer: Packer | None = None
         self._arena: Arena | None = None
@@ -36,11 +44,28 @@ class Share:
             dtypes = {spec.name: spec.dtype for spec in self.specs}
             chunks = lay_out_chunks(regions, dtypes, chunk_bytes)
             arena = self._renew_arena(sum(chunk.num_bytes for chunk in chunks))
-            self._packer = Packer(self.held, self._specs_by_name, regions, chunks, arena.memory, self._history)
+            self._packer = self._make_packer(regions, chunks, arena)
             self._laid_out = (regions, chunk_bytes)
         elif is_read:
-            self._packer.move(self._renew_arena(self._packer.num_bytes).memory)
+            assert self._arena is not None
+            if self._arena.device_memory is not None:
+                # Only host memory is being sent; what engines read on the device stays where it is.
+                self._packer.move(allocate_arena(self._packer.num_bytes))
+            else:
+                self._packer.move(self._renew_arena(self._packer.num_bytes).memory)
         return self._packer
+
+    def _make_packer(self, regions: tuple[Region, ...], chunks: tuple[Chunk, ...], arena: Arena) -> Packer:
+        there = arena.device_memory
+        if there is None and self._keeps_bits_on_device:
+            there = find_room(regions, self.held, len(arena.memory))
+        if there is None:
+            return Packer(self.held, self._specs_by_name, regions, chunks, arena.memory, self._history)
+        host_is_read = bool(arena.tickets) and arena.device_memory is None
+        return DevicePacker(
+            *(self.held, self._specs_by_name, regions, chunks, arena.memory, self._history, there),
+            host_is_read=host_is_read,
+        )
 
     def _renew_arena(self, num_bytes: int) -> Arena:
         self.close()

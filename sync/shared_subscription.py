@@ -79,7 +79,7 @@ class SharedSubscription(Subscription):
         """Fetch what is awaited into `shadow`, whose memory may be written."""
         arrival = self.arrival
         assert arrival is not None and self.awaited is not None
-        self._shadow = shadow
+        self.shadow = shadow
         return self._stage(arrival.announce, arrival.started_s, now_s)
 
     def lend(self, lease: Lease) -> None:

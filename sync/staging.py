@@ -11,6 +11,7 @@ Nothing here touches the network or the engine.
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,9 +30,12 @@ from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.version import Version
 
+ChunkBytes: TypeAlias = ByteArray | torch.Tensor
+"""A chunk's body: in host memory or, read from a device of this process, on it."""
+
 
 class Staging:
-    """See the module."""
+    """See the module; `device_staging` has the one whose tensors are on a device."""
 
     def __init__(
         self, version: Version, specs: Sequence[TensorSpec], layouts: Mapping[int, SourceLayout], shadow: Shadow
@@ -42,6 +46,7 @@ class Staging:
         self.num_bytes = 0
         self.checksums_checked = 0
         self._shadow = shadow
+        self.device = shadow.device
         self._tensors = shadow.open(layouts, self.specs)
         self._raws: dict[str, ByteArray] = {}
         self._missing: set[ChunkKey] = set()
@@ -91,7 +96,7 @@ class Staging:
         self._shadow.forget([(rank, header.index)])
         return _bytes_of(target)
 
-    def land(self, rank: int, header: ChunkHeader, body: ByteArray | None, *, is_hashed: bool = True) -> None:
+    def land(self, rank: int, header: ChunkHeader, body: ChunkBytes | None, *, is_hashed: bool = True) -> None:
         """Check a chunk's body and bring its pieces to their places; a duplicate is ignored.
 
         `is_hashed` is false for a body that was read out of a source's memory, for which the tensors' digests vouch.
@@ -121,15 +126,21 @@ class Staging:
             self._left_chunks[name] -= 1
             self._check_digest(name)
 
-    def _check_hash(self, header: ChunkHeader, body: ByteArray) -> None:
+    def _check_hash(self, header: ChunkHeader, body: ChunkBytes) -> None:
+        assert not isinstance(body, torch.Tensor), "what was read from a device has no hash"
         if xxhash.xxh3_128_digest(body.data) != header.hash:
             raise WireError("does not have the hash that came with it: its bytes were altered; not used")
         self.checksums_checked += 1
 
-    def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ByteArray | None) -> tuple[int, ...]:
+    def _check_size(self, chunk: Chunk, body: ChunkBytes | None) -> ChunkBytes:
         num_bytes = 0 if body is None else len(body)
         if body is None or num_bytes != chunk.num_bytes:
             raise WireError(f"has {num_bytes} bytes, {chunk.num_bytes} were announced; it is not used")
+        return body
+
+    def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
+        body = self._check_size(chunk, body)
+        assert not isinstance(body, torch.Tensor), "host memory is staged from host memory"
         self._shadow.forget([key])
         return tuple(self._land_piece(piece, body) for piece in chunk.pieces)
 
@@ -139,7 +150,7 @@ class Staging:
         tensor = self._tensors[region.name]
         start_byte = _find_run(region.shape, region.offset, tuple(tensor.shape), tensor.element_size())
         if start_byte is None:
-            return copy_with_digest(self._target(piece), view_piece(piece, tensor.dtype, _writable(body)), region)
+            return copy_with_digest(self._target(piece), view_piece(piece, tensor.dtype, writable(body)), region)
         raw = self._raws.get(region.name)
         if raw is None:
             raw = self._raws[region.name] = _bytes_of(tensor)
@@ -147,7 +158,7 @@ class Staging:
         source = body[piece.start_byte : piece.start_byte + piece.num_bytes]
         return copy_bytes_with_digest(target, source, region, tensor.dtype)
 
-    def _land_change(self, key: ChunkKey, header: ChunkHeader, body: ByteArray | None) -> tuple[int, ...]:
+    def _land_change(self, key: ChunkKey, header: ChunkHeader, body: ChunkBytes | None) -> tuple[int, ...]:
         """What changed since the bits that lie there."""
         if header.base is None or header.base != self._shadow.base(key):
             raise WireError(f"changes version {header.base}, this engine has {self._shadow.base(key)}; not used")
@@ -155,20 +166,31 @@ class Staging:
         pieces, parts = layout.chunks[key[1]].pieces, layout.parts[key[1]]
         targets = [self._target(piece) for piece in pieces]
         flats = [target.contiguous() for target in targets]
+        assert not isinstance(body, torch.Tensor), "what changed is sent"
         if header.encoding == "same" and body is None:
             changes: list[Delta | None] = [None] * len(parts)
         elif header.encoding == "delta" and body is not None:
             changes = parse_chunk(body, parts)
         elif header.encoding == "zdelta" and body is not None:
-            changes = unpack_chunk(body, parts, lambda number: _elements_of(flats[number]))
+            changes = unpack_chunk(body, parts, lambda number: self._host_elements(flats[number]))
         else:
             raise WireError(f"is said to be {header.encoding!r} and has {0 if body is None else len(body)} bytes")
         self._shadow.forget([key])
         for target, flat, change in zip(targets, flats, changes, strict=True):
             if change is not None:
-                apply_parsed(change, _elements_of(flat))
+                self._apply(change, flat)
                 if flat.data_ptr() != target.data_ptr():
                     target.copy_(flat)
+        return self._digest_all(flats, pieces)
+
+    def _host_elements(self, flat: torch.Tensor) -> ElementArray:
+        """A staged piece's elements, to be read."""
+        return elements_of(flat)
+
+    def _apply(self, change: Delta, flat: torch.Tensor) -> None:
+        apply_parsed(change, elements_of(flat))
+
+    def _digest_all(self, flats: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> tuple[int, ...]:
         return tuple(region_digest(flat, piece.region) for flat, piece in zip(flats, pieces, strict=True))
 
     def _target(self, piece: Piece) -> torch.Tensor:
@@ -265,11 +287,12 @@ def _bytes_of(tensor: torch.Tensor) -> ByteArray:
     return raw
 
 
-def _elements_of(tensor: torch.Tensor) -> ElementArray:
+def elements_of(tensor: torch.Tensor) -> ElementArray:
+    """A contiguous CPU tensor's bits."""
     return as_elements(_bytes_of(tensor), tensor.element_size())
 
 
-def _writable(raw: ByteArray) -> ByteArray:
+def writable(raw: ByteArray) -> ByteArray:
     """The same bytes under an array that torch takes without a warning; nobody writes to it."""
     if raw.flags.writeable:
         return raw

@@ -7,7 +7,8 @@
                 ...                                    # load it; nothing here waits for the network
             update.commit(pause_s=...)                 # now it serves this version
 
-Versions are staged in a background thread while the engine goes on serving, into host memory: one copy of the model.
+Versions are staged in a background thread while the engine goes on serving, into host memory (with `device`, that of
+its GPU): one copy of the model.
 """
 
 import os
@@ -26,6 +27,7 @@ from weightcast.sync.host.share import HostShare
 from weightcast.sync.limits import Limits
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
+from weightcast.sync.shadow import Shadow
 from weightcast.sync.shared_subscription import SharedSubscription
 from weightcast.sync.subscriber_loop import SubscriberLoop, raise_ended
 from weightcast.sync.subscription import Subscription
@@ -51,9 +53,9 @@ class UpdateStats:
 
 
 class Update:
-    """A version that is complete and verified, in host memory. Iterate, load, then `commit` or `reject` it once.
+    """A version that is complete and verified, where it was staged. Iterate, load, then `commit` or `reject` it once.
 
-    Tensors are on the CPU, in HF order. Memory is reused by a later version only when no tensor of this one is
+    Tensors are in HF order. Memory is reused by a later version only when no tensor of this one is
     alive any more, so a tensor that is kept stays as it is. Not so where workers of a host share the copy: there
     tensors are read-only (a write ends the process) and good until `release` or `commit`; copy what is to be kept.
     """
@@ -156,6 +158,9 @@ class WeightSubscriber:
     `share` names a group: workers of one host and user that follow one publisher's address under one name receive each
     version once, into memory that all of them read (`sync/host`). Each is a receiver of its own all the same. A
     `HostShare` says more than the name. Where the host has no such memory, the worker receives by itself.
+
+    `device` is where versions are staged instead of host memory: one copy of the model on the engine's GPU, which a
+    source on the same host fills from its own (`cuda_ipc`).
     """
 
     def __init__(
@@ -169,7 +174,10 @@ class WeightSubscriber:
         limits: Limits | None = None,
         transport: str = "auto",
         share: str | HostShare | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
+        if share is not None and device is not None:
+            raise ConfigError(f"what workers share lies in host memory, not on {device}; leave out share or device")
         if share is not None and role == "observer":
             raise ConfigError("an observer receives nothing that it could share; leave out role or share")
         share = HostShare(share) if isinstance(share, str) else share
@@ -182,6 +190,8 @@ class WeightSubscriber:
             if share is None
             else SharedSubscription(self.engine, expect, limits, self._wall_offset_s)
         )
+        if device is not None:
+            self._subscription.shadow = Shadow(device=torch.device(device))
         reaches = Reaches(transport, limits.chunk_timeout_s)
         self._loop = SubscriberLoop(self._subscription, address, keys, reaches, limits.links, share)
 

@@ -22,6 +22,7 @@ from weightcast.sync.host.worker import HostWorker
 from weightcast.sync.messages import Announce, Staged, decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.shared_subscription import SharedSubscription
+from weightcast.sync.staging import ChunkBytes
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports import zmq_sockets
 from weightcast.sync.transports.base import ReceivedChunk
@@ -195,26 +196,29 @@ class SubscriberLoop:
         if body is not None or header.encoding != "dense" or not self._reads(rank, header.index):
             return self._subscription.land(rank, header, body, time.monotonic())
         try:
-            body = self._read(rank, header.index)
+            read = self._read(rank, header.index)
         except (OSError, WeightcastError) as error:
             engine = self._subscription.engine
             logger.warning("engine %s cannot read from source rank %d any more: %s", engine, rank, error)
             self._reaches.give_up(rank, str(error))
             return self._subscription.stop_reaching(rank, time.monotonic())
-        return self._subscription.land(rank, header, body, time.monotonic(), is_hashed=False)
+        return self._subscription.land(rank, header, read, time.monotonic(), is_hashed=False)
 
     def _reads(self, rank: int, index: int) -> bool:
         """Whether this engine reads the chunk by itself, and so waits for no bytes of it."""
         arrival = self._subscription.arrival
         return arrival is not None and arrival.reads(rank, index)
 
-    def _read(self, rank: int, index: int) -> ByteArray:
+    def _read(self, rank: int, index: int) -> ChunkBytes:
         """A chunk's bytes out of its source's memory; valid until the next one is read."""
         arrival, reach = self._subscription.arrival, self._reaches.get(rank)
         span = None if arrival is None else arrival.find_bytes(rank, index)
         if reach is None or span is None or span[0] + span[1] > reach.num_bytes:
             raise WireError(f"chunk {index} of source rank {rank} does not lie in memory that this engine reads")
         start_byte, num_bytes = span
+        on_device = arrival is not None and arrival.staging is not None and arrival.staging.device is not None
+        if on_device and (there := reach.device_view(start_byte, num_bytes)) is not None:
+            return there
         if (view := reach.view(start_byte, num_bytes)) is not None:
             return view
         if len(self._scratch) < num_bytes:

@@ -34,6 +34,7 @@ from weightcast.sync.model_view import ModelView
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import Shadow
+from weightcast.sync.staging import ChunkBytes
 from weightcast.sync.version import Version
 
 
@@ -57,7 +58,7 @@ class Subscription:
         """The source ranks whose memory this engine reads by itself, and the kind of it; set before `Announce`."""
         self._waiting: Announce | None = None
         self._sealed: Sealed | None = None
-        self._shadow = Shadow()
+        self.shadow = Shadow()
         self._heard_s: float | None = None
         self._pinged_s = -1e9
         self._greeted_s = -1e9
@@ -177,7 +178,7 @@ class Subscription:
     def _stage(self, announce: Announce, started_s: float, now_s: float) -> list[Effect]:
         try:
             self.arrival = open_arrival(
-                self.engine, announce, self.model, self._shadow, self._limits, self.reached, started_s
+                self.engine, announce, self.model, self.shadow, self._limits, self.reached, started_s
             )
         except WireError as error:
             return self._refuse(announce.version, error)
@@ -197,7 +198,7 @@ class Subscription:
         return self._tell_staged() if arrival.is_staged else effects
 
     def land(
-        self, rank: int, header: ChunkHeader, body: ByteArray | None, now_s: float, *, is_hashed: bool = True
+        self, rank: int, header: ChunkHeader, body: ChunkBytes | None, now_s: float, *, is_hashed: bool = True
     ) -> list[Effect]:
         """A chunk of the source `rank` came, with its body; see `Staging.land`."""
         arrival = self.arrival

@@ -75,6 +75,7 @@ EXERCISED = {
     "make setup": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",
     "make bench": "tests/test_readme.py::test_make_bench",
     "make bench-gpu": "tests/test_readme.py::test_make_bench_gpu",
+    "make gpu-check": "tests/gpu/test_check.py::test_make_gpu_check",
 }
 # Shell blocks that end by themselves when they are run as they stand, in a folder that holds `path/to/hf`.
 RUN_HERE = (

@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import zmq
 
 from weightcast.sync.arrival import Request
@@ -115,6 +116,11 @@ class Exposed(Protocol):
         ...
 
     @property
+    def device_memory(self) -> torch.Tensor | None:
+        """As many bytes on a device, where it is these that receivers read; `memory` is then this process's own."""
+        ...
+
+    @property
     def ticket(self) -> bytes:
         """What a receiver needs to reach it, at most `MAX_TICKET_BYTES`, in a checked form."""
         ...
@@ -139,6 +145,10 @@ class Reach(Protocol):
 
     def view(self, start_byte: int, num_bytes: int) -> ByteArray | None:
         """A read-only view, where the memory is mapped into this process; otherwise None."""
+        ...
+
+    def device_view(self, start_byte: int, num_bytes: int) -> torch.Tensor | None:
+        """The bytes on a device of this process, which may change under it, where they lie on one; otherwise None."""
         ...
 
     def read(self, start_byte: int, into: ByteArray) -> None:

@@ -105,6 +105,7 @@ class ExposedMemory:
     """A source's side: `memory` is page-aligned and writable here. See `expose`."""
 
     kind = KIND
+    device_memory = None
 
     def __init__(self, num_bytes: int, host: str, protocol: str, device: str) -> None:
         if num_bytes <= 0 or protocol not in PROTOCOLS:
@@ -184,6 +185,9 @@ class MooncakeReach:
                 self._wait(batches.pop(landed), deadline_s)
                 target = into[starts[landed] : starts[landed] + size]
                 target[:] = self._pieces[landed % NUM_PIECES][: target.size]
+
+    def device_view(self, start_byte: int, num_bytes: int) -> None:
+        """It lies on no device."""
 
     def view(self, start_byte: int, num_bytes: int) -> npt.NDArray[np.uint8] | None:
         """None: nothing is mapped here."""

@@ -14,6 +14,8 @@ import importlib
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from weightcast.sync.errors import ConfigError, WeightcastError
 from weightcast.sync.records import Ticket
 from weightcast.sync.snapshot import allocate_arena
@@ -43,6 +45,11 @@ class Arena:
     def tickets(self) -> tuple[tuple[str, bytes], ...]:
         """(kind, ticket) of each way to reach it."""
         return () if self._exposed is None else ((self._exposed.kind, self._exposed.ticket),)
+
+    @property
+    def device_memory(self) -> torch.Tensor | None:
+        """As many bytes on a device, where it is these that are reached."""
+        return None if self._exposed is None else self._exposed.device_memory
 
     def close(self) -> None:
         """Give out no more tickets. Whoever reads it may go on."""

@@ -26,13 +26,13 @@ from weightcast.sync import schema
 from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WireError
 from weightcast.sync.host import folders
 from weightcast.sync.host.arena import MAX_ARENA_BYTES, Arena, map_arena
-from weightcast.sync.host.packets import Connection, connect, listen
+from weightcast.sync.host.doors import TOKEN_BYTES, check_door, host_name, knock, remove_own_folder
+from weightcast.sync.host.packets import Connection, listen
 from weightcast.sync.host.server import PacketServer
 from weightcast.sync.schema import binary, checked, text, uint
 
 KIND = "shared_memory"
 MAX_TICKET_BYTES = 1024
-TOKEN_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class ExposedMemory:
     """A source's arena, and the thread that hands it out; see `expose`."""
 
     kind = KIND
+    device_memory = None
 
     def __init__(self, num_bytes: int, allowed_uids: frozenset[int], base: Path | None) -> None:
         self._arena = Arena(num_bytes)
@@ -74,10 +75,10 @@ class ExposedMemory:
         # Others of the allowed users must get through the folder; that its name is no secret does no harm.
         is_private = allowed_uids <= {os.geteuid()}
         folder = folders.make_socket_folder(base, mode=0o700 if is_private else 0o711)
-        self._remove_folder = weakref.finalize(self, _remove_own_folder, folder, os.getpid())
+        self._remove_folder = weakref.finalize(self, remove_own_folder, folder, os.getpid())
         path = folder / folders.SOCKET_NAME
         token = secrets.token_bytes(TOKEN_BYTES)
-        ticket = SharedMemoryTicket(_host(), str(path), token, num_bytes)
+        ticket = SharedMemoryTicket(host_name(), str(path), token, num_bytes)
         self.ticket: bytes = schema.pack(KIND, ticket)
         assert len(self.ticket) <= MAX_TICKET_BYTES
         listener = listen(path, mode=0o600 if is_private else 0o666)
@@ -135,6 +136,9 @@ class ReachedMemory:
             raise WireError(f"{num_bytes} bytes from {start_byte} on are outside the source's {self.num_bytes} bytes")
         return self._memory[start_byte : start_byte + num_bytes]
 
+    def device_view(self, start_byte: int, num_bytes: int) -> None:
+        """It lies on no device."""
+
     def read(self, start_byte: int, into: npt.NDArray[np.uint8]) -> None:
         """Copy bytes from `start_byte` on, as many as `into` takes."""
         np.copyto(into, self.view(start_byte, len(into)))
@@ -149,11 +153,7 @@ def read_ticket(ticket: bytes) -> SharedMemoryTicket:
     if len(ticket) > MAX_TICKET_BYTES:
         raise WireError(f"a ticket of {len(ticket)} bytes exceeds the limit of {MAX_TICKET_BYTES}")
     read: SharedMemoryTicket = schema.unpack(ticket, {KIND: SharedMemoryTicket})
-    path = Path(read.path)
-    if not path.is_absolute() or ".." in path.parts or path.name != folders.SOCKET_NAME:
-        raise WireError(f"{schema.show(read.path)} is no path of a source's socket")
-    if not path.parent.name.startswith(folders.PREFIX) or len(os.fsencode(path)) > folders.MAX_PATH_BYTES:
-        raise WireError(f"{schema.show(read.path)} is no path of a source's socket")
+    check_door(read.path)
     if len(read.token) != TOKEN_BYTES or not read.num_bytes:
         raise WireError(f"a ticket with a token of {len(read.token)} bytes for {read.num_bytes} bytes of memory")
     return read
@@ -168,7 +168,7 @@ def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()
     read = read_ticket(ticket)
     deadline_s = time.monotonic() + timeout_s
     owners = frozenset(allowed_uids) | {os.geteuid()}
-    connection = _knock(read, owners, timeout_s)
+    connection = knock(Path(read.path), read.host, owners, timeout_s)
     try:
         connection.send("open", Open(read.token))
         answer, descriptor = connection.receive(_TO_ENGINE, deadline_s - time.monotonic())
@@ -189,36 +189,3 @@ def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()
         return ReachedMemory(map_arena(descriptor, read.num_bytes, deadline_s - time.monotonic()))
     finally:
         os.close(descriptor)
-
-
-def _knock(ticket: SharedMemoryTicket, owners: frozenset[int], timeout_s: float) -> Connection:
-    path = Path(ticket.path)
-    try:
-        folders.check_folder(path.parent, owners)
-        return connect(path, owners, timeout_s)
-    except FileNotFoundError:
-        if ticket.host != _host():
-            reason = "it is on another host; use a transport that goes over the network"
-        else:
-            reason = "the source ended, or lives in a container whose folder for sockets is not mounted here"
-    except PermissionError:
-        reason = f"it belongs to another user; run both as one, or let the source allow the uid {os.geteuid()}"
-    except ConnectionRefusedError:
-        reason = "the source ended without closing it; get a new ticket"
-    except DeadlineExceeded as error:
-        reason = str(error)
-    raise ReachError(f"no memory to reach at {path}: {reason}")
-
-
-def _host() -> str:
-    """A name for this machine until it boots again; only messages depend on it."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _remove_own_folder(folder: Path, pid: int) -> None:
-    """Not in a forked child, whose parent still uses it."""
-    if os.getpid() == pid:
-        folders.remove_socket_folder(folder)

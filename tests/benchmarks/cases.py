@@ -9,11 +9,12 @@ from importlib import import_module
 import codec
 import digests
 import engines
-import gpu
 import links
 import moves
 import train_step
 from records import Case, CaseError, Reading, Settings, at_least, at_most
+
+import gpu
 
 DENSITIES = {"008": 0.008, "023": 0.023, "066": 0.066}
 # dense bytes over delta bytes, plain and with zstandard

@@ -12,6 +12,7 @@ from moves import OURS, num_bytes
 from peers import Link
 from records import CaseError, Reading, Settings
 
+from weightcast.sync.chunks import MAX_CHUNK_BYTES
 from weightcast.sync.delta_format import Delta
 from weightcast.sync.delta_torch import apply_on_device, encode_on_device
 
@@ -28,7 +29,8 @@ def model_for(settings: Settings) -> str:
 def race_ipc(settings: Settings, *, baseline: str | None) -> Reading:
     """GB/s from trainer parameters into engine parameters over CUDA IPC; None is a copy on the device."""
     model = model_for(settings)
-    options = {"transport": "cuda_ipc", "expose": ["cuda_ipc"]}
+    # The largest chunks: each costs a message, and nothing waits for a page of host memory.
+    options = {"transport": "cuda_ipc", "expose": ["cuda_ipc"], "chunk_bytes": MAX_CHUNK_BYTES}
     state = {"device": "cuda"}
     with ExitStack() as stack:
         ours = stack.enter_context(Link(OURS, model, state, options, receiver_options=[{"device": "cuda"}]))

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench
-import gpu
 import network
 import pytest
 import results
@@ -22,6 +21,8 @@ from machine import find_lack
 from page import render
 from peers import Link
 from records import Case, CaseError, Reading, Settings, at_least, at_most, make_empty_record, make_record
+
+import gpu
 
 HERE = Path(__file__).parent
 QUICK = Settings(rounds=1, quick=True)

@@ -2,8 +2,8 @@
 
 Options of both: `address` to publish on; `transport`, `delta`, `chunk_bytes` as the classes take them; `keys` as
 (publisher's public, secret, engine's public, secret). Of the receiver: `engine`, its name; `share`, the group of its
-host's workers with which it receives once; `device`, where it loads every version into parameters of its own (otherwise
-what was staged is what it has, as an engine that iterates over an update gets it).
+host's workers with which it receives once; `device`, where it stages every version and loads it into parameters of its
+own (otherwise what was staged is what it has, as an engine that iterates over an update gets it).
 """
 
 import tempfile
@@ -81,7 +81,7 @@ class SubscribingReceiver:
     """An engine's side: what `wait` returns is staged, complete, verified and released."""
 
     def __init__(self, specs: Sequence[TensorSpec], address: str, options: Mapping[str, Any]) -> None:
-        arguments = {name: options[name] for name in ("transport", "share") if name in options}
+        arguments = {name: options[name] for name in ("transport", "share", "device") if name in options}
         self._subscriber = WeightSubscriber(
             address,
             engine=options.get("engine", "engine-0"),

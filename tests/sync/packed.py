@@ -10,6 +10,8 @@ from tests.sync.parts import TensorSource, make_specs
 from weightcast.sync import Region, TensorSpec, Version
 from weightcast.sync.chunks import lay_out_chunks
 from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.device_packer import DevicePacker
+from weightcast.sync.device_staging import make_staging
 from weightcast.sync.digest import add_digests
 from weightcast.sync.layout import SourceLayout, read_layout
 from weightcast.sync.messages import ChunkHeader, Layout
@@ -48,7 +50,7 @@ class Packed:
 
     def stage(self, snapshot: Snapshot, shadow: Shadow) -> Staging:
         """A receiver's staging, sealed."""
-        staging = Staging(snapshot.version, self.specs, self.layouts, shadow)
+        staging = make_staging(snapshot.version, self.specs, self.layouts, shadow)
         staging.seal(self.digests())
         return staging
 
@@ -71,14 +73,18 @@ def make_packed(
     *,
     history: int = 4,
     chunk_bytes: int = CHUNK_BYTES,
+    device: str | None = None,
+    host_is_read: bool = False,
 ) -> Packed:
-    """A source with all of `tensors`, cut into `regions` (whole by default)."""
+    """A source with all of `tensors`, cut into `regions` (whole by default); with `device` it packs there."""
     listed = make_specs(tensors) if specs is None else list(specs)
     cut = tuple(spec.whole() for spec in listed) if regions is None else tuple(regions)
     chunks = lay_out_chunks(cut, {spec.name: spec.dtype for spec in listed}, chunk_bytes)
     held = {held.region: held for held in TensorSource(tensors, regions=cut).held()}
     arena = allocate_arena(sum(chunk.num_bytes for chunk in chunks))
-    packer = Packer(held, {spec.name: spec for spec in listed}, cut, chunks, arena, history)
+    arguments = (held, {spec.name: spec for spec in listed}, cut, chunks, arena, history)
+    there = torch.zeros(len(arena), dtype=torch.uint8, device=device)
+    packer = Packer(*arguments) if device is None else DevicePacker(*arguments, there, host_is_read=host_is_read)
     layout = Layout(1, chunk_bytes, (Offer(0, "tcp://127.0.0.1:1", cut),))
     return Packed(tensors, listed, read_layout(layout, listed), packer, cut)
 
