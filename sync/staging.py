@@ -236,8 +236,8 @@ class Staging:
         )
 
     def reopen(self, names: Iterable[str]) -> list[ChunkKey]:
-        """Want the chunks of these tensors again, whole."""
-        keys = list(dict.fromkeys(key for name in names for key in self._chunks_of[name]))
+        """Want the chunks of these tensors again, whole; those that are wanted already are not named once more."""
+        keys = list(dict.fromkeys(key for name in names for key in self._chunks_of[name] if key not in self._missing))
         self._shadow.forget(keys)
         for key in keys:
             chunk = self.layouts[key[0]].chunks[key[1]]

@@ -123,6 +123,20 @@ def test_a_tensor_with_another_digest_is_named_and_fetched_again() -> None:
     assert not staging.is_whole
 
 
+def test_several_wrong_tensors_of_one_chunk_are_wanted_once() -> None:
+    packed = make_packed(make_model(4, rows=200))
+    snapshot = packed.pack(1)
+    staging = Staging(snapshot.version, packed.specs, packed.layouts, Shadow())
+    staging.seal(bytes(8 * len(packed.specs)))
+    land_all(packed, snapshot, staging)
+    wrong = staging.take_wrong()
+    keys = [key for name in wrong for key in staging.reopen([name])]
+    assert len(wrong) == len(packed.specs) - 1, "nothing is wrong with a tensor without elements"
+    assert sorted(keys) == [(0, index) for index in range(len(snapshot))] and staging.num_missing == len(keys)
+    land_all(packed, snapshot, staging)
+    assert staging.take_wrong() == wrong
+
+
 def test_what_was_read_out_of_memory_that_changed_meanwhile_is_mended() -> None:
     packed = make_packed(make_model(5, rows=200))
     snapshot = packed.pack(1)
