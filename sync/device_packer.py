@@ -97,10 +97,10 @@ class DevicePacker(Packer):
             start = end
         self._states = states
 
-    def begin(self, version: Version, mode: PackMode) -> Snapshot:
+    def begin(self, version: Version, mode: PackMode, *, rereads: bool = True) -> Snapshot:
         """See `Packer.begin`."""
         self._sums.clear()
-        return super().begin(version, mode)
+        return super().begin(version, mode, rereads=rereads)
 
     def pack_next(self, snapshot: Snapshot) -> None:
         """See `Packer.pack_next`; when it returns, the device is done with the chunk."""

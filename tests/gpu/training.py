@@ -4,8 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,13 @@ from tests.trainer.runs import words_for
 
 from weightcast.bridges import AutoBridge
 from weightcast.bridges.process_groups import destroy_distributed
-from weightcast.trainer.checkpoint import load_checkpoint
+from weightcast.trainer.callbacks import Callback
 from weightcast.trainer.checks import check_config
-from weightcast.trainer.config import ConfigContainer
-from weightcast.trainer.data.packing import load_or_pack
-from weightcast.trainer.data.samples import Batches
-from weightcast.trainer.data.text import choose_files
-from weightcast.trainer.events import EventLog
+from weightcast.trainer.figures import StepReport
 from weightcast.trainer.gpt_step import forward_step
-from weightcast.trainer.loop import StepReport, train
 from weightcast.trainer.overrides import load_config
 from weightcast.trainer.pretrain import pretrain
-from weightcast.trainer.publishing import StepPublisher
+from weightcast.trainer.starting import start_from
 from weightcast.trainer.state import TrainState, build_state, make_provider
 
 STEPS = 3
@@ -53,7 +47,9 @@ def _train_and_publish(scale: Scale, name: str) -> dict[str, Any]:
         {"address": address, "engine": transport, "transport": transport, "versions": STEPS} for transport in TRANSPORTS
     ]
     with following(*settings) as engines:
-        reports, published = _run(config, scale, lambda bridge, state: hash_tensors(_export(bridge, state)))
+        look = _Look(scale.device, AutoBridge.from_hf_pretrained(config.model.hf_path))
+        reports = pretrain(config, forward_step, callbacks=[look])
+        published = look.versions
         for number, wanted in enumerate(published, 1):
             for engine in engines:
                 _compare(engine, number, wanted)
@@ -79,42 +75,22 @@ def words_of(scale: Scale, name: str) -> list[str]:
     return words_for(model, [text], scale.folder / "cache")
 
 
-def _run(
-    config: ConfigContainer, scale: Scale, look: Callable[[AutoBridge, TrainState], dict[str, str]]
-) -> tuple[list[StepReport], list[dict[str, str]]]:
-    """`pretrain` with a look at the weights before each version."""
-    check_config(config, world_size=1)
-    provider, bridge = make_provider(config, None)
-    assert bridge is not None
-    seen: list[dict[str, str]] = []
-    with ExitStack() as stack:
-        events = stack.enter_context(EventLog(None, rank=0))
-        state = build_state(config, provider)
-        places = {parameter.device.type for chunk in state.model for parameter in chunk.parameters()}
-        dtypes = {str(parameter.dtype) for chunk in state.model for parameter in chunk.parameters()}
-        require(places == {scale.device}, f"the trainer's parameters are on {places}")
+class _Look(Callback):
+    """Hashes the weights after each step, as an export gives them."""
+
+    def __init__(self, device: str, bridge: AutoBridge) -> None:
+        self.versions: list[dict[str, str]] = []
+        self._device = device
+        self._bridge = bridge
+
+    def on_train_start(self, state: TrainState) -> None:
+        parameters = [parameter for chunk in state.model for parameter in chunk.parameters()]
+        places, dtypes = {item.device.type for item in parameters}, {str(item.dtype) for item in parameters}
+        require(places == {self._device}, f"the trainer's parameters are on {places}")
         require(dtypes == {"torch.bfloat16"}, f"the trainer's parameters are {dtypes}")
-        publisher = stack.enter_context(StepPublisher(bridge.weight_source(state.model), config.publish, events))
 
-        def after_step(report: StepReport) -> None:
-            seen.append(look(bridge, state))
-            publisher.after_step(report)
-
-        reports = train(state, forward_step, batches_of(config), events, after_step)
-    return reports, seen
-
-
-def batches_of(config: ConfigContainer) -> Batches:
-    """The packed tokens of the check's text."""
-    cache = Path(str(config.dataset.cache_dir))
-    stream = load_or_pack(choose_files(config.dataset), str(config.model.hf_path), cache)
-    return Batches(
-        stream,
-        seq_length=config.dataset.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.rng.seed,
-    )
+    def on_step_end(self, state: TrainState, report: StepReport) -> None:
+        self.versions.append(hash_tensors(_export(self._bridge, state)))
 
 
 def _export(bridge: AutoBridge, state: TrainState) -> Iterator[tuple[str, torch.Tensor]]:
@@ -155,7 +131,8 @@ def _load(words: list[str], saved: Path) -> dict[str, str]:
     check_config(config, world_size=1)
     provider, _ = make_provider(config, None)
     state = build_state(config, provider)
-    require(load_checkpoint(state, config.checkpoint) and state.step == 2, f"loaded is step {state.step}")
+    start_from(state, config.checkpoint)
+    require(state.step == 2, f"loaded is step {state.step}")
     found = hash_tensors(_tensors_of(state))
     destroy_distributed()
     return found
