@@ -37,9 +37,11 @@ EXERCISED = {
     "python -m weightcast plan path/to/hf --tp 2 --pp 2 --world-size 8 --json plan.json": (
         "tests/test_cli.py::test_plan_of_a_folder_and_of_a_configuration_alone"
     ),
+    "python -m weightcast train --nproc 2 recipe=qwen3_600m.pretrain proxy=true train.train_iters=2": (
+        "tests/trainer/test_recipe_plans.py::test_a_proxy_is_trained_by_the_command"
+    ),
     **dict.fromkeys(
         (
-            "python -m weightcast train --nproc 2 recipe=qwen3_600m.pretrain proxy=true train.train_iters=2",
             "python -m weightcast recipes qwen3_30b",
             "python -m weightcast plan qwen3_30b_a3b.pretrain",
         ),

@@ -30,6 +30,7 @@ def recipes(
     import json
 
     from rich.console import Console
+    from rich.progress import track
 
     from weightcast.trainer.recipes.listing import as_json, describe, list_recipes, matching, render
 
@@ -37,8 +38,17 @@ def recipes(
     if name is not None and found == [name]:
         typer.echo(describe(name, num_ranks=gpus), nl=False)
         return
-    entries = list(list_recipes(found, num_ranks=gpus))
-    Console().print(render(entries))
+    console = Console()
+    planned = track(
+        list_recipes(found, num_ranks=gpus),
+        "planning",
+        total=len(found),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    entries = list(planned)
+    console.print(render(entries))
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(entries), indent=1) + "\n")
 

@@ -89,6 +89,7 @@ def run_training(
         state = build_state(cfg, provider, bridge)
         if rank == 0:
             write_run_config(cfg)
+            _say_if_made_up(cfg)
         splits = _open_splits(cfg, bridge, provider.vocab_size)
         start_from(state, cfg.checkpoint)
         members = open_reporters(cfg, stack)
@@ -127,6 +128,17 @@ def _open_splits(cfg: ConfigContainer, bridge: AutoBridge | None, vocab_size: in
             "such as dataset.split=98,2,0, or what holds samples out of this dataset.kind, or leave the interval out"
         )
     return splits
+
+
+def _say_if_made_up(cfg: ConfigContainer) -> None:
+    """Trained weights that go on with mock data get worse, which a forgotten setting must not do in silence."""
+    trained = isinstance(cfg.model, ModelConfig) and cfg.model.load_weights and cfg.model.hf_path
+    if cfg.dataset.kind == "mock" and trained:
+        logger.warning(
+            "dataset.kind=mock: %s goes on with made-up tokens; for records set dataset.kind=sft and dataset.files or "
+            "dataset.dataset_name",
+            cfg.model.hf_path,
+        )
 
 
 def _tokenizer_folder(cfg: ConfigContainer, bridge: AutoBridge | None) -> str:

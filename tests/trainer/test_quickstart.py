@@ -1,12 +1,14 @@
 """The training quickstart that users of Megatron-Bridge know: with our import path and a folder, else as it is."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tests.bridges.tiny_models import write_tiny_model
+from tests.ranks import run_ranks
 
 SCRIPT = """
 from weightcast.bridges import AutoBridge
@@ -30,9 +32,9 @@ if __name__ == "__main__":
 
     pretrain(cfg, forward_step)
 """
-# 512 samples a step take a CPU a minute; what follows prints the result, which the quickstart does not.
+# 512 samples a step take a CPU a minute; the last line keeps the result, which the quickstart does not.
 SMALLER = ("    pretrain(cfg, forward_step)", "    cfg.train.global_batch_size = 8\n    pretrain(cfg, forward_step)")
-TOLD = ("    pretrain(cfg, forward_step)", '    print("losses", *(step.loss for step in pretrain(cfg, forward_step)))')
+TOLD = ("    pretrain(cfg, forward_step)", "    losses = [step.loss for step in pretrain(cfg, forward_step)]")
 
 
 @pytest.fixture(scope="module")
@@ -40,35 +42,40 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model("llama2", tmp_path_factory.mktemp("llama"))
 
 
-def run_script(folder: Path, at: Path, *changes: tuple[str, str], ranks: int, timeout_s: float) -> list[list[float]]:
-    """What each rank printed."""
+def write_script(folder: Path, at: Path, *changes: tuple[str, str]) -> Path:
     script = SCRIPT.replace("{folder}", str(folder))
     for old, new in changes:
         assert old in script
         script = script.replace(old, new)
     at.write_text(script, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(at)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("losses ")]
-    return [[float(word) for word in line] for line in lines]
+    return at
 
 
-def test_it_runs_alone_and_under_torchrun_with_the_same_losses(llama: Path, tmp_path: Path) -> None:
-    alone = run_script(llama, tmp_path / "train.py", SMALLER, TOLD, ranks=1, timeout_s=240)
-    two = run_script(llama, tmp_path / "train.py", SMALLER, TOLD, ranks=2, timeout_s=240)
-    assert [len(losses) for losses in alone + two] == [10, 10, 10]
+def run_as_main(script: str) -> list[float]:
+    losses: list[float] = runpy.run_path(script, run_name="__main__")["losses"]
+    return losses
+
+
+def test_it_runs_alone_and_on_two_ranks_with_the_same_losses(llama: Path, tmp_path: Path) -> None:
+    script = write_script(llama, tmp_path / "train.py", SMALLER, TOLD)
+    (alone,) = run_ranks(run_as_main, 1, str(script), process_group=False)
+    two = run_ranks(run_as_main, 2, str(script), process_group=False)
+    assert [len(losses) for losses in (alone, *two)] == [10, 10, 10]
     assert two[0] == two[1]
-    assert two[0] == pytest.approx(alone[0], abs=0.02)  # in bf16
+    assert two[0] == pytest.approx(alone, abs=0.02)  # in bf16
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_runs_to_the_letter(llama: Path, tmp_path: Path, ranks: int) -> None:
-    run_script(llama, tmp_path / "train.py", ranks=ranks, timeout_s=580)
+    """As users start it: by Python, and by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(write_script(llama, tmp_path / "train.py"))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "step 10" in done.stdout + done.stderr

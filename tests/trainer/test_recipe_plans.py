@@ -1,22 +1,27 @@
 """Recipes at full size, planned on no memory; the commands that list, print and start them."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from tests.trainer.test_recipes import NAMES
+from rich.console import Console
+from tests.trainer.recipe_runs import NAMES, QUICK, sparing
+from typer.testing import CliRunner
 
+from weightcast.cli import app
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.launch import torchrun_command
 from weightcast.trainer.overrides import load_config
-from weightcast.trainer.recipes.listing import as_json, describe, list_recipes, matching, spell_count
-from weightcast.trainer.recipes.plan import plan_recipe, spell_layout
-from weightcast.trainer.recipes.registry import load_recipe, recipe_modules
+from weightcast.trainer.recipes.listing import Entry, as_json, describe, list_recipes, matching, render, spell_count
+from weightcast.trainer.recipes.plan import RankMemory, RecipePlan, plan_recipe, spell_layout
+from weightcast.trainer.recipes.registry import KINDS, load_recipe, recipe_modules
 
 # The numbers of parameters on the models' pages of the hub ("Model size"), from the safetensors' own headers; of V3
 # without the layer for multi-token prediction, as its report counts; of Moonlight without the buffers of its rope.
@@ -56,27 +61,53 @@ PUBLISHED = {
     "moonlight_16b": 15_960_110_208,
 }
 TIMEOUT_S = 240
+PROXY = ("recipe=qwen3_600m.pretrain", "proxy=true", "train.train_iters=2", "checkpoint.save=run")
 
 
 def test_every_model_has_a_published_number() -> None:
     assert PUBLISHED.keys() == recipe_modules().keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@cache
+def planned(name: str) -> RecipePlan:
+    return plan_recipe(load_recipe(name))
+
+
+# As they are, because small; the big ones of each family once.
+IN_MAKE_TEST = {*QUICK, "llama31_405b.lora", "moonlight_16b.lora", "qwen25_72b.sft", "qwen3_30b_a3b.pretrain"}
+
+
+@pytest.mark.parametrize("name", sparing(lambda name: name in IN_MAKE_TEST))
 def test_every_recipe_is_planned_at_its_full_size(name: str) -> None:
-    config = load_recipe(name)
-    plan = plan_recipe(config)
+    config, plan = load_recipe(name), planned(name)
     assert plan.num_parameters == PUBLISHED[name.partition(".")[0]]
     assert len(plan.stages) == config.model.pipeline_model_parallel_size
     # What all ranks hold is the model at least; replicas, padding and what is held twice come on top.
     held = sum(memory.weights_bytes for memory in plan.stages) // 2 * (plan.num_ranks // len(plan.stages))
     assert held >= plan.num_parameters
     assert all(memory.weights_bytes > 0 for memory in plan.stages)
+    # Adapters are a small part of the model, and only they have gradients.
+    frozen = config.peft.scheme is not None
+    gradients_bytes = sum(memory.gradients_bytes for memory in plan.stages)
+    assert gradients_bytes > 0
+    assert (gradients_bytes < 0.25 * sum(memory.weights_bytes for memory in plan.stages)) == frozen
+
+
+def test_of_a_frozen_base_there_are_weights_alone() -> None:
+    """LoRA of rank 32 on four linears of each of 16 layers: 32 x (inputs + outputs); DoRA adds a number a row."""
+    lora, dora = planned("llama32_1b.lora").largest, planned("llama32_1b.dora").largest
+    hidden, query_key_value, gate_up, inner = 2048, 3072, 2 * 8192, 8192
+    rows = query_key_value + hidden + gate_up + hidden
+    adapters = 16 * 32 * (hidden + hidden + hidden + inner + rows)
+    assert lora.gradients_bytes == 4 * adapters
+    assert lora.optimizer_bytes == 12 * adapters
+    assert lora.weights_bytes == 2 * (1_235_814_400 + adapters)
+    assert dora.gradients_bytes == lora.gradients_bytes + 4 * 16 * rows
 
 
 def test_more_ranks_share_the_optimizers_state_and_nothing_else() -> None:
     config = load_recipe("llama32_1b.pretrain")
-    one, eight = plan_recipe(config).largest, plan_recipe(config, num_ranks=8).largest
+    one, eight = planned("llama32_1b.pretrain").largest, plan_recipe(config, num_ranks=8).largest
     assert one.weights_bytes == eight.weights_bytes == 2 * 1_235_814_400
     assert one.gradients_bytes == eight.gradients_bytes == 2 * one.weights_bytes
     assert one.optimizer_bytes == 8 * eight.optimizer_bytes == 12 * 1_235_814_400
@@ -112,14 +143,12 @@ def test_layouts_and_counts_are_spelled() -> None:
 
 
 def test_a_printed_recipe_starts_the_same_run(tmp_path: Path) -> None:
-    text = describe("qwen3_30b_a3b.pretrain")
-    assert text.startswith(
-        "# qwen3_30b_a3b.pretrain: Qwen3MoeForCausalLM, 30.5B parameters, TP4 PP2 EP4 ETP1 SP on 8 GPUs"
-    )
+    text = describe("qwen25_32b.sft")
+    assert text.startswith("# qwen25_32b.sft: Qwen2ForCausalLM, 32.8B parameters, TP8 PP2 on 16 GPUs")
     assert "# stage 1: " in text
     (tmp_path / "run.yaml").write_text(text)
-    assert load_config(config_file=str(tmp_path / "run.yaml")) == load_recipe("qwen3_30b_a3b.pretrain")
-    assert yaml.safe_load(text)["model"]["hf_config"]["num_experts"] == 128
+    assert load_config(config_file=str(tmp_path / "run.yaml")) == load_recipe("qwen25_32b.sft")
+    assert yaml.safe_load(text)["model"]["hf_config"]["num_hidden_layers"] == 64
 
 
 def test_recipes_are_found_by_a_part_of_their_names() -> None:
@@ -131,6 +160,27 @@ def test_recipes_are_found_by_a_part_of_their_names() -> None:
         matching("llama32_1bb.pretrain")
     plans: dict[str, Any] = as_json(list_recipes(["llama32_1b.pretrain"]))
     assert plans["llama32_1b.pretrain"]["num_parameters"] == PUBLISHED["llama32_1b"]
+
+
+def test_nothing_is_cut_in_a_terminal_of_80_columns() -> None:
+    """Names and figures of the longest kinds, whole; only a layout goes on in the next line."""
+    memory = RankMemory(0, weights_bytes=2000 * 2**30, gradients_bytes=999 * 2**30, optimizer_bytes=333 * 2**30)
+    layout = max((spell_layout(load_recipe(name).model) for name in NAMES), key=len)
+    plan = RecipePlan("Any", 405_853_388_800, 1024, layout, (memory,))
+    out = io.StringIO()
+    Console(file=out, width=80).print(render(Entry(name, load_recipe(name), plan) for name in NAMES))
+    lines = out.getvalue().splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line and not line.startswith(" ")}
+    assert rows.keys() >= set(NAMES)
+    assert max(map(len, lines)) <= 80 and "…" not in out.getvalue()
+    for name in NAMES:
+        assert rows[name][0] == "406B" and rows[name][-6:-5] == ["1024"]
+        assert rows[name][-5].split("x") == [
+            str(load_recipe(name).train.global_batch_size),
+            str(load_recipe(name).dataset.seq_length),
+        ]
+        assert rows[name][-4:] == ["3332", "2000", "999.0", "333.0"]
+    assert {word for line in lines for word in line.split()} >= set(layout.split())
 
 
 def test_torchruns_command() -> None:
@@ -150,21 +200,38 @@ def weightcast(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_commands(tmp_path: Path) -> None:
-    """Listing, planning and training a proxy under torchrun; the run's own configuration starts it again."""
-    listed = weightcast("recipes", "qwen3_30b", "--gpus", "16", "--json", "plans.json", cwd=tmp_path)
-    assert listed.returncode == 0, listed.stderr
-    assert (
-        "TP4 PP2 EP4 ETP1 SP" in listed.stdout
-        and "30.5B" in listed.stdout
-        and "Activations come on top" in listed.stdout
-    )
-    assert json.loads((tmp_path / "plans.json").read_text())["qwen3_30b_a3b.pretrain"]["num_ranks"] == 16
-    planned = weightcast("plan", "qwen3_30b_a3b.pretrain", cwd=tmp_path)
-    assert planned.returncode == 0, planned.stderr
-    assert "Qwen3MoeForCausalLM" in planned.stdout and "on 8 ranks" in planned.stdout
-    words = ["recipe=qwen3_600m.pretrain", "proxy=true", "train.train_iters=2", "checkpoint.save=run"]
-    trained = weightcast("train", "--nproc", "2", *words, "logger.events=events/run", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("name", "model", "said"),
+    [
+        ("qwen3_600m", "qwen3_600m", ("Qwen3ForCausalLM", "on 1 rank")),
+        pytest.param("qwen3_30b", "qwen3_30b_a3b", ("Qwen3MoeForCausalLM", "on 8 ranks"), marks=pytest.mark.long),
+    ],
+)
+def test_the_commands(
+    name: str, model: str, said: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing and planning, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = CliRunner().invoke(app, ["recipes", name, "--gpus", "16", "--json", "plans.json"])
+    assert listed.exit_code == 0, listed.output
+    expected = (*(f"{model}.{kind}" for kind in KINDS), spell_count(PUBLISHED[model]), "Activations come on top")
+    assert all(text in listed.output for text in expected)
+    assert json.loads((tmp_path / "plans.json").read_text())[f"{model}.pretrain"]["num_ranks"] == 16
+    done = CliRunner().invoke(app, ["plan", f"{model}.pretrain"])
+    assert done.exit_code == 0, done.output
+    assert all(text in done.output for text in said)
+
+
+def test_a_proxy_is_trained_by_the_command(tmp_path: Path) -> None:
+    trained = weightcast("train", "--nproc", "2", *PROXY, "logger.events=events/run", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert len(losses(tmp_path / "events" / "run.0")) == 2
+
+
+@pytest.mark.long
+def test_a_run_is_started_again_from_its_own_configuration(tmp_path: Path) -> None:
+    trained = weightcast("train", "--nproc", "2", *PROXY, "logger.events=events/run", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     again = weightcast(
         *("train", "--config", "run/run_config.yaml", "--nproc", "2"),
@@ -173,7 +240,7 @@ def test_the_commands(tmp_path: Path) -> None:
     )
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "events" / "run.0") == losses(tmp_path / "events" / "again.0")
-    mistaken = weightcast("train", "--nproc", "2", *words, "train.trainiters=3", cwd=tmp_path)
+    mistaken = weightcast("train", "--nproc", "2", *PROXY, "train.trainiters=3", cwd=tmp_path)
     assert mistaken.returncode == 2
     assert mistaken.stderr.count("did you mean 'train.train_iters'") == 1
 

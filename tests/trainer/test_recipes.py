@@ -1,25 +1,26 @@
 """Recipes: every one is built from what it carries and has the published number of parameters; proxies train."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.ranks import run_ranks
-from tests.trainer.recipe_runs import train_proxies
+from tests.trainer.recipe_runs import NAMES, QUICK, sparing, train_proxies
+from tests.trainer.sft_files import write_lines
 
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.checks import check_config
-from weightcast.trainer.config import ConfigContainer, ModelConfig
+from weightcast.trainer.config import ConfigContainer, DatasetConfig, ModelConfig
 from weightcast.trainer.model_source import open_model, open_planned_model
 from weightcast.trainer.overrides import load_config, save_config
+from weightcast.trainer.recipes.defaults import train_on_records
 from weightcast.trainer.recipes.proxy import shrink
-from weightcast.trainer.recipes.registry import KINDS, load_recipe, recipe_modules
+from weightcast.trainer.recipes.registry import load_recipe, recipe_modules
 from weightcast.trainer.run_words import load_run, sort_words
+from weightcast.trainer.state import make_provider
 
 STAGES = "model.pipeline_model_parallel"
-NAMES = [f"{model}.{kind}" for model in recipe_modules() for kind in KINDS]
-# Each family's peculiarities once: tied and grouped; latent attention, groups of experts, prediction; experts; vision.
-QUICK = ["llama32_1b.pretrain", "deepseek_v3.pretrain", "qwen3_30b_a3b.sft", "qwen25_vl_3b.sft"]
 
 
 def test_the_models_that_are_promised_have_recipes() -> None:
@@ -31,7 +32,11 @@ def test_the_models_that_are_promised_have_recipes() -> None:
     assert set(recipe_modules()) == llama | qwen2 | qwen25 | qwen3 | others | {"moonlight_16b"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+def is_whole(name: str) -> bool:
+    return name in QUICK or name.endswith((".pretrain", ".sft"))
+
+
+@pytest.mark.parametrize("name", sparing(is_whole))
 def test_a_recipe_is_made_anew_each_time_and_fits_itself(name: str) -> None:
     """Nothing is shared between two, and neither the model nor the layout contradicts the rest of it."""
     config, again = load_recipe(name), load_recipe(name)
@@ -49,7 +54,7 @@ def least_ranks(model: ModelConfig) -> int:
     return model.pipeline_model_parallel_size * max(dense, experts)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sparing(lambda name: name in QUICK or name.endswith(".pretrain")))
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_proxy_keeps_the_architecture_and_fits_the_ranks(name: str, world_size: int) -> None:
     config = load_recipe(name)
@@ -84,11 +89,30 @@ def test_proxies_train(name: str, proxies: dict[str, Any]) -> None:
     check_losses(proxies[name])
 
 
+# Kinds differ by what trains, layouts by what they cut: not every pair is run.
+def test_a_proxy_is_fine_tuned_on_records(qwen3: Path, tmp_path: Path) -> None:
+    """Packed: 3 steps of 4 samples of 64 tokens, each full of records of 12 words."""
+    records = [{"prompt": "w3 w4 w5 w6 ", "completion": " ".join(f"w{7 + n % 50}" for n in range(8))}] * 100
+    words = [
+        f"dataset.files=[{write_lines(tmp_path / 'train.jsonl', records)}]",
+        f"tokenizer.tokenizer_model={qwen3}",
+        f"dataset.cache_dir={tmp_path}",
+        "train.train_iters=3",
+    ]
+    found = run_ranks(train_proxies, 1, ["llama32_1b.lora"], words, timeout_s=240)[0]["llama32_1b.lora"]
+    check_losses(found)
+    assert 4 * 30 < found["num_tokens"] < 4 * 64, "of each record the answer alone counts, and a sample holds several"
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_proxy_trains(world_size: int) -> None:
-    results = run_ranks(train_proxies, world_size, NAMES, ["train.train_iters=3"], timeout_s=560)[0]
-    assert sorted(results) == sorted(NAMES)
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [("pretrain", 1), ("pretrain", 2), ("pretrain", 4), ("sft", 2), ("lora", 2), ("lora", 4), ("dora", 1), ("dora", 2)],
+)
+def test_every_proxy_trains(kind: str, world_size: int) -> None:
+    names = [name for name in NAMES if name.endswith(f".{kind}")]
+    results = run_ranks(train_proxies, world_size, names, ["train.train_iters=3"], timeout_s=560)[0]
+    assert sorted(results) == sorted(names)
     for name, found in results.items():
         assert "losses" in found, (name, found)
         check_losses(found)
@@ -100,6 +124,55 @@ def test_fine_tuning_starts_from_the_hub_unless_told_otherwise() -> None:
         assert config.model.hf_path.count("/") == 1 and config.model.load_weights
         assert not load_recipe(f"{model}.pretrain").model.hf_path
         assert not shrink(config, 1).model.hf_path
+
+
+@pytest.mark.parametrize("kind", ["sft", "lora", "dora"])
+def test_fine_tuning_reads_records_once_they_are_named(kind: str) -> None:
+    """Until then it starts on mock data; what the words say wins."""
+
+    def dataset(*words: str, model: str = "llama32_1b") -> DatasetConfig:
+        return load_run([f"recipe={model}.{kind}", *words], world_size=2).dataset
+
+    assert (dataset().kind, dataset().packed_sequence) == ("mock", False)
+    named = dataset("dataset.files=[a.jsonl]")
+    assert (named.kind, named.packed_sequence, named.seq_length) == ("sft", True, 2048)
+    assert dataset("dataset.dataset_name=some/set", "proxy=true").packed_sequence
+    assert dataset("dataset.kind=sft").packed_sequence
+    assert not dataset("dataset.files=[a.jsonl]", "dataset.packed_sequence=false").packed_sequence
+    assert dataset("dataset.files=[a.jsonl]", "dataset.kind=mock").kind == "mock"
+    # Where packing cannot be, records are padded.
+    for word in ("train.micro_batch_size=2", "model.context_parallel_size=2"):
+        assert (dataset("dataset.files=[a.jsonl]", word).packed_sequence, dataset().kind) == (False, "mock")
+    assert dataset("dataset.files=[a.jsonl]", model="qwen25_vl_3b").packed_sequence is False
+    by_hand = load_recipe(f"llama32_1b.{kind}")
+    train_on_records(by_hand)
+    by_hand.dataset.files = ["a.jsonl"]
+    assert by_hand == load_run([f"recipe=llama32_1b.{kind}", "dataset.files=[a.jsonl]"])
+
+
+def test_pretraining_is_not_turned_into_fine_tuning() -> None:
+    config = load_run(["recipe=llama32_1b.pretrain", "dataset.files=[a.txt]"])
+    assert config.dataset.kind == "mock"
+    with pytest.raises(ConfigError, match=r"dataset\.files: there is no file"):
+        check_config(config, world_size=1)
+
+
+def test_adapters_of_recipes() -> None:
+    for model in recipe_modules():
+        lora, dora = load_recipe(f"{model}.lora"), load_recipe(f"{model}.dora")
+        assert (lora.peft.scheme, lora.peft.dim, lora.optimizer.lr, lora.optimizer.min_lr) == ("lora", 32, 1e-4, 0.0)
+        dora.peft.scheme = "lora"
+        assert lora == dora
+        assert lora.model.hf_path == load_recipe(f"{model}.sft").model.hf_path
+    module = importlib.import_module(recipe_modules()["llama32_1b"])
+    assert module.peft_config() == load_recipe("llama32_1b.lora")
+    assert module.peft_config("canonical_lora") == load_run(["recipe=llama32_1b.lora", "peft.scheme=canonical_lora"])
+
+
+def test_packing_is_refused_for_models_of_pictures() -> None:
+    config = load_run(["recipe=qwen25_vl_3b.sft", "proxy=true", "dataset.kind=sft", "dataset.packed_sequence=true"])
+    with pytest.raises(ConfigError, match="positions are those in pictures"):
+        make_provider(config, None)
 
 
 def check_losses(found: dict[str, Any]) -> None:
@@ -180,7 +253,7 @@ def test_the_last_recipe_and_the_last_proxy_count() -> None:
     assert (words.recipe, words.proxy, words.overrides) == ("b.c", False, ("x.y=1", "recipes.z=1"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sparing(is_whole))
 def test_a_saved_recipe_is_the_same_run(name: str, tmp_path: Path) -> None:
     config = load_recipe(name)
     save_config(config, tmp_path / "run.yaml")
@@ -209,8 +282,6 @@ def test_a_saved_recipe_is_the_same_run(name: str, tmp_path: Path) -> None:
 def test_contradictions_are_refused_before_a_process_group(
     recipe: str, words: list[str], world_size: int, message: str
 ) -> None:
-    from weightcast.trainer.state import make_provider
-
     config = load_run([f"recipe={recipe}.pretrain", "train.global_batch_size=7200", "train.micro_batch_size=1", *words])
     with pytest.raises(ConfigError) as caught:
         check_config(config, world_size=world_size)

@@ -40,12 +40,17 @@ def check_recompute(model: Any) -> None:
 
 
 def check_provider(config: ConfigContainer, provider: Any) -> None:
-    """What depends on whether the model has experts."""
+    """What depends on whether the model has experts, or sees pictures."""
     experts, tensor = provider.num_moe_experts, provider.tensor_model_parallel_size
     if experts and tensor > 1 and not provider.sequence_parallel:
         # megatron/core/transformer/moe/moe_layer.py refuses it in the first forward pass.
         raise ConfigError(
             f"a model with experts and model.tensor_model_parallel_size={tensor} needs model.sequence_parallel=true"
+        )
+    if config.dataset.packed_sequence and hasattr(provider, "vision_attention"):
+        raise ConfigError(
+            "dataset.packed_sequence is set, and the model's positions are those in pictures as well, which packing "
+            "does not know: set dataset.packed_sequence=false"
         )
     if not experts:
         _refuse_settings_of_experts(config)

@@ -2,6 +2,13 @@
 
 cfg = pretrain_defaults()
 cfg.train.global_batch_size = 512
+
+Every recipe starts as it is, on mock data: none names records that would have to be downloaded. A fine-tuning recipe
+reads records, packed, once there are any:
+
+cfg = sft_defaults()
+train_on_records(cfg)
+cfg.dataset.files = ["train.jsonl"]
 """
 
 from weightcast.trainer.config import ConfigContainer
@@ -39,10 +46,7 @@ def pretrain_defaults() -> ConfigContainer:
 
 
 def sft_defaults() -> ConfigContainer:
-    """Supervised fine-tuning of all weights: 1000 steps of 128 samples, from 5e-6 to 0, on mock data until told of any.
-
-    `cfg.dataset.kind = "sft"` with `cfg.dataset.files` trains on answers to prompts.
-    """
+    """Supervised fine-tuning of all weights: 1000 steps of 128 samples, from 5e-6 to 0; see `train_on_records`."""
     cfg = pretrain_defaults()
     cfg.train.train_iters = 1000
     cfg.train.global_batch_size = 128
@@ -55,3 +59,31 @@ def sft_defaults() -> ConfigContainer:
     cfg.dataset.seq_length = 2048
     cfg.rng.seed = 5678
     return cfg
+
+
+def peft_defaults(scheme: str = "lora") -> ConfigContainer:
+    """Adapters of rank 32 on all of attention and MLP of a frozen base, from 1e-4 to 0; else as `sft_defaults`.
+
+    `scheme` is `lora`, `canonical_lora`, `dora` or one of your own (`PeftConfig.scheme`). Targets and alpha (32; 64 for
+    DoRA) are left to the scheme, so that they are right for `peft.scheme=dora` on the command line too.
+    """
+    cfg = sft_defaults()
+    cfg.optimizer.lr = 1e-4
+    cfg.peft.scheme = scheme
+    cfg.peft.dim = 32
+    return cfg
+
+
+def train_on_records(cfg: ConfigContainer) -> None:
+    """Make a fine-tuning recipe read the records of `cfg.dataset.files` or `dataset_name`, packed where the run can.
+
+    `recipe=llama32_1b.sft dataset.files=[train.jsonl]` does it by itself (`run_words.py`).
+    """
+    cfg.dataset.kind = "sft"
+    cfg.dataset.packed_sequence = can_pack(cfg)
+
+
+def can_pack(cfg: ConfigContainer) -> bool:
+    """Whether the model and the layout take packed sequences. `cfg.model` is a `ModelConfig`."""
+    is_whole = cfg.train.micro_batch_size == 1 and cfg.model.context_parallel_size == 1
+    return is_whole and "vision_config" not in cfg.model.hf_config

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -18,13 +19,12 @@ from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.recipes.plan import GIB, RecipePlan, plan_recipe
 from weightcast.trainer.recipes.registry import KINDS, load_recipe, recipe_modules
 
-_COLUMNS = (
-    *("recipe", "parameters", "layout", "GPUs", "sequence", "a step"),
-    *("GiB a GPU", "weights", "gradients", "optimizer"),
-)
+_COLUMNS = ("recipe", "size", "layout", "GPUs", "step", "GiB", "model", "grads", "optim")
+_NARROWEST_LAYOUT = 8
 _COUNTED = (
-    "Memory is of a GPU of the fullest stage, on the fewest GPUs that the layout allows: weights, gradients, and the "
-    "share of the optimizer's state, which is less on more GPUs. Activations come on top."
+    "step: samples x tokens. GiB: of a GPU of the fullest stage, on the fewest GPUs that the layout allows (or "
+    "--gpus): weights, gradients, and the share of the optimizer's state, which is less on more GPUs; of a frozen "
+    "base the weights alone. Activations come on top."
 )
 
 
@@ -55,32 +55,33 @@ def list_recipes(names: Iterable[str], *, num_ranks: int | None = None) -> Itera
 
 
 def render(entries: Iterable[Entry]) -> RenderableType:
-    """A row a recipe."""
-    table = Table(
-        "recipe", "parameters", "layout", "GPUs", "tokens", "a step", "GiB a GPU", "weights", "grads", "optim."
-    )
-    for column in table.columns[3:] + table.columns[1:2]:
-        column.justify = "right"
+    """A row a recipe. In 80 columns nothing is cut; layouts are folded."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    for name in _COLUMNS:
+        table.add_column(
+            name,
+            no_wrap=name != "layout",
+            min_width=_NARROWEST_LAYOUT if name == "layout" else None,
+            justify="left" if name in ("recipe", "layout") else "right",
+        )
     for entry in entries:
         memory, config = entry.plan.largest, entry.config
+        sizes = (memory.total_bytes, memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes)
         table.add_row(
             entry.name,
             spell_count(entry.plan.num_parameters),
             entry.plan.layout,
             str(entry.plan.num_ranks),
-            str(config.dataset.seq_length),
-            str(config.train.global_batch_size),
-            *(
-                f"{size / GIB:.1f}"
-                for size in (
-                    memory.total_bytes,
-                    memory.weights_bytes,
-                    memory.gradients_bytes,
-                    memory.optimizer_bytes,
-                )
-            ),
+            f"{config.train.global_batch_size}x{config.dataset.seq_length}",
+            *map(_spell_gib, sizes),
         )
     return Group(table, Text(_COUNTED))
+
+
+def _spell_gib(size_bytes: int) -> str:
+    """Of four or five characters."""
+    gib = size_bytes / GIB
+    return f"{gib:.1f}" if gib < 1000 else f"{gib:.0f}"
 
 
 def describe(name: str, *, num_ranks: int | None = None) -> str:

@@ -2,17 +2,19 @@
 
 Megatron is asked for the parameters of every pipeline stage on meta tensors, in one process without memory. Counted
 are weights, gradients and the optimizer's state, which the distributed optimizer shares out over the ranks that hold
-the same weights. Activations are not counted: they depend on kernels and recomputation.
+the same weights; of a frozen base, the weights alone, and of its adapters all three. Activations are not counted: they
+depend on kernels and recomputation.
 
     plan = plan_recipe(load_recipe("deepseek_v3.pretrain"))
     print(plan.num_parameters, plan.num_ranks, plan.largest.total_bytes)
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +26,9 @@ from weightcast.sync.errors import ConfigError
 from weightcast.trainer.checks.model import check_provider
 from weightcast.trainer.config import ConfigContainer, ModelConfig
 from weightcast.trainer.model_source import open_planned_model
+from weightcast.trainer.peft.method import PeftMethod
+from weightcast.trainer.peft.prepare import freeze_settings
+from weightcast.trainer.peft.schemes import make_method
 from weightcast.trainer.precision import set_dtype
 
 GIB = 2**30
@@ -63,13 +68,16 @@ class RecipePlan:
         return max(self.stages, key=lambda memory: memory.total_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Count:
+class _Count(NamedTuple):
     """Parameters on a rank."""
 
     held: int
     trained_dense: int
     trained_expert: int
+
+    def go_on(self, after: "_Count", steps: int) -> "_Count":
+        """Where a line through this count and the one `after` it comes to."""
+        return _Count(*(one + (two - one) * steps for one, two in zip(self, after, strict=True)))
 
 
 def least_ranks(model: ModelConfig) -> int:
@@ -94,11 +102,12 @@ def plan_recipe(config: ConfigContainer, *, num_ranks: int | None = None) -> Rec
     provider.context_parallel_size = 1
     set_dtype(config.mixed_precision, provider)
     check_provider(config, provider)
+    freeze_settings(config, provider)
+    unfinished = copy.copy(provider)
     provider.finalize()
-    stages = tuple(
-        _memory(config, provider, stage, count, num_ranks)
-        for stage, count in enumerate(_count_stages(provider, num_ranks))
-    )
+    method = make_method(config.peft, provider)
+    counts = _count_stages(unfinished, num_ranks, method)
+    stages = tuple(_memory(config, provider, stage, count, num_ranks) for stage, count in enumerate(counts))
     architecture = ", ".join(bridge.hf_config.architectures or ())
     return RecipePlan(architecture, _count_all(bridge), num_ranks, spell_layout(model), stages)
 
@@ -122,9 +131,32 @@ def _count_all(bridge: AutoBridge) -> int:
     return sum(math.prod(spec.shape) for spec in bridge.with_prediction_layers(0).specs_of_config())
 
 
-def _count_stages(provider: Any, num_ranks: int) -> Iterator[_Count]:
-    """The parameters on a rank of each stage; all ranks of a stage have equally many."""
+def _count_stages(unfinished: Any, num_ranks: int, method: PeftMethod | None) -> list[_Count]:
+    """The parameters on a rank of each stage; all ranks of a stage have equally many. `method` freezes and adapts.
+
+    Each expert, with what adapts it and its row of the router, adds equally many parameters: with one and with two
+    experts a rank is counted what hundreds would have, in a fraction of the time.
+    """
+    if unfinished.num_moe_experts is None:
+        return list(_build_stages(unfinished, num_ranks, method))
+    experts_here = unfinished.num_moe_experts // unfinished.expert_model_parallel_size
+    one, two = (list(_build_stages(_with_experts(unfinished, number), num_ranks, method)) for number in (1, 2))
+    return [first.go_on(second, experts_here - 1) for first, second in zip(one, two, strict=True)]
+
+
+def _with_experts(unfinished: Any, experts_here: int) -> Any:
+    """The provider with that many experts a rank, and a router that is content with them."""
+    small = copy.copy(unfinished)
+    small.num_moe_experts = experts_here * small.expert_model_parallel_size
+    small.moe_router_topk, small.moe_router_pre_softmax = 1, True
+    small.moe_router_num_groups = small.moe_router_group_topk = None
+    return small
+
+
+def _build_stages(unfinished: Any, num_ranks: int, method: PeftMethod | None) -> Iterator[_Count]:
     ensure_runtime()
+    provider = copy.copy(unfinished)
+    provider.finalize()
     stages, virtual = provider.pipeline_model_parallel_size, provider.virtual_pipeline_model_parallel_size
     for stage in range(stages):
         with fake_world(stage * (num_ranks // stages), num_ranks), torch.device("meta"), warnings.catch_warnings():
@@ -133,6 +165,8 @@ def _count_stages(provider: Any, num_ranks: int) -> Iterator[_Count]:
                 warnings.filterwarnings("ignore", message=message)
             initialize_model_parallel(provider)
             chunks = [provider.provide(vp_stage=number) for number in ([None] if virtual is None else range(virtual))]
+            if method is not None:
+                method.apply(chunks)
             yield _count(chunks)
 
 

@@ -36,7 +36,7 @@ CUTS = (
     "context_parallel_size",
     "expert_model_parallel_size",
 )
-NUM_LAYERS, NUM_EXPERTS, SEQ_LENGTH, TRAIN_ITERS = 4, 8, 64, 10
+NUM_LAYERS, NUM_EXPERTS, SEQ_LENGTH, TRAIN_ITERS, PEFT_DIM = 4, 8, 64, 10, 8
 
 
 def shrink(config: ConfigContainer, world_size: int) -> ConfigContainer:
@@ -60,6 +60,8 @@ def shrink(config: ConfigContainer, world_size: int) -> ConfigContainer:
     config.scheduler.lr_warmup_iters = 0
     config.scheduler.lr_decay_iters = None
     config.dataset.seq_length = SEQ_LENGTH
+    if config.peft.is_used:
+        config.peft.dim = min(config.peft.dim, PEFT_DIM)
     return config
 
 

@@ -5,6 +5,7 @@ that Python knows it by (`my_package.my_model:pretrain_config`).
 
     cfg = load_recipe("llama32_1b.pretrain")
     cfg = load_recipe("llama32_1b.sft")
+    cfg = load_recipe("llama32_1b.lora")  # peft_config(scheme="lora")
 """
 
 import difflib
@@ -23,6 +24,8 @@ from weightcast.trainer.config import ConfigContainer
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain_config", {}),
     "sft": ("sft_config", {}),
+    "lora": ("peft_config", {"scheme": "lora"}),
+    "dora": ("peft_config", {"scheme": "dora"}),
 }
 
 
@@ -35,6 +38,12 @@ def recipe_modules() -> dict[str, str]:
             path = importlib.import_module(family.name).__path__
             found |= {item.name.rpartition(".")[2]: item.name for item in pkgutil.iter_modules(path, f"{family.name}.")}
     return dict(sorted(found.items()))
+
+
+def is_fine_tuning(name: str) -> bool:
+    """Whether `name` stands for one of this folder's recipes that start from trained weights."""
+    kind = name.partition(".")[2]
+    return ":" not in name and kind in KINDS and KINDS[kind][0] != "pretrain_config"
 
 
 def load_recipe(name: str) -> ConfigContainer:

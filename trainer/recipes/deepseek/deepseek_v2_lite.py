@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite: pretraining and fine-tuning of all weights.
+"""DeepSeek-V2-Lite: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.deepseek.deepseek_v2_lite as deepseek_v2_lite
 
@@ -8,7 +8,7 @@ cfg = deepseek_v2_lite.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -92,6 +92,23 @@ def sft_config() -> ConfigContainer:
         hf_path="deepseek-ai/DeepSeek-V2-Lite",
         hf_config=hf_config(),
         expert_model_parallel_size=8,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=True,
+        moe_permute_fusion=True,
+    )
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 2 GPUs (EP2) or a multiple; 128 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
+    cfg.model = ModelConfig(
+        hf_path="deepseek-ai/DeepSeek-V2-Lite",
+        hf_config=hf_config(),
+        expert_model_parallel_size=2,
         recompute_granularity="full",
         recompute_method="uniform",
         recompute_num_layers=1,

@@ -1,7 +1,8 @@
-"""DeepSeek-V3: pretraining and fine-tuning of all weights.
+"""DeepSeek-V3: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 The published weights are FP8 with scales; training is in bf16, so that the configuration leaves
-`quantization_config` out. The layer for multi-token prediction is trained as well.
+`quantization_config` out. The layer for multi-token prediction is trained as well,
+but not adapted.
 
     import weightcast.trainer.recipes.deepseek.deepseek_v3 as deepseek_v3
 
@@ -11,7 +12,7 @@ The published weights are FP8 with scales; training is in bf16, so that the conf
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -118,4 +119,28 @@ def sft_config() -> ConfigContainer:
     )
     cfg.train.global_batch_size = 128
     cfg.ddp.grad_reduce_in_fp32 = False
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 64 GPUs (TP2 PP16 EP4) or a multiple; 128 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
+    cfg.model = ModelConfig(
+        hf_path="deepseek-ai/DeepSeek-V3",
+        hf_config=hf_config(),
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=16,
+        pipeline_model_parallel_layout="Et*4|(t*4|)*14tL",
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=True,
+        recompute_granularity="selective",
+        recompute_modules=["mla_up_proj", "layernorm"],
+        mtp_num_layers=0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=True,
+        moe_permute_fusion=True,
+        moe_router_bias_update_rate=0.0,
+    )
+    cfg.train.global_batch_size = 128
     return cfg

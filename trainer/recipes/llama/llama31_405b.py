@@ -1,4 +1,4 @@
-"""Llama 3.1 405B: pretraining and fine-tuning of all weights.
+"""Llama 3.1 405B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.llama.llama31_405b as llama31_405b
 
@@ -8,7 +8,7 @@ cfg = llama31_405b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -79,4 +79,21 @@ def sft_config() -> ConfigContainer:
         account_for_loss_in_pipeline_split=True,
     )
     cfg.train.global_batch_size = 16
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 32 GPUs (TP4 PP8) or a multiple; 32 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
+    cfg.model = ModelConfig(
+        hf_path="meta-llama/Meta-Llama-3.1-405B",
+        hf_config=hf_config(),
+        tensor_model_parallel_size=4,
+        pipeline_model_parallel_size=8,
+        virtual_pipeline_model_parallel_size=8,
+        sequence_parallel=True,
+        account_for_embedding_in_pipeline_split=True,
+        account_for_loss_in_pipeline_split=True,
+    )
+    cfg.train.global_batch_size = 32
     return cfg

@@ -1,4 +1,4 @@
-"""Llama 3.1 8B: pretraining and fine-tuning of all weights.
+"""Llama 3.1 8B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.llama.llama31_8b as llama31_8b
 
@@ -8,7 +8,7 @@ cfg = llama31_8b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -67,6 +67,17 @@ def sft_config() -> ConfigContainer:
         hf_path="meta-llama/Meta-Llama-3.1-8B",
         hf_config=hf_config(),
         tensor_model_parallel_size=2,
+    )
+    cfg.train.global_batch_size = 8
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 1 GPU or a multiple; 8 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
+    cfg.model = ModelConfig(
+        hf_path="meta-llama/Meta-Llama-3.1-8B",
+        hf_config=hf_config(),
     )
     cfg.train.global_batch_size = 8
     return cfg

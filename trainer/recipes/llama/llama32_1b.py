@@ -1,4 +1,4 @@
-"""Llama 3.2 1B: pretraining and fine-tuning of all weights.
+"""Llama 3.2 1B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.llama.llama32_1b as llama32_1b
 
@@ -8,7 +8,7 @@ cfg = llama32_1b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -63,6 +63,17 @@ def pretrain_config() -> ConfigContainer:
 def sft_config() -> ConfigContainer:
     """Fine-tuning of all weights, on 1 GPU or a multiple; 8 samples of 2048 tokens a step."""
     cfg = sft_defaults()
+    cfg.model = ModelConfig(
+        hf_path="meta-llama/Llama-3.2-1B",
+        hf_config=hf_config(),
+    )
+    cfg.train.global_batch_size = 8
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 1 GPU or a multiple; 8 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
     cfg.model = ModelConfig(
         hf_path="meta-llama/Llama-3.2-1B",
         hf_config=hf_config(),

@@ -1,4 +1,4 @@
-"""Moonlight 16B-A3B: pretraining and fine-tuning of all weights.
+"""Moonlight 16B-A3B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.moonlight.moonlight_16b as moonlight_16b
 
@@ -8,7 +8,7 @@ cfg = moonlight_16b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -98,6 +98,25 @@ def sft_config() -> ConfigContainer:
         moe_grouped_gemm=True,
         moe_permute_fusion=True,
         moe_router_bias_update_rate=0.001,
+    )
+    cfg.train.global_batch_size = 128
+    cfg.ddp.grad_reduce_in_fp32 = False
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 2 GPUs (EP2) or a multiple; 128 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
+    cfg.model = ModelConfig(
+        hf_path="moonshotai/Moonlight-16B-A3B",
+        hf_config=hf_config(),
+        expert_model_parallel_size=2,
+        recompute_granularity="selective",
+        recompute_modules=["mla_up_proj", "layernorm"],
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=True,
+        moe_permute_fusion=True,
+        moe_router_bias_update_rate=0.0,
     )
     cfg.train.global_batch_size = 128
     cfg.ddp.grad_reduce_in_fp32 = False

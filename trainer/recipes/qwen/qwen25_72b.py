@@ -1,4 +1,4 @@
-"""Qwen2.5 72B: pretraining and fine-tuning of all weights.
+"""Qwen2.5 72B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.qwen.qwen25_72b as qwen25_72b
 
@@ -8,7 +8,7 @@ cfg = qwen25_72b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -57,6 +57,21 @@ def sft_config() -> ConfigContainer:
         hf_config=hf_config(),
         tensor_model_parallel_size=8,
         pipeline_model_parallel_size=4,
+    )
+    cfg.train.train_iters = 100
+    cfg.scheduler.lr_decay_iters = 100
+    cfg.scheduler.lr_warmup_iters = 10
+    cfg.optimizer.adam_beta2 = 0.95
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 8 GPUs (TP8) or a multiple; 128 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
+    cfg.model = ModelConfig(
+        hf_path="Qwen/Qwen2.5-72B",
+        hf_config=hf_config(),
+        tensor_model_parallel_size=8,
     )
     cfg.train.train_iters = 100
     cfg.scheduler.lr_decay_iters = 100

@@ -1,4 +1,4 @@
-"""Qwen2 1.5B: pretraining and fine-tuning of all weights.
+"""Qwen2 1.5B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.qwen.qwen2_1p5b as qwen2_1p5b
 
@@ -8,7 +8,7 @@ cfg = qwen2_1p5b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -50,6 +50,20 @@ def pretrain_config() -> ConfigContainer:
 def sft_config() -> ConfigContainer:
     """Fine-tuning of all weights, on 1 GPU or a multiple; 128 samples of 2048 tokens a step."""
     cfg = sft_defaults()
+    cfg.model = ModelConfig(
+        hf_path="Qwen/Qwen2-1.5B",
+        hf_config=hf_config(),
+    )
+    cfg.train.train_iters = 100
+    cfg.scheduler.lr_decay_iters = 100
+    cfg.scheduler.lr_warmup_iters = 10
+    cfg.optimizer.adam_beta2 = 0.95
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 1 GPU or a multiple; 128 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
     cfg.model = ModelConfig(
         hf_path="Qwen/Qwen2-1.5B",
         hf_config=hf_config(),

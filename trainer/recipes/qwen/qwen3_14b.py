@@ -1,4 +1,4 @@
-"""Qwen3 14B: pretraining and fine-tuning of all weights.
+"""Qwen3 14B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.qwen.qwen3_14b as qwen3_14b
 
@@ -8,7 +8,7 @@ cfg = qwen3_14b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -58,6 +58,17 @@ def sft_config() -> ConfigContainer:
         hf_path="Qwen/Qwen3-14B",
         hf_config=hf_config(),
         tensor_model_parallel_size=8,
+    )
+    cfg.train.global_batch_size = 8
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 1 GPU or a multiple; 8 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
+    cfg.model = ModelConfig(
+        hf_path="Qwen/Qwen3-14B",
+        hf_config=hf_config(),
     )
     cfg.train.global_batch_size = 8
     return cfg

@@ -1,4 +1,4 @@
-"""Qwen3-235B-A22B: pretraining and fine-tuning of all weights.
+"""Qwen3-235B-A22B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.qwen.qwen3_235b_a22b as qwen3_235b_a22b
 
@@ -8,7 +8,7 @@ cfg = qwen3_235b_a22b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -81,6 +81,34 @@ def sft_config() -> ConfigContainer:
         hf_config=hf_config(),
         tensor_model_parallel_size=4,
         pipeline_model_parallel_size=16,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=True,
+        account_for_embedding_in_pipeline_split=True,
+        account_for_loss_in_pipeline_split=True,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=True,
+        moe_permute_fusion=True,
+    )
+    cfg.train.train_iters = 100
+    cfg.scheduler.lr_decay_iters = 100
+    cfg.train.global_batch_size = 32
+    cfg.scheduler.lr_warmup_iters = 10
+    cfg.optimizer.adam_beta2 = 0.95
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 16 GPUs (TP4 PP4 EP4) or a multiple; 32 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
+    cfg.model = ModelConfig(
+        hf_path="Qwen/Qwen3-235B-A22B",
+        hf_config=hf_config(),
+        tensor_model_parallel_size=4,
+        pipeline_model_parallel_size=4,
         expert_model_parallel_size=4,
         expert_tensor_parallel_size=1,
         sequence_parallel=True,

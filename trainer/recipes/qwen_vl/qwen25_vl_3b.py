@@ -1,4 +1,4 @@
-"""Qwen2.5-VL 3B: pretraining and fine-tuning of all weights.
+"""Qwen2.5-VL 3B: pretraining, fine-tuning of all weights, and LoRA or DoRA.
 
 import weightcast.trainer.recipes.qwen_vl.qwen25_vl_3b as qwen25_vl_3b
 
@@ -8,7 +8,7 @@ cfg = qwen25_vl_3b.pretrain_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
 def hf_config() -> dict[str, Any]:
@@ -76,6 +76,17 @@ def pretrain_config() -> ConfigContainer:
 def sft_config() -> ConfigContainer:
     """Fine-tuning of all weights, on 1 GPU or a multiple; 32 samples of 2048 tokens a step."""
     cfg = sft_defaults()
+    cfg.model = ModelConfig(
+        hf_path="Qwen/Qwen2.5-VL-3B-Instruct",
+        hf_config=hf_config(),
+    )
+    cfg.train.global_batch_size = 32
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 1 GPU or a multiple; 32 samples of 2048 tokens a step."""
+    cfg = peft_defaults(scheme)
     cfg.model = ModelConfig(
         hf_path="Qwen/Qwen2.5-VL-3B-Instruct",
         hf_config=hf_config(),
