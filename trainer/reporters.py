@@ -1,4 +1,4 @@
-"""Everything that tells of a run, as callbacks: the bar or the log, the sinks, the slow rank.
+"""Everything that tells of a run, as callbacks: the bar or the log, the sinks, the slow rank, the profiler.
 
 callbacks = open_reporters(cfg, stack)
 """
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from weightcast.trainer.callbacks import Callback
 from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.profiling import StepProfiler
 from weightcast.trainer.progress import ProgressBar, is_wanted
 from weightcast.trainer.sinks import open_sinks
 from weightcast.trainer.step_log import StepLog
@@ -18,9 +19,12 @@ from weightcast.trainer.stragglers import StragglerWatch
 
 def open_reporters(config: ConfigContainer, stack: ExitStack) -> list[Callback]:
     """This rank's reporters, closed with `stack`. Every rank calls it; raises `ConfigError` for a missing extra."""
-    watch = StragglerWatch(config)
-    if dist.get_rank() != 0:
-        return [watch]
+    watches: list[Callback] = [StragglerWatch(config)]
+    profiling, rank = config.profiling, dist.get_rank()
+    if profiling.use_pytorch_profiler and rank in profiling.profile_ranks:
+        watches.append(stack.enter_context(StepProfiler(profiling, rank)))
+    if rank != 0:
+        return watches
     console = Console(stderr=True)
     shown = stack.enter_context(ProgressBar(config, console)) if is_wanted(config, console) else StepLog(config)
-    return [shown, *(stack.enter_context(sink) for sink in open_sinks(config)), watch]
+    return [shown, *(stack.enter_context(sink) for sink in open_sinks(config)), *watches]

@@ -21,6 +21,12 @@ def check_training(config: ConfigContainer) -> None:
             "dist.distributed_timeout_minutes": config.dist.distributed_timeout_minutes,
         }
     )
+    profiling = config.profiling
+    if profiling.use_pytorch_profiler and not 1 <= profiling.profile_step_start <= profiling.profile_step_end:
+        raise ConfigError(
+            f"profiling.profile_step_start={profiling.profile_step_start} must be 1 or more and not after "
+            f"profiling.profile_step_end={profiling.profile_step_end}"
+        )
     check_choice("optimizer.optimizer", config.optimizer.optimizer, OPTIMIZERS)
     check_choice("mixed_precision", config.mixed_precision, MIXED_PRECISION)
     if config.optimizer.clip_grad < 0:

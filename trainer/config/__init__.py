@@ -18,6 +18,7 @@ from weightcast.trainer.config.logger import LoggerConfig
 from weightcast.trainer.config.model import ModelConfig
 from weightcast.trainer.config.optimization import DistributedDataParallelConfig, OptimizerConfig, SchedulerConfig
 from weightcast.trainer.config.peft import PeftConfig
+from weightcast.trainer.config.profiling import ProfilingConfig
 from weightcast.trainer.config.publish import PublishConfig, delta_mode
 from weightcast.trainer.config.training import DistributedInitConfig, RNGConfig, TrainConfig
 
@@ -31,6 +32,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PeftConfig",
+    "ProfilingConfig",
     "PublishConfig",
     "RNGConfig",
     "SchedulerConfig",
@@ -56,6 +58,7 @@ class ConfigContainer:
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     mixed_precision: str | None = None
     """`bf16_mixed` (bf16 weights, fp32 masters), `fp32`, or null for what the checkpoint's dtype says; with Transformer
