@@ -4,7 +4,7 @@ Which tensors there are and where they lie follows from the rules of the base we
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,17 +65,18 @@ class BridgeAdapters(BridgeWeights):
         *,
         merges: Mapping[torch.Tensor, Merge] | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
+        write_extras: Callable[[Path], None] | None = None,
     ) -> None:
         """Write the merged model as a whole HF folder, as `save_hf_pretrained` does of a model without adapters.
 
         Every rank must call it. The model's own weights are not touched, nor copied as a whole; the bits are those of
-        `merge_adapters`. `merges` as of `merged_source`.
+        `merge_adapters`. `merges` as of `merged_source`, `write_extras` as of `save_hf_pretrained`.
         """
         weights = MergedWeights(merges_of(model) if merges is None else merges)
         with agreement("planning the export"):
             plan = show_merged(super().plan(model), weights)
         weights.prepare()
-        self._save_plan(plan, path, show_progress, shard_bytes, self.write_companions)
+        self._save_plan(plan, path, show_progress, shard_bytes, self._companions_and(write_extras))
 
     def adapter_plan(self, model: Model) -> Plan:
         """Where each byte of this rank's adapters lies in a PEFT folder. No collective."""

@@ -166,21 +166,28 @@ class BridgeWeights:
                 advance(1)
 
     def save_hf_pretrained(
-        self, model: Model, path: str | Path, show_progress: bool = True, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        model: Model,
+        path: str | Path,
+        show_progress: bool = True,
+        *,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        write_extras: Callable[[Path], None] | None = None,
     ) -> None:
         """Write a whole HF folder: weights, configuration, tokenizer and generation settings. Every rank must call it.
 
         The folder appears only when it is complete; an older export of the name is replaced. Files hold at most
-        `shard_bytes`. Raises `ConfigError` when the folder holds anything that no export wrote, `StorageError` when the
-        disk refuses a write (`BridgeError` on ranks that were spared).
+        `shard_bytes`. `write_extras` may add to the folder or change what is no weight in it, before it appears; it is
+        called on one rank. Raises `ConfigError` when the folder holds anything that no export wrote, `StorageError`
+        when the disk refuses a write (`BridgeError` on ranks that were spared).
         """
-        self._save(model, path, show_progress, shard_bytes, with_companions=True)
+        self._save_plan(self._plan_on_all(model), path, show_progress, shard_bytes, self._companions_and(write_extras))
 
     def save_hf_weights(
         self, model: Model, path: str | Path, show_progress: bool = True, *, shard_bytes: int = DEFAULT_SHARD_BYTES
     ) -> None:
         """Write the weights alone (safetensors and their index). Otherwise as `save_hf_pretrained`."""
-        self._save(model, path, show_progress, shard_bytes, with_companions=False)
+        self._save_plan(self._plan_on_all(model), path, show_progress, shard_bytes, None)
 
     def write_companions(self, folder: Path) -> None:
         """Put the configuration and, from the bridge's own folder, the tokenizer and its like into `folder`."""
@@ -207,11 +214,13 @@ class BridgeWeights:
         """The checkpoint's weights; those stored as FP8 codes are decoded to the configuration's dtype."""
         return decode_checkpoint(open_checkpoint(folder), model_dtype(self.hf_config))
 
-    def _save(
-        self, model: Model, path: str | Path, show_progress: bool, shard_bytes: int, with_companions: bool
-    ) -> None:
-        extras = self.write_companions if with_companions else None
-        self._save_plan(self._plan_on_all(model), path, show_progress, shard_bytes, extras)
+    def _companions_and(self, write_extras: Callable[[Path], None] | None) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            self.write_companions(folder)
+            if write_extras is not None:
+                write_extras(folder)
+
+        return write
 
     def _save_plan(
         self,

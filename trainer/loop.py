@@ -54,6 +54,13 @@ def train(
     `StorageError`, on every rank.
     """
     settings, reports = state.config.train, []
+
+    def evaluate_if(is_due: bool) -> None:
+        if is_due:
+            garbage.around_evaluation()
+            evaluate_and_tell(state, forward_step, validation, events, callbacks)
+            garbage.around_evaluation()
+
     callbacks.on_train_start(state)
     with (
         Stopping(settings) as stopping,
@@ -61,6 +68,7 @@ def train(
         Saver(state.config, events, callbacks.on_save) as saver,
     ):
         stop = stopping.reason(state.step)
+        evaluate_if(settings.eval_at_start and state.step == 0 and stop is None)
         while stop is None:
             with events.phase("step", version=state.step + 1):
                 try:
@@ -72,18 +80,26 @@ def train(
             events.record("step", **asdict(report))
             callbacks.on_step_end(state, report)
             garbage.after_step(state.step)
-            if settings.eval_interval is not None and state.step % settings.eval_interval == 0:
-                assert validation is not None, "whoever opens the data sees to it"
-                garbage.around_evaluation()
-                with events.phase("evaluate", version=state.step):
-                    evaluation = evaluate(state, forward_step, validation)
-                events.record("evaluation", **asdict(evaluation))
-                callbacks.on_eval_end(state, evaluation)
-                garbage.around_evaluation()
+            evaluate_if(settings.eval_interval is not None and state.step % settings.eval_interval == 0)
             stop = stopping.reason(state.step)
             saver.after_step(state, is_last=stop is not None)
     callbacks.on_train_end(state, stop)
     return TrainResult(reports, stop)
+
+
+def evaluate_and_tell(
+    state: TrainState,
+    forward_step: ForwardStep,
+    validation: BatchSource | None,
+    events: EventLog,
+    callbacks: Callbacks,
+) -> None:
+    """Evaluate, record it and tell the callbacks. A collective."""
+    assert validation is not None, "whoever opens the data sees to it"
+    with events.phase("evaluate", version=state.step):
+        evaluation = evaluate(state, forward_step, validation)
+    events.record("evaluation", **asdict(evaluation))
+    callbacks.on_eval_end(state, evaluation)
 
 
 def one_step(

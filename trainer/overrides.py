@@ -149,5 +149,7 @@ def _merge(base: Any, given: DictConfig, where: str) -> Any:
     try:
         return OmegaConf.merge(base, given)
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{where}: {error.full_key or 'configuration'}: {reason}") from error
+        key, reason = error.full_key or "configuration", str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:
+            reason = f"it is a list, and is written in brackets, such as {key}=[first,second]"
+        raise ConfigError(f"{where}: {key}: {reason}") from error

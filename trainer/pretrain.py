@@ -28,6 +28,7 @@ from weightcast.bridges.process_groups import destroy_distributed
 from weightcast.sync.errors import ConfigError, WeightcastError
 from weightcast.trainer.callbacks import Callback, Callbacks
 from weightcast.trainer.checks import check_config
+from weightcast.trainer.checks.data import check_samples_fill_a_batch
 from weightcast.trainer.config import ConfigContainer, ModelConfig
 from weightcast.trainer.data.datasets import Splits, open_splits
 from weightcast.trainer.events import EventLog
@@ -124,9 +125,10 @@ def _open_splits(cfg: ConfigContainer, bridge: AutoBridge | None, vocab_size: in
     splits = open_splits(cfg, vocab_size=vocab_size, tokenizer_folder=lambda: _tokenizer_folder(cfg, bridge))
     if cfg.train.eval_interval is not None and splits.validation is None:
         raise ConfigError(
-            f"train.eval_interval={cfg.train.eval_interval} and nothing is held out to evaluate on: set dataset.split, "
-            "such as dataset.split=98,2,0, or what holds samples out of this dataset.kind, or leave the interval out"
+            f"train.eval_interval={cfg.train.eval_interval} and nothing is held out to evaluate on: set "
+            "dataset.split=98,2,0 (sft: dataset.validation_files or dataset.val_proportion=0.02), or leave it out"
         )
+    check_samples_fill_a_batch(cfg, splits.train.num_samples)
     return splits
 
 

@@ -153,6 +153,8 @@ def test_layout_is_worked_out() -> None:
         (["scheduler.end_weight_decay=0.01"], 1, "nor down"),
         (["train.nan_action=hope"], 1, "is not one of: stop, skip"),
         (["train.eval_interval=0"], 1, "train.eval_interval is 0"),
+        (["dataset.files=a.txt"], 1, "it is a list, and is written in brackets, such as dataset.files=["),
+        (["train.eval_at_start=true"], 1, "train.eval_at_start is set and train.eval_interval is not"),
         (["train.manual_gc_interval=5"], 1, "train.manual_gc is not"),
         (["train.iterations_to_skip=[3, 11]"], 1, "names step 11"),
         (["checkpoint.async_save=true"], 1, "say where to save"),

@@ -39,7 +39,7 @@ def ran(qwen3: Path, texts: list[Path], folder: Path) -> dict[str, Any]:
     runs: dict[str, dict[str, Any]] = {
         "plain": {"words": [DP2]},
         "evaluating": {"words": [DP2, *EVALUATING]},
-        "evaluating TP2": {"words": [TP2, *EVALUATING]},
+        "evaluating TP2": {"words": [TP2, *EVALUATING, "train.eval_at_start=true"]},
         "nan": {"words": [DP2], "trouble": "nan", "at": 2, "rank": 1},
         "nan skipped": {"words": [DP2, "train.nan_action=skip"], "trouble": "nan", "at": 1, "rank": 1},
         "named": {"words": [DP2, "train.iterations_to_skip=[2]"]},
@@ -71,7 +71,10 @@ def test_evaluation_leaves_training_as_it_was(ran: dict[str, Any]) -> None:
 
 def test_evaluation_is_the_same_in_every_layout_and_falls(ran: dict[str, Any]) -> None:
     first, last = ran["evaluating"]["evaluations"]
-    assert ran["evaluating TP2"]["evaluations"] == pytest.approx([first, last], abs=1e-5)
+    before, *others = ran["evaluating TP2"]["evaluations"]
+    assert others == pytest.approx([first, last], abs=1e-5)
+    assert ran["evaluating TP2"]["told"][:3] == ["start 0", "eval 0", "step 1"]
+    assert before > first
     assert last < first - 0.05
 
 

@@ -59,6 +59,7 @@ PUBLISHED = {
     "deepseek_v2": 235_741_434_880,
     "deepseek_v3": 671_026_419_200,
     "moonlight_16b": 15_960_110_208,
+    "gemma3_270m": 268_098_176,
 }
 TIMEOUT_S = 240
 PROXY = ("recipe=qwen3_600m.pretrain", "proxy=true", "train.train_iters=2", "checkpoint.save=run")

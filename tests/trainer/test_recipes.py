@@ -29,7 +29,7 @@ def test_the_models_that_are_promised_have_recipes() -> None:
     qwen25 = {f"qwen25_{size}" for size in ("500m", "1p5b", "3b", "7b", "14b", "32b", "72b")}
     qwen3 = {f"qwen3_{size}" for size in ("600m", "1p7b", "4b", "8b", "14b", "32b", "30b_a3b", "235b_a22b")}
     others = {"llama33_70b", "qwen25_vl_3b", "qwen25_vl_7b", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3"}
-    assert set(recipe_modules()) == llama | qwen2 | qwen25 | qwen3 | others | {"moonlight_16b"}
+    assert set(recipe_modules()) == llama | qwen2 | qwen25 | qwen3 | others | {"moonlight_16b", "gemma3_270m"}
 
 
 def is_whole(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Fine-tuning sets from files and from the `datasets` library: splits, lengths, batches, and what is refused."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.trainer.sft_files import character_tokenizer, template, write_lines
 
 from weightcast.sync.errors import ConfigError
+from weightcast.trainer.checks.data import check_samples_fill_a_batch
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.data.datasets import Splits, open_splits
 from weightcast.trainer.data.samples import Batches
@@ -105,8 +107,11 @@ def test_records_that_are_too_long_can_be_refused(tmp_path: Path, tokenizer: Pat
     ("line", "message"),
     [
         ('{"prompt": "a", ', r"a\.jsonl:3: not JSON \(.*column 1\d\)"),
-        ("[1]", r"a\.jsonl:3: a list, not a JSON object"),
+        ("[1]", r"a\.jsonl:3: the start of a list, where each line is to be a JSON object"),
+        ("[", r"a\.jsonl:3: the start of a list, .* write one a line, as `jq -c"),
+        ("1", r"a\.jsonl:3: a int, not a JSON object"),
         ('{"text": "x"}', r"a\.jsonl:3: the keys are text; known are messages"),
+        ('{"messages": [{"role": "user", "content": 5}]}', r"a\.jsonl:3: the content of message 0 must be text"),
         ('{"messages": [{"role": "user", "content": "x"}]}', r"a\.jsonl:3: no message of the assistant"),
     ],
 )
@@ -117,10 +122,50 @@ def test_a_broken_line_is_named(line: str, message: str, tmp_path: Path, tokeniz
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content", r"no Jinja: line 1: "),
+        ("{{ raise_exception('no system turn') }}", r"a\.jsonl:1: the chat template refuses .*\(no system turn\)"),
+    ],
+)
+def test_a_template_that_is_none_or_refuses(chat_template: str, message: str, tmp_path: Path, tokenizer: Path) -> None:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    config = ConfigContainer()
+    config.dataset.kind, config.dataset.cache_dir = "sft", str(tmp_path / "cache")
+    config.dataset.files = [str(write_lines(tmp_path / "a.jsonl", [{"messages": turns}]))]
+    config.tokenizer.chat_template = chat_template
+    with pytest.raises(ConfigError, match=message):
+        open_splits(config, vocab_size=VOCAB_SIZE, tokenizer_folder=lambda: str(tokenizer))
+
+
+def test_a_file_without_records_is_named(tmp_path: Path, tokenizer: Path) -> None:
+    file, empty = write_lines(tmp_path / "a.jsonl", pairs(2)), write_lines(tmp_path / "none.jsonl", ["", ""])
+    with pytest.raises(ConfigError, match=r"validation: there are no records in .*none\.jsonl"):
+        open_sft(tmp_path, tokenizer, files=[str(file)], validation_files=[str(empty)])
+
+
 def test_bytes_that_are_no_text_are_named(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"\xff"}\n')
     with pytest.raises(ConfigError, match=r"a\.jsonl:2: not UTF-8 \(byte 2"):
         open_sft(tmp_path, tokenizer, files=[str(tmp_path / "a.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_samples", "packed", "message"),
+    [
+        ("sft", 3, False, r"3 samples to train on, fewer than train\.global_batch_size=4: .* lower the batch"),
+        ("sft", 1, True, r"1 samples to train on \(packed; a lower dataset\.seq_length makes more of them\), fewer"),
+        ("sft", 4, False, None),
+        ("text", 3, False, None),
+        ("sft", None, False, None),
+    ],
+)
+def test_fewer_samples_than_a_batch(kind: str, num_samples: int | None, packed: bool, message: str | None) -> None:
+    config = ConfigContainer()
+    config.dataset.kind, config.dataset.packed_sequence, config.train.global_batch_size = kind, packed, 4
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        check_samples_fill_a_batch(config, num_samples)
 
 
 def test_a_token_that_the_model_has_not(tmp_path: Path, tokenizer: Path) -> None:

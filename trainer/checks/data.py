@@ -104,3 +104,14 @@ def _check_packed(config: ConfigContainer) -> None:
             f"dataset.packed_sequence is set and model.context_parallel_size={context}: packed records are not cut "
             "along the sequence; use one of them"
         )
+
+
+def check_samples_fill_a_batch(config: ConfigContainer, num_samples: int | None) -> None:
+    """A step of fine-tuning trains on no record twice. For `num_samples` of an epoch, once the data is open."""
+    batch = config.train.global_batch_size
+    if config.dataset.kind == "sft" and num_samples is not None and num_samples < batch:
+        packed = " (packed; a lower dataset.seq_length makes more of them)" if config.dataset.packed_sequence else ""
+        raise ConfigError(
+            f"there are {num_samples} samples to train on{packed}, fewer than train.global_batch_size={batch}: a step "
+            "would train on some of them twice; lower the batch or add records"
+        )

@@ -80,6 +80,8 @@ def _check_interruptions(config: ConfigContainer) -> None:
             "train.exit_interval": train.exit_interval,
         }
     )
+    if train.eval_at_start and train.eval_interval is None:
+        raise ConfigError("train.eval_at_start is set and train.eval_interval is not: set it too, in steps")
     if train.manual_gc_interval < 0:
         raise ConfigError(f"train.manual_gc_interval={train.manual_gc_interval} is a number of steps, 0 or more")
     if train.manual_gc_interval and not train.manual_gc:

@@ -23,6 +23,8 @@ class TrainConfig:
     leaves the step's update out, goes on and says so. `ddp.check_for_nan_in_grad=false` looks for none."""
     eval_interval: int | None = None
     """Steps between two evaluations on held-out samples; null evaluates never."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too, where `eval_interval` is set: the loss to compare later ones with."""
     eval_iters: int = 10
     """Global batches of one evaluation. Every evaluation sees the same samples."""
     exit_signal_handler: bool = True

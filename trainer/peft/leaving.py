@@ -16,6 +16,8 @@ from weightcast.bridges.exchange import get_rank
 from weightcast.bridges.source import PlanSource
 from weightcast.sync import WeightSource
 from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.data.sft.chat_files import write_chat_files
+from weightcast.trainer.data.sft.store import read_template
 from weightcast.trainer.peft.schemes import method_of
 
 Prepare = Callable[[], None]
@@ -46,8 +48,17 @@ def export_folders(config: ConfigContainer, bridge: AutoBridge, model: list[Any]
     method = method_of(config, model)
     folder = config.checkpoint.export_hf
     if folder is not None and method is None:
-        bridge.save_hf_pretrained(model, folder)
+        bridge.save_hf_pretrained(model, folder, write_extras=chat_files(config))
     elif folder is not None and method is not None:
-        bridge.save_merged_hf(model, folder, merges=method.merges(model))
+        bridge.save_merged_hf(model, folder, merges=method.merges(model), write_extras=chat_files(config))
     if config.peft.export_adapter is not None:
         bridge.save_hf_adapter(model, config.peft.export_adapter)
+
+
+def chat_files(config: ConfigContainer) -> Callable[[Path], None] | None:
+    """Puts the run's own chat template into an exported folder; None where it was fine-tuned without one."""
+    template = read_template(config.tokenizer.chat_template)
+    if config.dataset.kind != "sft" or template is None:
+        return None
+    # The folder has the tokenizer by then.
+    return lambda folder: write_chat_files(folder, template)

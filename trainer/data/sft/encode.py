@@ -43,6 +43,7 @@ class Encoder:
         self._prompt_template = prompt_template
         self._template = chat_template if chat_template is not None else tokenizer.chat_template
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._refusal = ""  # what the template last said to messages that it refused
         self._special_tokens = sorted({*tokenizer.all_special_tokens, *added})
 
     def encode(self, record: Mapping[str, Any]) -> Encoded:
@@ -72,12 +73,16 @@ class Encoder:
         assistant = [message["role"] == "assistant" for message in chat.messages]
         if _GENERATION_MARKER.search(self._template) and assistant == chat.trained:
             return self._marked(chat)
-        text, spans = assistant_turns(
-            chat,
-            lambda messages, prompt: self._render(chat, messages, prompt),
-            special_tokens=self._special_tokens,
-            has_generation_prompt="add_generation_prompt" in self._template,
-        )
+        self._refusal = ""
+        try:
+            text, spans = assistant_turns(
+                chat,
+                lambda messages, prompt: self._render(chat, messages, prompt),
+                special_tokens=self._special_tokens,
+                has_generation_prompt="add_generation_prompt" in self._template,
+            )
+        except RecordError as error:
+            raise RecordError(f"{error}{self._refusal}") from error
         return self._text(text, spans)
 
     def _marked(self, chat: Chat) -> Encoded:
@@ -94,7 +99,7 @@ class Encoder:
         return Encoded(np.array(found["input_ids"], dtype=np.int32), np.array(found["assistant_masks"], dtype=bool))
 
     def _render(self, chat: Chat, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str | None:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
             text: str = self._tokenizer.apply_chat_template(
@@ -105,7 +110,10 @@ class Encoder:
                 add_generation_prompt=add_generation_prompt,
                 **chat.template_arguments,
             )
-        except (TemplateError, TypeError, IndexError):  # what templates raise, or run into, on messages they refuse
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template is no Jinja: line {error.lineno}: {error.message}") from error
+        except (TemplateError, TypeError, IndexError) as error:  # what templates raise, or run into, and so refuse
+            self._refusal = f" ({error})"
             return None
         return text
 

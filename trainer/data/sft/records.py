@@ -113,7 +113,10 @@ def _message(item: Any, index: int) -> dict[str, Any]:
         message["tool_calls"] = [_tool_call(call) for call in calls]
     if "content" not in message and not calls:
         raise RecordError(f"message {index} ({message['role']}) has neither content nor tool_calls")
-    return message | {"content": message.get("content", "")}
+    content = message.get("content", "")
+    if not isinstance(content, str | list):
+        raise RecordError(f"the content of message {index} must be text, or a list of parts, and is {_short(content)}")
+    return message | {"content": content}
 
 
 def _tool_call(call: Any) -> Any:

@@ -32,6 +32,9 @@ class JsonLines:
 
     path: Path
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def digest(self) -> str:
         """The sum of the file."""
         return file_sha256(self.path)
@@ -49,6 +52,11 @@ class JsonLines:
 
 
 def _parse(line: bytes, where: str) -> Mapping[str, Any]:
+    if line.lstrip().startswith(b"["):
+        raise ConfigError(
+            f"{where}: the start of a list, where each line is to be a JSON object, a record: write one a line, as "
+            "`jq -c '.[]' file.json` does"
+        )
     try:
         record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
@@ -68,6 +76,9 @@ class LibrarySource:
     split: str
     rows: Any
     """A `datasets.Dataset`."""
+
+    def __str__(self) -> str:
+        return f"{self.name}, split {self.split}"
 
     def digest(self) -> str:
         """A hash over all rows, read once."""

@@ -35,6 +35,8 @@ def open_sft(
     chosen: dict[str, Rows] = {}
     for split, sources in _sources(dataset).items():
         store = stores[split] = load_or_encode(sources, tokenizer_folder, settings, cache_dir)
+        if store.record.num_records == 0:
+            raise ConfigError(f"{split}: there are no records in {', '.join(str(source) for source in sources)}")
         check_tokens_fit(store.record.max_token_id, vocab_size, tokenizer_folder)
         chosen[split], report = choose_rows(store, seq_length=dataset.seq_length, too_long=dataset.too_long)
         logger.info("%s: %s", split, report)

@@ -1,0 +1,1 @@
+"""Recipes of Gemma 3."""
