@@ -178,7 +178,8 @@ def test_the_python_blocks_run_as_written(folder: Path) -> None:
 def test_make_test_runs_pytest_after_its_set_up() -> None:
     done = make("--dry-run", "test")
     assert done.returncode == 0, done.stderr
-    assert shlex.split(done.stdout) == [f"{sys.prefix}/bin/python", "-m", "pytest", "-m", "not long"]
+    spread = ["-n", "2", "--dist", "loadfile"]
+    assert shlex.split(done.stdout) == [f"{sys.prefix}/bin/python", "-m", "pytest", *spread, "-m", "not long"]
     fresh = subprocess.run(
         ["make", "--dry-run", "VENV=/nonexistent/venv", "test"], cwd=ROOT, capture_output=True, text=True
     )

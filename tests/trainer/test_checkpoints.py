@@ -87,7 +87,7 @@ def after(before: dict[str, Any], shared: list[str], folder: Path) -> dict[str, 
 def test_training_goes_on_while_checkpoints_are_written(before: dict[str, Any], folder: Path) -> None:
     assert before["saved"] == ["iter_0000003", "iter_0000006", "iter_0000009", "iter_0000010"]
     kept = sorted(path.name for path in (folder / "whole").iterdir())
-    assert kept == ["iter_0000009", "iter_0000010", LATEST]
+    assert kept == ["iter_0000009", "iter_0000010", LATEST, "run_config.yaml"]
     assert (folder / "whole" / LATEST).read_text() == "10"
 
 
@@ -119,7 +119,12 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_earlier_checkpoint(
 
 
 def test_nothing_half_written_is_left(after: dict[str, Any], folder: Path) -> None:
-    assert sorted(path.name for path in (folder / "disk").iterdir()) == ["iter_0000003", "iter_0000010", LATEST]
+    assert sorted(path.name for path in (folder / "disk").iterdir()) == [
+        "iter_0000003",
+        "iter_0000010",
+        LATEST,
+        "run_config.yaml",
+    ]
 
 
 def test_weights_alone_begin_a_run_anew(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ran(qwen3: Path, texts: list[Path], folder: Path) -> dict[str, Any]:
     """All runs of this module, as rank 0 saw them; rank 1 must have seen the same."""
-    shared = words_for(qwen3, texts, folder / "cache")
+    shared = [*words_for(qwen3, texts, folder / "cache"), "dataset.split=80,20,0"]
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     parts = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "layernorm"]}
     runs: dict[str, dict[str, Any]] = {

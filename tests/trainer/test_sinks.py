@@ -37,6 +37,7 @@ def ran(qwen3: Path, texts: list[Path], folder: Path) -> dict[str, Any]:
     pytest.importorskip("tensorboard")
     words = [
         *words_for(qwen3, texts, folder / "cache"),
+        "dataset.split=80,20,0",
         "train.eval_interval=2",
         f"logger.events={folder / 'events.jsonl'}",
         f"logger.tensorboard_dir={folder / 'board'}",

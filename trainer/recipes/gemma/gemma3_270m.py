@@ -1,4 +1,4 @@
-"""Gemma 3 270M: pretraining and fine-tuning of all weights.
+"""Gemma 3 270M: pretraining, fine-tuning of all weights, LoRA and DoRA.
 
 import weightcast.trainer.recipes.gemma.gemma3_270m as gemma3_270m
 
@@ -8,7 +8,7 @@ cfg = gemma3_270m.sft_config()
 from typing import Any
 
 from weightcast.trainer.config import ConfigContainer, ModelConfig
-from weightcast.trainer.recipes.defaults import pretrain_defaults, sft_defaults
+from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 # The turns that Gemma's instruction-tuned models know; the checkpoint that was only pretrained has no template. There
 # is no turn for a system message: it stands before what the user says first.
@@ -70,6 +70,18 @@ def pretrain_config() -> ConfigContainer:
 def sft_config() -> ConfigContainer:
     """Fine-tuning of all weights, on 1 GPU or a multiple; 8 samples of 2048 tokens a step, as Gemma's turns."""
     cfg = sft_defaults()
+    cfg.model = ModelConfig(
+        hf_path="google/gemma-3-270m",
+        hf_config=hf_config(),
+    )
+    cfg.train.global_batch_size = 8
+    cfg.tokenizer.chat_template = CHAT_TEMPLATE
+    return cfg
+
+
+def peft_config(scheme: str = "lora") -> ConfigContainer:
+    """LoRA or DoRA (`peft.scheme`), on 1 GPU or a multiple; 8 samples of 2048 tokens a step, as Gemma's turns."""
+    cfg = peft_defaults(scheme)
     cfg.model = ModelConfig(
         hf_path="google/gemma-3-270m",
         hf_config=hf_config(),
