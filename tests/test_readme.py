@@ -175,6 +175,16 @@ def test_the_python_blocks_run_as_written(folder: Path) -> None:
     assert (process.returncode, said.splitlines()[-1]) == (0, "serving version 1")
 
 
+@pytest.mark.slow
+def test_the_training_block_runs_as_written(folder: Path) -> None:
+    (block,) = (block for block in blocks("python") if "pretrain(cfg, forward_step)" in block)
+    (folder / "train.py").write_text(block)
+    done = subprocess.run(
+        ["python", "train.py"], cwd=folder, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_make_test_runs_pytest_after_its_set_up() -> None:
     done = make("--dry-run", "test")
     assert done.returncode == 0, done.stderr
