@@ -87,6 +87,7 @@ def test_newest_checkpoints_are_kept_and_remains_are_cleared(after: dict[str, An
         "iter_0000003",
         "iter_0000006",
         "latest_checkpointed_iteration.txt",
+        "run_config.yaml",
     ]
     assert (folder / "TP2" / "latest_checkpointed_iteration.txt").read_text() == "6"
 
