@@ -49,7 +49,8 @@ def _matching(present: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str
     kinds = [name for name in param_group_identifier_keys if name != _EXPERTS]
     found = []
     for group in present:
-        alike = [saved for saved in groups if all(saved[name] == group[name] for name in kinds)]
+        # In Megatron 0.19 the kinds include overrides, which a group has only where it was given them.
+        alike = [saved for saved in groups if all(saved.get(name) == group.get(name) for name in kinds)]
         same = [saved for saved in alike if saved[_EXPERTS] == group[_EXPERTS]]
         assert alike, "a group of parameters that no optimizer of the same model has"
         found.append({**(same or alike)[0], _EXPERTS: group[_EXPERTS]})

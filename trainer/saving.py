@@ -8,6 +8,7 @@ interrupted, or that the disk refuses, leaves the earlier checkpoints and the re
         saver.after_step(state, is_last=False)
 """
 
+import inspect
 import json
 import logging
 import os
@@ -115,6 +116,7 @@ class Saver:
                 sharded_strategy=strategy,
                 async_sharded_save=True,
                 content_metadata=dict(CONTENT),
+                **_megatrons_own_writer(),
             )
             with agreement(f"writing small files for {folder}"):
                 save_safetensors(random_states(), work / rng_file(dist.get_rank()))
@@ -167,6 +169,12 @@ def _discarded_on_error(folder: Path, work: Path) -> Iterator[None]:
             if dist.get_rank() == 0:
                 shutil.rmtree(work, ignore_errors=True)
             raise
+
+
+def _megatrons_own_writer() -> dict[str, str]:
+    """Megatron 0.17 and newer ask which writer to use, and take NVIDIA's resiliency extension unless told."""
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
 def _shared_token() -> str:
