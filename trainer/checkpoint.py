@@ -25,7 +25,6 @@ from weightcast.trainer.state import TrainState, unwrap
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest_checkpointed_iteration.txt"
 # `non_homogeneous_layers` names every layer by its global number, so that another PP can read them;
 # `fully_reshardable` keeps the optimizer's state in the parameters' own shapes, so that another TP and DP can; there is
 # no prefix for each of the chained optimizers (one is for experts where EP is 2 or more), so that another EP can.
@@ -93,21 +92,6 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     state.scheduler.load_state_dict(record.scheduler)
     state.step, state.consumed_samples = record.step, record.consumed_samples
     _restore_random_states(folder, record.world_size)
-
-
-def find_latest(root: str | Path) -> Path | None:
-    """The newest whole checkpoint in `root`, by its record; `None` when there is none. Raises `ConfigError`."""
-    latest = Path(root) / LATEST
-    if not latest.is_file():
-        return None
-    said = latest.read_text(encoding="utf-8").strip()
-    if not said.isdigit():
-        raise ConfigError(f"{latest} says {said!r} and no step: name a checkpoint with checkpoint.ckpt_step")
-    return Path(root) / folder_name(int(said))
-
-
-def folder_name(step: int) -> str:
-    return f"iter_{step:07d}"
 
 
 def sharded_state(state: TrainState, *, loading: bool) -> dict[str, Any]:

@@ -83,15 +83,16 @@ def run_training(
     check_config(cfg, world_size=world_size)
     provider, bridge = make_provider(cfg, bridge)
     _check_bridge(cfg, bridge)
-    if _is_first_on_its_machine():
-        _open_splits(cfg, bridge, provider.vocab_size)
+    # What is cached of the data is made by one rank of each machine, before it meets the others.
+    splits = _open_splits(cfg, bridge, provider.vocab_size) if _is_first_on_its_machine() else None
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(cfg.logger.events, rank=rank))
         state = build_state(cfg, provider, bridge)
         if rank == 0:
             write_run_config(cfg)
             _say_if_made_up(cfg)
-        splits = _open_splits(cfg, bridge, provider.vocab_size)
+        if splits is None:
+            splits = _open_splits(cfg, bridge, provider.vocab_size)
         start_from(state, cfg.checkpoint)
         members = open_reporters(cfg, stack)
         if cfg.publish.to is not None:

@@ -34,7 +34,8 @@ from weightcast.bridges.megatron_checkpoint import AgreedSave
 from weightcast.bridges.runtime import current_device
 from weightcast.bridges.whole_folder import explain_disk, on_rank_zero, take_name
 from weightcast.sync.errors import StorageError
-from weightcast.trainer.checkpoint import CONTENT, LATEST, describe, folder_name, random_states, rng_file, sharded_state
+from weightcast.trainer.checkpoint import CONTENT, describe, random_states, rng_file, sharded_state
+from weightcast.trainer.checkpoint_folders import LATEST, folder_name
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.peft.record import write_record

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from weightcast.bridges import megatron_checkpoint
 from weightcast.sync.errors import ConfigError
-from weightcast.trainer.checkpoint import LATEST, find_latest, folder_name, load_checkpoint
+from weightcast.trainer.checkpoint import load_checkpoint
+from weightcast.trainer.checkpoint_folders import LATEST, find_latest, folder_name
 from weightcast.trainer.config import CheckpointConfig
 from weightcast.trainer.peft.pretrained import load_pretrained
 from weightcast.trainer.state import TrainState, unwrap

@@ -6,6 +6,7 @@ both have done the same work.
 
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _batches() -> Batches:
     return Batches(samples, micro_batch_size=BATCH, global_batch_size=BATCH)
 
 
-class _Contestant:
+class _Contestant(ABC):
     """Takes steps and remembers their losses."""
 
     def __init__(self) -> None:
@@ -87,8 +88,9 @@ class _Contestant:
             self.losses.append(self._step())
         return (time.perf_counter() - start_s) / STEPS_A_ROUND
 
+    @abstractmethod
     def _step(self) -> float:
-        raise NotImplementedError
+        """Take a step; its loss."""
 
 
 class _Plain(_Contestant):

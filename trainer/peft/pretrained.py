@@ -8,20 +8,13 @@ from typing import Any
 
 from weightcast.bridges.megatron_checkpoint import load_checkpoint
 from weightcast.sync.errors import CheckpointMismatch, ConfigError
+from weightcast.trainer.checkpoint_folders import find_latest
 from weightcast.trainer.peft.record import find_record
-
-# As of `weightcast.trainer.checkpoint`, which imports more than is wanted here.
-LATEST = "latest_checkpointed_iteration.txt"
 
 
 def find_folder(given: str) -> Path:
     """The checkpoint itself: the newest of a run's folder, or the folder that is given. Raises `ConfigError`."""
-    root = Path(given).absolute()
-    latest = root / LATEST
-    try:
-        folder = root / f"iter_{int(latest.read_text(encoding='utf-8')):07d}" if latest.is_file() else root
-    except ValueError as error:
-        raise ConfigError(f"checkpoint.pretrained_checkpoint: {latest} holds no number of a step: {error}") from error
+    folder = find_latest(Path(given).absolute()) or Path(given).absolute()
     if not folder.is_dir():
         raise ConfigError(f"checkpoint.pretrained_checkpoint={given!r}: there is no folder {folder}")
     if find_record(folder) is not None:
