@@ -18,10 +18,8 @@ tested with a driver whose "device" is host memory.
 
 import hmac
 import os
-import secrets
 import threading
 import time
-import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +29,9 @@ import torch
 
 from weightcast.sync import schema
 from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WireError
-from weightcast.sync.host import folders
 from weightcast.sync.host.arena import MAX_ARENA_BYTES
-from weightcast.sync.host.doors import TOKEN_BYTES, check_door, host_name, knock, remove_own_folder
-from weightcast.sync.host.packets import Connection, listen
+from weightcast.sync.host.doors import TOKEN_BYTES, Door, Open, check_door, host_name, knock
+from weightcast.sync.host.packets import Connection
 from weightcast.sync.host.server import PacketServer, close_in_children
 from weightcast.sync.schema import binary, checked, text, uint
 from weightcast.sync.snapshot import allocate_arena
@@ -54,13 +51,6 @@ class CudaIpcTicket:
     token: bytes = checked(binary(TOKEN_BYTES))
     num_bytes: int = checked(uint(MAX_ARENA_BYTES))
     device: bytes = checked(binary(UUID_BYTES))
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """An engine's word to the source."""
-
-    token: bytes = checked(binary(TOKEN_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,28 +75,24 @@ class ExposedDeviceMemory:
 
     def __init__(self, num_bytes: int, driver: IpcDriver, allowed_uids: frozenset[int], base: Path | None) -> None:
         uuid, device = _own_device(driver)
-        is_private = allowed_uids <= {os.geteuid()}
-        folder = folders.make_socket_folder(base, mode=0o700 if is_private else 0o711)
-        self._remove_folder = weakref.finalize(self, remove_own_folder, folder, os.getpid())
-        path = folder / folders.SOCKET_NAME
-        token = secrets.token_bytes(TOKEN_BYTES)
-        self.ticket: bytes = schema.pack(KIND, CudaIpcTicket(host_name(), str(path), token, num_bytes, uuid))
+        self._door = door = Door(allowed_uids, base)
+        ticket = CudaIpcTicket(host_name(), str(door.path), door.token, num_bytes, uuid)
+        self.ticket: bytes = schema.pack(KIND, ticket)
         assert len(self.ticket) <= MAX_TICKET_BYTES
-        listener = listen(path, mode=0o600 if is_private else 0o666)
         try:
             self._device_memory = driver.allocate(num_bytes, device)
         except BaseException:
-            listener.close()
+            door.listener.close()
             raise
         self.device_memory: torch.Tensor = self._device_memory.tensor
         self.memory: ByteArray = allocate_arena(num_bytes)
-        self._handler = _HandsOut(token, Opened(num_bytes, self._device_memory.handle))
-        self._server = PacketServer(listener, _TO_SOURCE, self._handler, allowed_uids | {os.geteuid()})
+        self._handler = _HandsOut(door.token, Opened(num_bytes, self._device_memory.handle))
+        self._server = PacketServer(door.listener, _TO_SOURCE, self._handler, door.uids)
 
     def close(self) -> None:
         """Refuse new engines, and give the memory back once nobody has it open. Nobody may pack into it any more."""
         if self._handler.refuse():
-            self._remove_folder()
+            self._door.remove()
             ends = (self._handler, self._server, self._device_memory)
             threading.Thread(target=_bury, args=ends, daemon=True, name="weightcast-ipc").start()
 

@@ -11,9 +11,7 @@ socket, which the next source of the user removes.
 
 import hmac
 import os
-import secrets
 import time
-import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +22,9 @@ import numpy.typing as npt
 
 from weightcast.sync import schema
 from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WireError
-from weightcast.sync.host import folders
 from weightcast.sync.host.arena import MAX_ARENA_BYTES, Arena, map_arena
-from weightcast.sync.host.doors import TOKEN_BYTES, check_door, host_name, knock, remove_own_folder
-from weightcast.sync.host.packets import Connection, listen
+from weightcast.sync.host.doors import TOKEN_BYTES, Door, Open, check_door, host_name, knock
+from weightcast.sync.host.packets import Connection
 from weightcast.sync.host.server import PacketServer
 from weightcast.sync.schema import binary, checked, text, uint
 
@@ -43,13 +40,6 @@ class SharedMemoryTicket:
     path: str = checked(text)
     token: bytes = checked(binary(TOKEN_BYTES))
     num_bytes: int = checked(uint(MAX_ARENA_BYTES))
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """An engine's word to the source."""
-
-    token: bytes = checked(binary(TOKEN_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +62,19 @@ class ExposedMemory:
     def __init__(self, num_bytes: int, allowed_uids: frozenset[int], base: Path | None) -> None:
         self._arena = Arena(num_bytes)
         self.memory: npt.NDArray[np.uint8] = self._arena.memory
-        # Others of the allowed users must get through the folder; that its name is no secret does no harm.
-        is_private = allowed_uids <= {os.geteuid()}
-        folder = folders.make_socket_folder(base, mode=0o700 if is_private else 0o711)
-        self._remove_folder = weakref.finalize(self, remove_own_folder, folder, os.getpid())
-        path = folder / folders.SOCKET_NAME
-        token = secrets.token_bytes(TOKEN_BYTES)
-        ticket = SharedMemoryTicket(host_name(), str(path), token, num_bytes)
+        self._door = door = Door(allowed_uids, base)
+        ticket = SharedMemoryTicket(host_name(), str(door.path), door.token, num_bytes)
         self.ticket: bytes = schema.pack(KIND, ticket)
         assert len(self.ticket) <= MAX_TICKET_BYTES
-        listener = listen(path, mode=0o600 if is_private else 0o666)
-        handler = _HandsOut(token, self._arena)
-        self._server: PacketServer | None = PacketServer(listener, _TO_SOURCE, handler, allowed_uids | {os.geteuid()})
+        handler = _HandsOut(door.token, self._arena)
+        self._server: PacketServer | None = PacketServer(door.listener, _TO_SOURCE, handler, door.uids)
 
     def close(self) -> None:
         """Refuse new engines. Those that have the memory open keep it, and so does whoever has `memory`."""
         if self._server is not None:
             self._server.close()
             self._server = None
-            self._remove_folder()
+            self._door.remove()
             self._arena.close()
 
 

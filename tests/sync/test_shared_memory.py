@@ -19,9 +19,9 @@ from weightcast.sync import schema
 from weightcast.sync.errors import ReachError, StorageError, WireError
 from weightcast.sync.host import folders
 from weightcast.sync.host.arena import Arena, map_arena
+from weightcast.sync.host.doors import Open
 from weightcast.sync.host.packets import Connection, listen
 from weightcast.sync.host.server import PacketServer
-from weightcast.sync.transports import shared_memory
 from weightcast.sync.transports.shared_memory import SharedMemoryTicket, expose, reach, read_ticket
 
 NUM_BYTES = (3 << 20) + 5
@@ -200,7 +200,7 @@ def test_bystanders_are_dropped_and_others_served(base: Path) -> None:
     silent = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(20)]
     for bystander in silent:
         bystander.connect(path)
-    for words in (b"x", b"\x81" * 3000, os.urandom(60_000), schema.pack("open", shared_memory.Open(b"?"))):
+    for words in (b"x", b"\x81" * 3000, os.urandom(60_000), schema.pack("open", Open(b"?"))):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as talker:
             talker.connect(path)
             talker.send(words)
@@ -224,14 +224,14 @@ class Listening:
 
 def test_the_silent_and_the_too_many_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    kinds = {"open": shared_memory.Open}
+    kinds = {"open": Open}
     allowed = frozenset({os.geteuid()})
     server = PacketServer(listen(path), kinds, Listening(), allowed, max_peers=2, first_message_s=0.3)
     sockets = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
     for sock in sockets:
         sock.settimeout(5)
         sock.connect(str(path))
-    sockets[0].send(schema.pack("open", shared_memory.Open(b"")))
+    sockets[0].send(schema.pack("open", Open(b"")))
     assert sockets[2].recv(1) == b""
     assert sockets[1].recv(1) == b""
     sockets[0].settimeout(0.5)
