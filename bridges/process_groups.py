@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from weightcast.bridges.layers.rope import forget_tables
 from weightcast.bridges.runtime import ensure_runtime, has_cuda
 from weightcast.sync.errors import ConfigError
 
@@ -140,6 +141,7 @@ def destroy_model_parallel() -> None:
     # Megatron only forgets them. gloo keeps a thread for each that wakes a hundred times a second, NCCL memory.
     groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
     parallel_state.destroy_model_parallel()
+    forget_tables()
     for group in groups:
         with suppress(ValueError):  # one of those few that Megatron has closed
             dist.destroy_process_group(group)

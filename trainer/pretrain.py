@@ -88,6 +88,7 @@ def run_training(
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(cfg.logger.events, rank=rank))
         state = build_state(cfg, provider, bridge)
+        stack.callback(state.release)
         if rank == 0:
             write_run_config(cfg)
             _say_if_made_up(cfg)

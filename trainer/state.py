@@ -17,6 +17,7 @@ from weightcast.trainer.optim import make_ddp_config, make_optimizer, make_sched
 from weightcast.trainer.peft.prepare import freeze_settings, prepare_hook
 from weightcast.trainer.peft.schemes import check_adapter_folder, make_method
 from weightcast.trainer.precision import apply_precision
+from weightcast.trainer.releasing import let_go
 
 
 @dataclass(slots=True)
@@ -34,6 +35,10 @@ class TrainState:
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Samples trained on so far, over all data-parallel ranks: the position in the data."""
+
+    def release(self) -> None:
+        """Let the model go once nobody else has it; it cannot be trained any more (`releasing.py`)."""
+        let_go(self.model)
 
     def gather_parameters(self) -> None:
         """Make the parameters whole after a step whose gathering was put off until the next forward pass."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -129,6 +130,12 @@ def tell_attention_factor(config: TransformerConfig, factor: float) -> None:
     config.yarn_mscale, config.yarn_mscale_all_dim = factor - 1.0, 0.0
     if factor != 1.0:
         config.apply_rope_fusion = False  # Transformer Engine's kernel has no such factor
+
+
+def forget_tables() -> None:
+    """Empty Megatron's caches of tables: the process's, they keep every model that asked, and its groups, alive."""
+    for kind in (RotaryEmbedding, YarnRotaryEmbedding):
+        kind.forward.cache_clear()
 
 
 class RopeEmbedding(RotaryEmbedding):  # type: ignore[misc]
