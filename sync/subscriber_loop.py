@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -243,7 +244,9 @@ class SubscriberLoop:
             # then wait for ever. Over a new link the publisher does not know this engine, and it is greeted again.
             self._control.close(0)
             self._control = self._connect()
-            self._control.send(raw, zmq.NOBLOCK)
+            # On a busy machine the new link may be refused before this line; the next ping tries another one.
+            with suppress(zmq.Again):
+                self._control.send(raw, zmq.NOBLOCK)
 
     def _connect(self) -> zmq.Socket[bytes]:
         return zmq_sockets.connect(self._context, self._address, self._keys, MAX_MESSAGE_BYTES)

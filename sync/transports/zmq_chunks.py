@@ -10,6 +10,7 @@ One connection of TCP carries 30 Gb/s at best, so an engine has several to each 
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import groupby
 
 import numpy as np
@@ -178,7 +179,10 @@ class ZmqChunkClient:
             links[number].send(raw, zmq.NOBLOCK)
         except zmq.Again:
             # After a frame beyond the limit libzmq ends a link for good, and a plain send would wait for ever.
-            self._open(request)[number].send(raw, zmq.NOBLOCK)
+            # The new one may end as soon; the request is then repeated like any that was lost on its way.
+            link = self._open(request)[number]
+            with suppress(zmq.Again):
+                link.send(raw, zmq.NOBLOCK)
 
     def _open(self, request: Request) -> list[zmq.Socket[bytes]]:
         self._drop_rank(request.rank)

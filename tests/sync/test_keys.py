@@ -1,5 +1,8 @@
 """CurveZMQ keys: who has them is served, and nobody else is heard."""
 
+import time
+from typing import Any
+
 import pytest
 import zmq
 from tests.sync.parts import (
@@ -16,6 +19,7 @@ from tests.sync.parts import (
 
 from weightcast.sync import CurveKeys, PublishReport, WeightPublisher, WeightSubscriber
 from weightcast.sync.errors import AddressError, DeadlineExceeded
+from weightcast.sync.transports import zmq_sockets
 
 TCP = "tcp://127.0.0.1:0"
 SERVER, ENGINE, STRANGER = (zmq.curve_keypair() for _ in range(3))
@@ -46,6 +50,26 @@ def test_others_are_not_heard_and_hear_nothing(keys: CurveKeys | None) -> None:
             with pytest.raises(DeadlineExceeded, match="no publisher has answered there"):
                 subscriber.wait(0.7)
             assert publisher.fleet() == ()
+
+
+def test_a_link_refused_before_its_first_message_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a busy machine, where libzmq's own thread hears of the refusal before the engine's thread goes on."""
+
+    def connect_and_lag(*args: Any) -> zmq.Socket[bytes]:
+        socket = connect(*args)
+        time.sleep(0.1)
+        return socket
+
+    connect = zmq_sockets.connect
+    monkeypatch.setattr(zmq_sockets, "connect", connect_and_lag)
+    stranger = CurveKeys(*STRANGER, server=SERVER[0])
+    with (
+        WeightPublisher(TensorSource(make_model(32)), TCP, keys=PUBLISHER_KEYS) as publisher,
+        WeightSubscriber(publisher.address, engine="e", keys=stranger, limits=LIMITS) as subscriber,
+    ):
+        with pytest.raises(DeadlineExceeded, match="no publisher has answered there"):
+            subscriber.wait(1.5)
+        assert publisher.fleet() == ()
 
 
 def test_an_address_beyond_this_machine_needs_keys_and_an_allow_list() -> None:
