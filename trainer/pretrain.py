@@ -36,6 +36,7 @@ from weightcast.trainer.figures import StepReport
 from weightcast.trainer.gpt_step import ForwardStep, forward_step
 from weightcast.trainer.loop import TrainResult, train
 from weightcast.trainer.peft.leaving import export_folders, make_source
+from weightcast.trainer.plain_log import FORMAT, TIME_FORMAT
 from weightcast.trainer.publishing import StepPublisher
 from weightcast.trainer.quantizing import quantize_source
 from weightcast.trainer.reporters import open_reporters
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="YAML file with sections such as `train:`; overrides win over it")
     parser.add_argument("overrides", nargs="*", metavar="recipe=NAME | section.key=value")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.INFO, format=FORMAT, datefmt=TIME_FORMAT)
     _quieten()
     try:
         _, world_size = _rank_and_world_size()

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from weightcast.trainer.callbacks import Callback
 from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.plain_log import lines_on_stderr
 from weightcast.trainer.profiling import StepProfiler
 from weightcast.trainer.progress import ProgressBar, is_wanted
 from weightcast.trainer.sinks import open_sinks
@@ -26,5 +27,10 @@ def open_reporters(config: ConfigContainer, stack: ExitStack) -> list[Callback]:
     if rank != 0:
         return watches
     console = Console(stderr=True)
-    shown = stack.enter_context(ProgressBar(config, console)) if is_wanted(config, console) else StepLog(config)
+    shown: Callback
+    if is_wanted(config, console):
+        shown = stack.enter_context(ProgressBar(config, console))
+    else:
+        stack.enter_context(lines_on_stderr())
+        shown = StepLog(config)
     return [shown, *(stack.enter_context(sink) for sink in open_sinks(config)), *watches]

@@ -15,6 +15,7 @@ from weightcast.sync.report_log import read_reports
 from weightcast.trainer.config import PublishConfig
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.figures import StepReport
+from weightcast.trainer.plain_log import lines_on_stderr
 from weightcast.trainer.publishing import StepPublisher
 
 WAIT_S = 30.0
@@ -24,6 +25,21 @@ def follow(address: str, count: int) -> None:
     with WeightSubscriber(address, engine="engine-0") as subscriber:
         for _ in range(count):
             subscriber.wait(timeout_s=WAIT_S).commit(pause_s=0.01)
+
+
+def test_a_script_without_logging_sees_lines_and_one_with_it_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package, line = logging.getLogger("weightcast"), logging.getLogger("weightcast.trainer.step_log")
+    with lines_on_stderr():  # pytest handles all lines
+        line.info("step 1")
+    assert "step 1" not in capsys.readouterr().err
+    monkeypatch.setattr(package, "propagate", False)
+    with lines_on_stderr():
+        line.info("step 2")
+    line.info("step 3")
+    assert "weightcast.trainer.step_log step 2" in (seen := capsys.readouterr().err) and "step 3" not in seen
+    assert (package.handlers, package.level) == ([], logging.NOTSET)
 
 
 def make_step(number: int) -> StepReport:
