@@ -1,15 +1,16 @@
 """JSON lines to an indexed dataset: `<prefix>_<key>_document.bin` and `.idx`, as Megatron's `preprocess_data.py` does.
 
 Each line's text becomes a document of tokens, in the order of the lines, however many workers there are; Megatron's
-own `IndexedDatasetBuilder` writes them. Both files appear when they are whole.
+own `IndexedDatasetBuilder` writes them. Both files appear when they are whole and on the disk; without its `.idx` no
+reader takes a `.bin`, so of a dataset that is replaced the `.idx` goes first and comes last.
 
     preprocess([Path("a.jsonl")], Path("out/a"), "path/to/hf", PreprocessSettings(workers=4))
 """
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -18,11 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from weightcast.bridges.disk import is_refused
+from weightcast.bridges.whole_folder import refusal
 from weightcast.sync.errors import ConfigError, StorageError
 from weightcast.trainer.data.packing import load_tokenizer
 from weightcast.trainer.data.sft.sources import JsonLines
 
 LINES_AT_ONCE = 64
+SUFFIXES = (".bin", ".idx")  # in this order: a dataset is there when its .idx is
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,27 +69,59 @@ def preprocess(
 ) -> PreprocessReport:
     """Write the dataset; `on_bytes` is told how many bytes of text have been done since it was last called.
 
-    Raises `ConfigError` with file and line for a line that cannot be used, and `StorageError` for a full disk.
+    Raises `ConfigError` with file and line for a line that cannot be used, and `StorageError` for a disk that refuses
+    a write. Then there is no dataset under these names, or the one that was there before.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     if settings.append_eod and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {tokenizer_folder} has no end-of-text token: use --no-append-eod")
     prefixes = {key: Path(f"{prefix}_{key}_document") for key in settings.json_keys}
     work = {key: Path(f"{path}.making-{os.getpid()}") for key, path in prefixes.items()}
-    try:
+    with _explained(prefix), _removed_at_the_end(list(work.values())):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         counts = _write(work, inputs, tokenizer_folder, len(tokenizer), settings, on_bytes)
-        for key, path in prefixes.items():
-            for suffix in (".bin", ".idx"):
-                os.replace(f"{work[key]}{suffix}", f"{path}{suffix}")
-    except OSError as error:
-        raise StorageError(f"{prefix}: {error}: free some space, or name another place") from error
-    finally:
         for path in work.values():
-            for suffix in (".bin", ".idx"):
+            _sync(path)
+        for key, path in prefixes.items():
+            _take_name(work[key], path)
+    return PreprocessReport(list(prefixes.values()), *counts)
+
+
+@contextmanager
+def _explained(prefix: Path) -> Iterator[None]:
+    """Say what the disk or the system refuses as `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if is_refused(error):
+            raise StorageError(refusal(prefix, str(error), "start again")) from error
+        raise StorageError(f"{prefix}: {error}: name another place, or mend this one") from error
+
+
+@contextmanager
+def _removed_at_the_end(work: Sequence[Path]) -> Iterator[None]:
+    """Leave no file that was begun, whatever happens."""
+    try:
+        yield
+    finally:
+        for path in work:
+            for suffix in SUFFIXES:
                 with suppress(OSError):  # where there is no such folder there is no such file
                     Path(f"{path}{suffix}").unlink(missing_ok=True)
-    return PreprocessReport(list(prefixes.values()), *counts)
+
+
+def _sync(prefix: Path) -> None:
+    """Wait until both files are on the disk, which network file systems refuse no earlier than here."""
+    for suffix in SUFFIXES:
+        with open(f"{prefix}{suffix}", "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _take_name(work: Path, prefix: Path) -> None:
+    """Rename both files; a process that dies in between leaves no pair of an old and a new one."""
+    Path(f"{prefix}.idx").unlink(missing_ok=True)
+    for suffix in SUFFIXES:
+        os.replace(f"{work}{suffix}", f"{prefix}{suffix}")
 
 
 def _write(
@@ -102,10 +138,14 @@ def _write(
     import weightcast.bridges.quiet_megatron  # noqa: F401  (first: Megatron's import-time notices)
 
     dtype = DType.optimal_dtype(num_entries)
-    builders = {key: IndexedDatasetBuilder(f"{path}.bin", dtype=dtype) for key, path in work.items()}
     num_documents = num_tokens = num_empty = 0
-    try:
-        for num_bytes, lines in _encoded(inputs, tokenizer_folder, settings):
+    with ExitStack() as stack:
+        builders = {}
+        for key, path in work.items():
+            builders[key] = IndexedDatasetBuilder(f"{path}.bin", dtype=dtype)
+            stack.enter_context(closing(builders[key].data_file))
+        # Closed, so that its processes end here also when the disk is full.
+        for num_bytes, lines in stack.enter_context(closing(_encoded(inputs, tokenizer_folder, settings))):
             for documents in lines:
                 for key, document in documents.items():
                     # An array: the builder copies tensors in a way that numpy 2 warns of.
@@ -117,15 +157,12 @@ def _write(
             raise ConfigError(f"no text in {', '.join(map(str, inputs))}")
         for key, builder in builders.items():
             builder.finalize(f"{work[key]}.idx")
-    finally:
-        for builder in builders.values():
-            builder.data_file.close()
     return num_documents, num_tokens, num_empty
 
 
 def _encoded(
     inputs: Sequence[Path], tokenizer_folder: str, settings: PreprocessSettings
-) -> Iterator[tuple[int, list[dict[str, _Document]]]]:
+) -> Generator[tuple[int, list[dict[str, _Document]]]]:
     """Bytes of text and documents of some lines at a time, in order."""
     texts = _texts(inputs, settings.json_keys)
     chunks = iter(lambda: list(islice(texts, LINES_AT_ONCE)), [])
