@@ -72,6 +72,15 @@ EXERCISED = {
     "python -m weightcast preprocess texts.jsonl --out data/texts --tokenizer path/to/hf": (
         "tests/trainer/test_indexed_data.py::test_preprocess_and_train"
     ),
+    "NODE_RANK=0 MASTER_ADDR=node-a examples/launch/torchrun_two_nodes.sh recipe=llama32_1b.pretrain": (
+        "tests/test_launch_examples.py::test_torchrun_on_two_nodes"
+    ),
+    "sbatch --nodes 4 examples/launch/slurm.sbatch recipe=llama3_70b.pretrain checkpoint.save=/shared/run": (
+        "tests/test_launch_examples.py::test_a_job_of_slurm_saves_when_its_time_runs_out"
+    ),
+    "python examples/launch/nemo_run_launch.py --dryrun --nproc 8 recipe=llama32_1b.pretrain": (
+        "tests/test_launch_examples.py::test_nemo_run_starts_what_the_example_says"
+    ),
     # `make test` is what runs this file, and `make setup` is what it ran before.
     "make test": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",
     "make setup": "tests/test_readme.py::test_make_test_runs_pytest_after_its_set_up",
