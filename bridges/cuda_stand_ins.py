@@ -167,6 +167,19 @@ def with_uneven_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any
     return reduce_scatter_uneven
 
 
+def with_nothing_for_one(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a gather into, or a scatter out of, one tensor so that a rank alone does not copy a tensor onto itself."""
+
+    @functools.wraps(collective)
+    def unless_alone(output: torch.Tensor, source: torch.Tensor, *args: Any, group: Any = None, **more: Any) -> Any:
+        in_place = output.data_ptr() == source.data_ptr() and output.numel() == source.numel()
+        if in_place and dist.get_world_size(group) == 1:
+            return None
+        return collective(output, source, *args, group=group, **more)
+
+    return unless_alone
+
+
 def with_false_as_no_fp8(make: Callable[..., None]) -> Callable[..., None]:
     """The `__init__` of Megatron's recomputation, for which anything but None is FP8."""
 
