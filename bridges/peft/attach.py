@@ -18,7 +18,8 @@ from weightcast.bridges.exchange import communication_device
 from weightcast.bridges.layers.linears import with_frozen_weight
 from weightcast.bridges.layers.mtp import INNER_LAYER, INNER_MODULE
 from weightcast.bridges.peft.factors import LowRank, PartRows, SplitLowRank
-from weightcast.bridges.peft.layers import Adaptation, adapted_class, adapted_linears
+from weightcast.bridges.peft.grouped import adapted_grouped_class, is_grouped, weight_of
+from weightcast.bridges.peft.layers import Adaptation, adapted_class, adapted_weights
 from weightcast.bridges.peft.names import GATE_UP_PARTS, PARTS, QKV_PARTS, applies, fused_target, matches
 from weightcast.bridges.peft.placement import Placement, read_placement
 from weightcast.bridges.peft.state import AdapterState
@@ -39,7 +40,12 @@ def attach_adapters(recipe: "LoRA", model: Model) -> list[MegatronModule]:
             "the model is already wrapped for data parallelism, whose buffers would not know the adapters; register "
             "the recipe with provider.register_pre_wrap_hook, or provide the model with wrap_with_ddp=False"
         )
-    if next(adapted_linears(chunks), None) is not None:
+    if any(getattr(chunk.config, "use_transformer_engine_op_fuser", False) for chunk in chunks):
+        raise ConfigError(
+            "use_transformer_engine_op_fuser computes MLPs out of their linears' weights alone, past the adapters: set "
+            "it to False on the provider"
+        )
+    if next(adapted_weights(chunks), None) is not None:
         raise ConfigError("the model has adapters already; apply one recipe to a model")
     found = [(name, linear) for chunk in chunks for name, linear in _named_linears(chunk)]
     _check_targets(recipe, [name for name, _ in found])
@@ -128,22 +134,46 @@ def _is_used(recipe: "LoRA", target: str, linear: str) -> bool:
 def _adapt(recipe: "LoRA", name: str, linear: Any, parts: tuple[str, ...]) -> None:
     placement = read_placement(linear, name)
     gated = name.endswith("linear_fc1") and linear.config.gated_linear_unit
-    if parts:
-        rows = _part_rows(name, linear, placement, parts)
-        adapter: LowRank | SplitLowRank = SplitLowRank(
-            {part: _make_pair(recipe, name, part, linear, placement, rows.num_rows[part]) for part in parts}, rows
-        )
-    else:
-        adapter = _make_pair(recipe, name, "", linear, placement, placement.num_out)
+    adapters, adaptations = [], []
+    for own_name, weight in _weights(name, linear):
+        adapter = _make_adapter(recipe, own_name, linear, weight, placement, parts)
+        if recipe.use_dora:
+            adapter.set_magnitude(placement.row_norms(weight.detach()).to(weight.dtype))
+        for _, pair in adapter.pairs():
+            _mark_parameters(pair, placement, weight)
+        adapters.append(adapter)
+        adaptations.append(Adaptation(placement, recipe.dropout, recipe.dropout_position, recipe.use_dora, gated))
+    if is_grouped(linear):
+        linear.__class__ = adapted_grouped_class(type(linear))
+        linear.adapter, linear.adaptations = nn.ModuleList(adapters), adaptations
+        return
     if hasattr(linear, "return_layernorm_output"):
         linear.return_layernorm_output = True  # Transformer Engine's fused norm: the adapter reads what is behind it
     linear.__class__ = adapted_class(type(linear))
-    linear.adapter = adapter
-    linear.adaptation = Adaptation(placement, recipe.dropout, recipe.dropout_position, recipe.use_dora, gated)
-    if recipe.use_dora:
-        adapter.set_magnitude(placement.row_norms(linear.weight.detach()).to(linear.weight.dtype))
-    for _, pair in adapter.pairs():
-        _mark_parameters(pair, placement, linear.weight)
+    (linear.adapter,), (linear.adaptation,) = adapters, adaptations
+
+
+def _weights(name: str, linear: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of a linear by their names in the whole model; of a grouped one as if each expert had its own."""
+    if not is_grouped(linear):
+        yield name, linear.weight
+        return
+    front, _, last = name.rpartition(".")
+    first = parallel_state.get_expert_model_parallel_rank() * linear.num_gemms
+    for index in range(linear.num_gemms):
+        yield f"{front}.local_experts.{first + index}.{last}", weight_of(linear, index)
+
+
+def _make_adapter(
+    recipe: "LoRA", name: str, linear: Any, weight: nn.Parameter, placement: Placement, parts: tuple[str, ...]
+) -> LowRank | SplitLowRank:
+    if not parts:
+        return _make_pair(recipe, name, "", linear.config, weight, placement, placement.num_out)
+    rows = _part_rows(name, linear, placement, parts)
+    pairs = {
+        part: _make_pair(recipe, name, part, linear.config, weight, placement, rows.num_rows[part]) for part in parts
+    }
+    return SplitLowRank(pairs, rows)
 
 
 def _part_rows(name: str, linear: Any, placement: Placement, parts: tuple[str, ...]) -> PartRows:
@@ -166,11 +196,13 @@ def _part_rows(name: str, linear: Any, placement: Placement, parts: tuple[str, .
     return PartRows.make(GATE_UP_PARTS, GatedMlp(name, *GATE_UP_PARTS).segments((placement.num_out,), dimensions))
 
 
-def _make_pair(recipe: "LoRA", name: str, part: str, linear: Any, placement: Placement, num_rows: int) -> LowRank:
-    weight, settings = linear.weight, recipe.settings_of(_without_expert(name), part)
+def _make_pair(
+    recipe: "LoRA", name: str, part: str, config: Any, weight: nn.Parameter, placement: Placement, num_rows: int
+) -> LowRank:
+    settings = recipe.settings_of(_without_expert(name), part)
     whole = torch.zeros(settings.rank, placement.all_inputs, device="cpu" if not weight.is_meta else "meta")
     if not weight.is_meta:
-        words = f"{getattr(linear.config, 'seed', 0)}:{name}" + (f".{part}" if part else "")
+        words = f"{getattr(config, 'seed', 0)}:{name}" + (f".{part}" if part else "")
         _initialise(whole, recipe.lora_A_init_method, words)
     first = placement.rank * placement.num_in if placement.cut == "columns" else 0
     factor_in = whole[:, first : first + placement.num_in].to(device=weight.device, dtype=weight.dtype).contiguous()

@@ -7,13 +7,14 @@ layout, and hooks behind the linear (a norm, a cap) see the adapted output.
     LoRA      W·x + s·B·A·x
     DoRA      m · (W·x + s·B·A·x) / norm(W + s·B·A), row by row; the norm gets no gradient
 
-The derived class does no more than add these; freezing and choosing is `recipes.py`.
+The derived class does no more than add these; freezing and choosing is `recipes.py`. A grouped linear of several
+experts (`grouped.py`) does it for each of them.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -42,20 +43,45 @@ class Adaptation:
     """The weight's own bits while it is merged, where they were kept."""
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedWeight(Protocol):
+    """A weight with an adapter beside it: that of a linear, or that of one expert of a grouped linear."""
+
+    @property
+    def weight(self) -> nn.Parameter: ...
+
+    @property
+    def adapter(self) -> LowRank | SplitLowRank: ...
+
+    @property
+    def adaptation(self) -> Adaptation: ...
+
+    @property
+    def training(self) -> bool: ...
+
+
+class Adapted(nn.Module):
+    """What a linear's class is mixed with: `AdaptedLinear`, or `grouped.AdaptedGroupedLinear`."""
+
+    def adapted_weights(self) -> Iterator[AdaptedWeight]:
+        """Its weights, each with its adapter."""
+        raise NotImplementedError
+
+
+class AdaptedLinear(Adapted):
     """What `adapted_class` mixes into a linear's class."""
 
     weight: nn.Parameter
     adapter: LowRank | SplitLowRank
     adaptation: Adaptation
 
+    def adapted_weights(self) -> Iterator[AdaptedWeight]:
+        """The only one."""
+        yield cast(AdaptedWeight, self)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         output, bias, seen = _unpack(super().forward(x, *args, **kwargs), x)
-        if self.adaptation.merged:
-            return output, bias
-        if self.adaptation.use_dora:
-            return _dora_output(self, output, seen, added_bias=None if bias is not None else self.own_bias()), bias
-        return output + _update_output(self, _drop_inputs(self, seen)).to(output.dtype), bias
+        (own,) = self.adapted_weights()
+        return adapted_output(own, output, seen, None if bias is not None else self.own_bias()), bias
 
     def own_bias(self) -> torch.Tensor | None:
         """The bias that the linear adds itself."""
@@ -71,7 +97,8 @@ class AdaptedLinear(nn.Module):
         own = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         inside = f"{prefix}adapter."
         kept = {key: entry for key, entry in own.items() if not key.startswith(inside)}
-        return kept | _shard_adapter(self, inside, sharded_offsets, metadata or {})
+        (weight,) = self.adapted_weights()
+        return kept | shard_adapter(weight, inside, sharded_offsets, metadata or {})
 
 
 def adapted_class(linear: type[nn.Module]) -> type[nn.Module]:
@@ -79,13 +106,27 @@ def adapted_class(linear: type[nn.Module]) -> type[nn.Module]:
     return type(f"Adapted{linear.__name__}", (AdaptedLinear, linear), {})
 
 
-def adapted_linears(modules: Iterable[nn.Module]) -> Iterator[AdaptedLinear]:
-    """The adapted linears in `modules`, which are model chunks."""
-    return (part for module in modules for part in module.modules() if isinstance(part, AdaptedLinear))
+def adapted_weights(modules: Iterable[nn.Module]) -> Iterator[AdaptedWeight]:
+    """The weights with adapters in `modules`, which are model chunks."""
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, Adapted):
+                yield from part.adapted_weights()
+
+
+def adapted_output(
+    linear: AdaptedWeight, output: torch.Tensor, seen: torch.Tensor, added_bias: torch.Tensor | None
+) -> torch.Tensor:
+    """What the linear gives for `seen`, from what its own weight gave: `output`, which holds `added_bias` if any."""
+    if linear.adaptation.merged:
+        return output
+    if linear.adaptation.use_dora:
+        return _dora_output(linear, output, seen, added_bias)
+    return output + _update_output(linear, _drop_inputs(linear, seen)).to(output.dtype)
 
 
 def merged_weight(
-    linear: AdaptedLinear, dtype: torch.dtype = torch.float32, norms: torch.Tensor | None = None
+    linear: AdaptedWeight, dtype: torch.dtype = torch.float32, norms: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The weight with its update, on this rank, computed in `dtype`.
 
@@ -99,7 +140,7 @@ def merged_weight(
     return (linear.adapter.magnitude(norms).detach().to(dtype) / norms).view(-1, 1) * whole
 
 
-def merged_norms(linear: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+def merged_norms(linear: AdaptedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
     """What DoRA divides the rows by, where ranks must sum for it: [num_out], a collective. None elsewhere."""
     placement = linear.adaptation.placement
     if not linear.adaptation.use_dora or placement.cut != "columns" or placement.size == 1:
@@ -120,7 +161,7 @@ def _unpack(result: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | 
     return output, bias, x
 
 
-def _update_output(linear: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
+def _update_output(linear: AdaptedWeight, x: torch.Tensor) -> torch.Tensor:
     adaptation = linear.adaptation
     update: torch.Tensor = linear.adapter(x)
     if linear.training and adaptation.dropout and adaptation.dropout_position == "post":
@@ -130,7 +171,7 @@ def _update_output(linear: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
     return update
 
 
-def _drop_inputs(linear: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
+def _drop_inputs(linear: AdaptedWeight, x: torch.Tensor) -> torch.Tensor:
     adaptation = linear.adaptation
     if not linear.training or not adaptation.dropout or adaptation.dropout_position != "pre":
         return x
@@ -145,7 +186,7 @@ def _random_per_rank(placement: Placement, is_cut: bool) -> AbstractContextManag
 
 
 def _dora_output(
-    linear: AdaptedLinear, output: torch.Tensor, seen: torch.Tensor, added_bias: torch.Tensor | None
+    linear: AdaptedWeight, output: torch.Tensor, seen: torch.Tensor, added_bias: torch.Tensor | None
 ) -> torch.Tensor:
     """What `peft` computes: the base's own output comes from undropped inputs, its change from dropped ones."""
     adaptation = linear.adaptation
@@ -162,9 +203,10 @@ def _dora_output(
     return output + ((scale - 1) * base + scale * _update_output(linear, x)).to(output.dtype)
 
 
-def _shard_adapter(
-    linear: AdaptedLinear, prefix: str, sharded_offsets: tuple[Any, ...], metadata: dict[str, Any]
+def shard_adapter(
+    linear: AdaptedWeight, prefix: str, sharded_offsets: tuple[Any, ...], metadata: dict[str, Any]
 ) -> dict[str, Any]:
+    """The adapter's tensors under `prefix`, cut as the weight is, as `sharded_state_dict` lists them."""
     adaptation = linear.adaptation
     placement = adaptation.placement
     cut = {"rows": {LINEAR_OUT: 0, MAGNITUDE: 0}, "columns": {LINEAR_IN: 1}, "nothing": {}}[placement.cut]

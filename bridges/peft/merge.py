@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from weightcast.bridges.peft.attach import find_state
-from weightcast.bridges.peft.layers import adapted_linears, merged_weight
+from weightcast.bridges.peft.layers import adapted_weights, merged_weight
 from weightcast.bridges.peft.state import AdapterState
 from weightcast.bridges.plan import Plan, PlannedRegion
 from weightcast.bridges.shards import LiveView, Model, unwrap_chunks
@@ -32,7 +32,7 @@ def merge_adapters(model: Model, *, keep_base: bool = True) -> None:
     state = _require_state(model)
     if state.merged:
         raise ConfigError("the adapters are merged already; a second time would count them twice")
-    for linear in adapted_linears(unwrap_chunks(model)):
+    for linear in adapted_weights(unwrap_chunks(model)):
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         merged = merged_weight(linear, dtype)
         if keep_base:
@@ -53,7 +53,7 @@ def unmerge_adapters(model: Model) -> None:
         raise ConfigError(
             "the adapters are not merged" if not state.merged else "the base was not kept; merge with keep_base=True"
         )
-    for linear in adapted_linears(unwrap_chunks(model)):
+    for linear in adapted_weights(unwrap_chunks(model)):
         assert linear.adaptation.base is not None
         linear.weight.copy_(linear.adaptation.base)
         linear.adaptation.base, linear.adaptation.merged = None, False

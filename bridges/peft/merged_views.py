@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from weightcast.bridges.peft.layers import AdaptedLinear, adapted_linears, merged_norms, merged_weight
+from weightcast.bridges.peft.layers import AdaptedWeight, adapted_weights, merged_norms, merged_weight
 from weightcast.bridges.plan import Plan, PlannedRegion
 from weightcast.bridges.shards import InterleavedView, LiveView, Model, ParameterView, unwrap_chunks
 from weightcast.bridges.source import PlanSource
@@ -42,7 +42,7 @@ class Merge(Protocol):
 class LinearMerge:
     """Of one adapted linear; what `merge_adapters` writes."""
 
-    def __init__(self, linear: AdaptedLinear) -> None:
+    def __init__(self, linear: AdaptedWeight) -> None:
         self._linear = linear
         self._norms: torch.Tensor | None = None
 
@@ -110,8 +110,8 @@ class MergedWeights:
 
 
 def merges_of(model: Model) -> dict[torch.Tensor, Merge]:
-    """The merge of each adapted linear of this rank's chunks."""
-    return {linear.weight: LinearMerge(linear) for linear in adapted_linears(unwrap_chunks(model))}
+    """The merge of each adapted weight of this rank's chunks."""
+    return {linear.weight: LinearMerge(linear) for linear in adapted_weights(unwrap_chunks(model))}
 
 
 def show_merged(plan: Plan, weights: MergedWeights) -> Plan:

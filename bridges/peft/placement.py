@@ -34,6 +34,8 @@ _CUTS: dict[str, Cut] = {
     "TEColumnParallelLinear": "rows",
     "TELayerNormColumnParallelLinear": "rows",
     "TERowParallelLinear": "columns",
+    "TEColumnParallelGroupedLinear": "rows",
+    "TERowParallelGroupedLinear": "columns",
     "TELinear": "nothing",  # last: the others derive from it
 }
 
@@ -110,18 +112,13 @@ class Placement:
 def read_placement(linear: nn.Module, name: str) -> Placement:
     """The placement of one of Megatron's or Transformer Engine's parallel linears, by what they say of themselves.
 
-    Raises `UnsupportedModel` for anything else.
+    Of a grouped linear that of each expert, since all are cut alike. Raises `UnsupportedModel` for anything else.
     """
-    if hasattr(linear, "num_gemms"):
-        raise UnsupportedModel(
-            f"{name} is a grouped linear of several experts, which has no adapter of its own for each; set "
-            "moe_grouped_gemm=False on the provider, or leave it out of target_modules"
-        )
-    weight = getattr(linear, "weight", None)
+    weight = getattr(linear, "weight0" if hasattr(linear, "num_gemms") else "weight", None)
     if weight is None or weight.ndim != 2 or getattr(linear, "gather_output", False):
         raise UnsupportedModel(
-            f"{name}, a {type(linear).__name__}, holds no weight of its own or gathers its output; leave it out of "
-            "target_modules"
+            f"{name}, a {type(linear).__name__}, holds no weight of its own (or of each expert) or gathers its output; "
+            "leave it out of target_modules, and moe_single_grouped_weight off"
         )
     cut = _find_cut(linear, name)
     group = getattr(linear, "tp_group", None) or getattr(linear, "_tp_group", None)

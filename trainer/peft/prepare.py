@@ -3,7 +3,6 @@
 model = provider.provide_distributed_model(pre_wrap_hook=prepare_hook(cfg, bridge))
 """
 
-import logging
 from functools import partial
 from typing import Any
 
@@ -15,38 +14,17 @@ from weightcast.bridges import AutoBridge
 from weightcast.bridges.provider import ModelHook
 from weightcast.bridges.shards import unwrap_chunks
 from weightcast.trainer.config import ConfigContainer
-from weightcast.trainer.peft.method import RecipeMethod
 from weightcast.trainer.peft.pretrained import load_pretrained
 from weightcast.trainer.peft.schemes import make_method
-
-logger = logging.getLogger(__name__)
-
-FC = ("fc1", "fc2")
 
 
 def freeze_settings(config: ConfigContainer, provider: Any) -> None:
     """Settings of the model that a frozen base and its adapters want; nothing for a run without. Before `finalize`.
 
     Megatron would move the bias by which routers balance experts (DeepSeek V3) in each step, and it is the base's.
-    Experts in grouped linears have no adapters of their own; as linears of each expert they compute the same, slower.
     """
-    if not config.peft.is_used:
-        return
-    if getattr(provider, "moe_router_enable_expert_bias", False):
+    if config.peft.is_used and getattr(provider, "moe_router_enable_expert_bias", False):
         provider.moe_router_bias_update_rate = 0.0
-    if getattr(provider, "moe_grouped_gemm", False) and _adapts_experts(config, provider):
-        provider.moe_grouped_gemm = False
-        logger.info("moe_grouped_gemm is off: experts are adapted one by one (exclude *.mlp.experts.* to keep it on)")
-
-
-def _adapts_experts(config: ConfigContainer, provider: Any) -> bool:
-    method = make_method(config.peft, provider)
-    if method is None:
-        return True  # a folder's adapter may
-    if not isinstance(method, RecipeMethod):
-        return False
-    names = (f"decoder.layers.{layer}.mlp.experts.linear_{name}" for layer in range(provider.num_layers) for name in FC)
-    return any(method.recipe.parts_of(name) is not None for name in names)
 
 
 def prepare_hook(config: ConfigContainer, bridge: AutoBridge | None) -> ModelHook | None:
