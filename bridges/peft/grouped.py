@@ -70,7 +70,7 @@ class AdaptedGroupedLinear(Adapted):
     def forward(self, x: torch.Tensor, m_splits: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         output, bias = super().forward(x, m_splits, *args, **kwargs)
         sizes = m_splits.tolist() if isinstance(m_splits, torch.Tensor) else list(m_splits)
-        parts = zip(self.experts(), output.split(sizes), x.split(sizes), strict=True)
+        parts = zip(self.experts(), torch.split(output, sizes), torch.split(x, sizes), strict=True)
         adapted = [
             adapted_output(expert, own, seen, None if bias is not None else expert.own_bias())
             for expert, own, seen in parts

@@ -51,7 +51,7 @@ class _GroupedLinear(nn.Module):
             self.register_parameter(f"weight{index}", weight)
 
     def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
-        parts = [linear(part, getattr(self, f"weight{index}")) for index, part in enumerate(x.split(m_splits))]
+        parts = [linear(part, getattr(self, f"weight{index}")) for index, part in enumerate(torch.split(x, m_splits))]
         return torch.cat(parts), None
 
     def sharded_state_dict(self, prefix: str, sharded_offsets: Any, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -124,9 +124,12 @@ def test_random_states_are_named_and_repeat() -> None:
 def test_a_lone_process_becomes_a_group_of_one() -> None:
     printed = run_python(
         """
+        import torch
         import torch.distributed as dist
         from weightcast.bridges import process_groups
+        from weightcast.bridges.cuda_stand_ins import with_nothing_for_one
         from megatron.core import parallel_state
+        from megatron.core.distributed import param_and_grad_buffer
         from megatron.core.model_parallel_config import ModelParallelConfig
         from weightcast.sync.errors import ConfigError
 
@@ -143,6 +146,21 @@ def test_a_lone_process_becomes_a_group_of_one() -> None:
             process_groups.initialize_model_parallel(ModelParallelConfig(tensor_model_parallel_size=2))
         except ConfigError as error:
             print(error)
+
+        # What DDP scatters and gathers in place is not copied onto itself.
+        buffers = param_and_grad_buffer
+        for collective in (buffers.dist_reduce_scatter_func, buffers.dist_all_gather_func):
+            assert collective.__code__.co_name == "unless_alone"
+        calls = []
+        def count(output, source, group=None):
+            calls.append(group)
+            dist.reduce_scatter(output, [source], group=group)
+        scatter, buffer, other = with_nothing_for_one(count), torch.arange(6.0), torch.zeros(6)
+        scatter(buffer[:], buffer)
+        assert not calls and torch.equal(buffer, torch.arange(6.0))
+        scatter(other, buffer, group=dist.group.WORLD)
+        assert len(calls) == 1 and torch.equal(other, buffer)
+
         process_groups.destroy_distributed()
         assert not parallel_state.model_parallel_is_initialized() and not dist.is_initialized()
         """
@@ -167,33 +185,3 @@ def test_half_of_torchruns_variables_is_refused_by_name() -> None:
         MASTER_PORT="29500",
     )
     assert "lacks WORLD_SIZE" in printed and "torchrun" in printed
-
-
-@cpu_only
-def test_a_rank_alone_copies_no_buffer_onto_itself() -> None:
-    """What DDP scatters and gathers in place, and what it does not."""
-    run_python(
-        """
-        import torch
-        import torch.distributed as dist
-        from weightcast.bridges import process_groups
-        from weightcast.bridges.cuda_stand_ins import with_nothing_for_one
-        from megatron.core.distributed import param_and_grad_buffer
-
-        process_groups.initialize_distributed()
-        for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
-            assert getattr(param_and_grad_buffer, name).__code__.co_name == "unless_alone"
-        calls = []
-        def collective(output, source, group=None):
-            calls.append(group)
-            dist.reduce_scatter(output, [source], group=group)
-        scatter = with_nothing_for_one(collective)
-        buffer = torch.arange(6.0)
-        scatter(buffer[:], buffer)
-        assert not calls and torch.equal(buffer, torch.arange(6.0))
-        other = torch.zeros(6)
-        scatter(other, buffer)
-        scatter(other, buffer, group=dist.group.WORLD)
-        assert len(calls) == 2 and torch.equal(other, buffer)
-        """
-    )
