@@ -24,6 +24,10 @@ class StepReport:
     """Weight decay that the step was taken with, of parameters that have any."""
     num_tokens: int = 0
     """Unmasked tokens of the global batch."""
+    global_batch_size: int = 0
+    """Samples of the global batch, which grow while `train.rampup_batch_size` lasts."""
+    consumed_samples: int = 0
+    """Samples of this step and all before it: the position in the data."""
     tokens_per_s: float = 0.0
     """Tokens of the global batch, masked ones included, per second."""
     tflops_per_gpu: float = 0.0

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from weightcast.trainer.batch_schedule import batch_schedule
 from weightcast.trainer.callbacks import Callbacks
 from weightcast.trainer.data.source import BatchSource, batches_of_rank
 from weightcast.trainer.errors import DivergedError
@@ -67,7 +68,7 @@ def train(
         GarbageCollection(settings) as garbage,
         Saver(state.config, events, callbacks.on_save) as saver,
     ):
-        stop = stopping.reason(state.step)
+        stop = stopping.reason(state.step, state.consumed_samples)
         evaluate_if(settings.eval_at_start and state.step == 0 and stop is None)
         while stop is None:
             with events.phase("step", version=state.step + 1):
@@ -81,7 +82,7 @@ def train(
             callbacks.on_step_end(state, report)
             garbage.after_step(state.step)
             evaluate_if(settings.eval_interval is not None and state.step % settings.eval_interval == 0)
-            stop = stopping.reason(state.step)
+            stop = stopping.reason(state.step, state.consumed_samples)
             saver.after_step(state, is_last=stop is not None)
     callbacks.on_train_end(state, stop)
     return TrainResult(reports, stop)
@@ -164,7 +165,7 @@ def _finish_step(
 ) -> StepReport:
     """Move on by one step; the schedule moves only when the weights did, as Megatron's does."""
     config, step_s = state.config, clock.step_s
-    samples = config.train.global_batch_size
+    samples = batch_schedule(config).size_at(state.consumed_samples)
     groups = state.optimizer.param_groups
     lr, weight_decay = float(groups[0]["lr"]), max(float(group["weight_decay"]) for group in groups)
     state.step += 1
@@ -180,6 +181,8 @@ def _finish_step(
         step_s=step_s,
         weight_decay=weight_decay,
         num_tokens=int(num_tokens),
+        global_batch_size=samples,
+        consumed_samples=state.consumed_samples,
         tokens_per_s=samples * config.dataset.seq_length / step_s,
         tflops_per_gpu=flops / step_s / dist.get_world_size() / 1e12,
         memory_bytes=peak_memory_bytes(),

@@ -1,6 +1,7 @@
 """Warm-up, decay and weight decay as numbers of samples, from whichever unit the settings give them in. Pure.
 
 Megatron's scheduler counts samples, so that warm-up by steps, by samples and by a share of the schedule are one thing.
+Steps are those of this run: while the batch size ramps up they are shorter in samples, and end where they should.
 
     lengths = schedule_lengths(cfg)
     lengths.warmup_samples, lengths.decay_samples
@@ -9,6 +10,7 @@ Megatron's scheduler counts samples, so that warm-up by steps, by samples and by
 from dataclasses import dataclass
 
 from weightcast.sync.errors import ConfigError
+from weightcast.trainer.batch_schedule import BatchSchedule, batch_schedule
 from weightcast.trainer.config import ConfigContainer
 
 WSD = "WSD"
@@ -31,17 +33,30 @@ class ScheduleLengths:
 
 def schedule_lengths(config: ConfigContainer) -> ScheduleLengths:
     """The lengths that `config.scheduler` asks for. Raises `ConfigError` where two settings say the same length."""
-    given, batch = config.scheduler, config.train.global_batch_size
+    given, batches = config.scheduler, batch_schedule(config)
     _check_one_unit(config)
-    whole = config.train.train_iters * batch
-    decay = _in_samples(given.lr_decay_iters, given.lr_decay_samples, batch)
-    decay = whole if decay is None else decay
+    whole = decay = batches.num_samples()
+    if given.lr_decay_iters is not None:
+        decay = batches.samples_of(given.lr_decay_iters)
+    elif given.lr_decay_samples is not None:
+        decay = given.lr_decay_samples
     if given.lr_warmup_fraction is not None:
         warmup = int(given.lr_warmup_fraction * decay)
     else:
-        warmup = given.lr_warmup_samples or given.lr_warmup_iters * batch
-    falling = _in_samples(given.lr_wsd_decay_iters, given.lr_wsd_decay_samples, batch)
-    return ScheduleLengths(warmup, decay, falling if given.lr_decay_style == WSD else None, whole)
+        warmup = given.lr_warmup_samples or batches.samples_of(given.lr_warmup_iters)
+    falling = _falling(config, batches, decay) if given.lr_decay_style == WSD else None
+    return ScheduleLengths(warmup, decay, falling, whole)
+
+
+def _falling(config: ConfigContainer, batches: BatchSchedule, decay: int) -> int | None:
+    """The last part of WSD: the samples of the last steps before the one that ends the decay."""
+    steps = config.scheduler.lr_wsd_decay_iters
+    if steps is None:
+        return config.scheduler.lr_wsd_decay_samples
+    all_steps = batches.steps_within(decay)
+    if steps > all_steps:
+        return steps * batches.global_batch_size  # more than there are, for `check_schedule` to refuse
+    return batches.samples_of(all_steps) - batches.samples_of(all_steps - steps)
 
 
 def weight_decays(config: ConfigContainer) -> tuple[float, float]:
@@ -49,10 +64,6 @@ def weight_decays(config: ConfigContainer) -> tuple[float, float]:
     given, flat = config.scheduler, config.optimizer.weight_decay
     start, end = given.start_weight_decay, given.end_weight_decay
     return (flat if start is None else start, flat if end is None else end)
-
-
-def _in_samples(iters: int | None, samples: int | None, batch: int) -> int | None:
-    return samples if iters is None else iters * batch
 
 
 def _check_one_unit(config: ConfigContainer) -> None:

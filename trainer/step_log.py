@@ -6,6 +6,7 @@ pretrain adds StepLog(cfg) to the callbacks.
 import logging
 from pathlib import Path
 
+from weightcast.trainer.batch_schedule import batch_schedule
 from weightcast.trainer.callbacks import Callback
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.figures import EvalReport, StepReport
@@ -20,20 +21,25 @@ class StepLog(Callback):
 
     def __init__(self, config: ConfigContainer) -> None:
         self._interval = config.logger.log_interval
-        self._last_step = config.train.train_iters
+        self._batches = batch_schedule(config)
+        self._last_step = self._batches.last_step()
+
+    def on_train_start(self, state: TrainState) -> None:
+        self._last_step = self._batches.last_step(state.step, state.consumed_samples)
 
     def on_step_end(self, state: TrainState, report: StepReport) -> None:
         if report.skipped is not None:
             logger.warning("step %d of %d skipped: %s", report.step, self._last_step, report.skipped)
         elif report.step % self._interval == 0:
             logger.info(
-                "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %.2f s, %.0f tokens/s, %.3g TFLOP/s a GPU, "
-                "%.2f GB",
+                "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %d samples, %.2f s, %.0f tokens/s, "
+                "%.3g TFLOP/s a GPU, %.2f GB",
                 report.step,
                 self._last_step,
                 report.loss,
                 report.grad_norm,
                 report.lr,
+                report.global_batch_size,
                 report.step_s,
                 report.tokens_per_s,
                 report.tflops_per_gpu,

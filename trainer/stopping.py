@@ -4,7 +4,7 @@ Ranks do not get a signal at the same moment, nor do their clocks agree, so afte
 leave together.
 
     with Stopping(cfg.train) as stopping:
-        while (stop := stopping.reason(state.step)) is None: ...
+        while (stop := stopping.reason(state.step, state.consumed_samples)) is None: ...
 """
 
 import logging
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from weightcast.bridges.runtime import current_device
+from weightcast.trainer.batch_schedule import schedule_of
 from weightcast.trainer.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Stopping:
 
     def __init__(self, train: TrainConfig) -> None:
         self._train = train
+        self._batches = schedule_of(train)
         self._start_s = time.monotonic()
         self._received = 0
         self._previous: dict[int, Any] = {}
@@ -65,10 +67,10 @@ class Stopping:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
-    def reason(self, step: int) -> Stop | None:
+    def reason(self, step: int, consumed_samples: int) -> Stop | None:
         """Why the run ends after `step`, or `None`. Every rank calls it after each step; a collective."""
-        if step >= self._train.train_iters:
-            return Stop(f"all {self._train.train_iters} steps are done", is_complete=True)
+        if step >= self._batches.last_step(step, consumed_samples):
+            return Stop(f"all {step} steps are done", is_complete=True)
         number, is_over = self._agreed()
         if number:
             return Stop(f"signal {signal.Signals(number).name} after step {step}", signal_number=number)

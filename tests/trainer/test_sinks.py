@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from tests.ranks import run_ranks
 from tests.trainer.runs import words_for
+from tests.trainer.test_batch_schedule import RAMP, SAMPLES
 from tests.trainer.watched import train_watched
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from weightcast.cli import app
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.figures import EvalReport, StepReport
+from weightcast.trainer.overrides import load_config
 from weightcast.trainer.plots import read_run
 from weightcast.trainer.progress import ProgressBar, is_wanted
 from weightcast.trainer.sinks import step_figures
@@ -89,12 +91,26 @@ def test_the_bar_is_for_terminals_and_tells_of_steps() -> None:
     console = Console(file=text, force_terminal=True, width=150)
     assert is_wanted(config, console)
     with ProgressBar(config, console) as bar:
-        state: Any = SimpleNamespace(step=3)
+        state: Any = SimpleNamespace(step=3, consumed_samples=24)
         bar.on_train_start(state)
         bar.on_eval_end(state, EvalReport(step=3, loss=2.25, num_tokens=1, eval_s=0.1))
         bar.on_step_end(state, StepReport(step=4, loss=2.5, grad_norm=1.0, lr=0.1, step_s=0.1, tokens_per_s=1234.0))
     assert "4/10" in text.getvalue()
     assert "loss 2.5000  grad norm 1.000  1,234 tokens/s  validation 2.2500" in text.getvalue()
+
+
+def test_the_bar_counts_samples_so_that_the_time_left_holds_in_a_ramp_up() -> None:
+    config = load_config([*RAMP, *SAMPLES])
+    text = io.StringIO()
+    with ProgressBar(config, Console(file=text, force_terminal=True, width=150)) as bar:
+        state: Any = SimpleNamespace(step=5, consumed_samples=12)
+        bar.on_train_start(state)
+        (task,) = bar._progress.tasks
+        assert (task.completed, task.total) == (12, 38)
+        report = StepReport(step=6, loss=2.5, grad_norm=1.0, lr=0.1, step_s=0.1, consumed_samples=16)
+        bar.on_step_end(state, report)
+        assert task.completed == 16
+    assert "6/9" in text.getvalue()
 
 
 def test_what_is_no_number_goes_to_no_sink() -> None:

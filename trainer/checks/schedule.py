@@ -4,6 +4,7 @@ check_schedule(config)
 """
 
 from weightcast.sync.errors import ConfigError
+from weightcast.trainer.batch_schedule import batch_schedule
 from weightcast.trainer.checks.common import check_choice, check_positive
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.lr_schedule import (
@@ -41,11 +42,12 @@ def _check_lengths(config: ConfigContainer) -> None:
     if fraction is not None and not 0 <= fraction < 1:
         raise ConfigError(f"scheduler.lr_warmup_fraction={fraction} is a share of the schedule, from 0 to below 1")
     if not 0 <= lengths.warmup_samples < lengths.decay_samples:
-        batch = config.train.global_batch_size
+        batches = batch_schedule(config)
         raise ConfigError(
-            f"the warm-up of {lengths.warmup_samples / batch:g} steps (scheduler.lr_warmup_iters, _samples or "
-            f"_fraction) must be 0 or more, and fewer than the {lengths.decay_samples / batch:g} steps of the schedule "
-            f"(scheduler.lr_decay_iters or _samples, or else train.train_iters)"
+            f"the warm-up of {lengths.warmup_samples} samples (scheduler.lr_warmup_iters, _samples or _fraction) must "
+            f"be 0 or more, and shorter than the {batches.steps_within(lengths.decay_samples)} steps or "
+            f"{lengths.decay_samples} samples of the schedule (scheduler.lr_decay_iters or _samples, or else "
+            f"train.train_iters or train_samples)"
         )
     if given.lr_decay_style != WSD:
         return
@@ -86,8 +88,7 @@ def _check_interruptions(config: ConfigContainer) -> None:
         raise ConfigError(f"train.manual_gc_interval={train.manual_gc_interval} is a number of steps, 0 or more")
     if train.manual_gc_interval and not train.manual_gc:
         raise ConfigError("train.manual_gc_interval is set and train.manual_gc is not: set it to true")
-    wrong = [step for step in train.iterations_to_skip if not 1 <= step <= train.train_iters]
+    last_step = batch_schedule(config).last_step()
+    wrong = [step for step in train.iterations_to_skip if not 1 <= step <= last_step]
     if wrong:
-        raise ConfigError(
-            f"train.iterations_to_skip names step {wrong[0]}, and the run has the steps 1 to {train.train_iters}"
-        )
+        raise ConfigError(f"train.iterations_to_skip names step {wrong[0]}, and the run has the steps 1 to {last_step}")

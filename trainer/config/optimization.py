@@ -36,7 +36,7 @@ class SchedulerConfig:
     lr_decay_style: str = "cosine"
     """`constant`, `linear`, `cosine`, `inverse-square-root` or `WSD` (warm-up, stable, decay)."""
     lr_decay_iters: int | None = None
-    """Step at which `min_lr` is reached; null means `train.train_iters`."""
+    """Step at which `min_lr` is reached; null means the end of the run."""
     lr_decay_samples: int | None = None
     """The same in samples, instead of `lr_decay_iters`."""
     lr_wsd_decay_style: str = "exponential"
@@ -56,7 +56,7 @@ class SchedulerConfig:
     start_weight_decay: float | None = None
     """Weight decay at the first step; null means `optimizer.weight_decay`."""
     end_weight_decay: float | None = None
-    """Weight decay from `train.train_iters` on; null means `optimizer.weight_decay`."""
+    """Weight decay at the end of the run; null means `optimizer.weight_decay`."""
     weight_decay_incr_style: str = "constant"
     """How it goes from one to the other: `constant` (they are the same), `linear` or `cosine`."""
 

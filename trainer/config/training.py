@@ -13,9 +13,16 @@ class TrainConfig:
     micro_batch_size: int = 1
     """Samples that go through the model at once on a rank."""
     global_batch_size: int = 8
-    """Samples of one optimizer step, over all data-parallel ranks and micro-batches."""
-    train_iters: int = 10
-    """Optimizer steps of the whole run, those before a resume included."""
+    """Samples of one optimizer step, over all data-parallel ranks and micro-batches; of the steps after
+    `rampup_batch_size`, where that is set."""
+    rampup_batch_size: list[int] | None = None
+    """`[start, increment, samples]`: the global batch begins with `start` samples and grows by `increment` at a time,
+    at equal distances over the first `samples` samples, up to `global_batch_size`; null has it from the first step."""
+    train_iters: int | None = 10
+    """Optimizer steps of the whole run, those before a resume included; null where `train_samples` says the length."""
+    train_samples: int | None = None
+    """Samples of the whole run, those before a resume included, in place of `train_iters` (set that to null). What
+    does not fill a last step is left out."""
     iterations_to_skip: list[int] = field(default_factory=list)
     """Steps (1 is the first) whose samples are passed over without training on them, for data that is known bad."""
     nan_action: str = "stop"
@@ -32,7 +39,7 @@ class TrainConfig:
     exit_duration_in_mins: float | None = None
     """Minutes after which the run saves and leaves with status 0; null sets no limit."""
     exit_interval: int | None = None
-    """Leave, having saved, after each step that is a multiple of this; null goes on until `train_iters`."""
+    """Leave, having saved, after each step that is a multiple of this; null goes on to the end."""
     manual_gc: bool = False
     """Collect Python's garbage at fixed steps instead of when the interpreter pleases, so that ranks pause together."""
     manual_gc_interval: int = 0

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightcast.trainer.batch_schedule import batch_schedule
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.data.indexed.samples import open_indexed
 from weightcast.trainer.data.mock import MockSamples
@@ -39,18 +40,21 @@ def open_splits(config: ConfigContainer, *, vocab_size: int, tokenizer_folder: C
     Raises `ConfigError` for data that cannot be read or does not fit the model.
     """
 
-    def batches(samples: Samples | None) -> Batches | None:
-        train = config.train
+    def held_out_batches(samples: Samples | None) -> Batches | None:
+        """Of the whole size, whatever the ramp-up of training: evaluations are to be comparable."""
         if samples is None:
             return None
         return Batches(samples, micro_batch_size=train.micro_batch_size, global_batch_size=train.global_batch_size)
 
+    train = config.train
     training, *held_out = _open_samples(config, vocab_size, tokenizer_folder)
     if config.dataset.split is not None and None in held_out:
         logger.warning("dataset.split=%s: validation or test has no whole sample", config.dataset.split)
-    train = batches(training)
-    assert train is not None
-    return Splits(train, *map(batches, held_out))
+    sizes = batch_schedule(config).size_at
+    return Splits(
+        Batches(training, micro_batch_size=train.micro_batch_size, global_batch_size=sizes),
+        *map(held_out_batches, held_out),
+    )
 
 
 def _open_samples(

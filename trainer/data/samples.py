@@ -8,7 +8,7 @@ finite, `EpochOrder` says which comes at `p`: epoch `p // n`, and there the `p %
     for batch in batches.of_step(consumed_samples=0, data_parallel_rank=0, data_parallel_size=2): ...
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,9 +69,11 @@ class Batch:
 
 
 class Batches:
-    """The micro-batches of every step."""
+    """The micro-batches of every step: of `global_batch_size` samples, or as many as it says for a position."""
 
-    def __init__(self, samples: Samples, *, micro_batch_size: int, global_batch_size: int) -> None:
+    def __init__(
+        self, samples: Samples, *, micro_batch_size: int, global_batch_size: int | Callable[[int], int]
+    ) -> None:
         self.samples = samples
         self._micro_batch_size = micro_batch_size
         self._global_batch_size = global_batch_size
@@ -83,10 +85,10 @@ class Batches:
 
     def of_step(self, *, consumed_samples: int, data_parallel_rank: int, data_parallel_size: int) -> list[Batch]:
         """This data-parallel rank's micro-batches of the step that starts after `consumed_samples` samples."""
-        size = self._micro_batch_size
+        size, batch = self._micro_batch_size, self._size_at(consumed_samples)
         firsts = range(
             consumed_samples + data_parallel_rank * size,
-            consumed_samples + self._global_batch_size,
+            consumed_samples + batch,
             size * data_parallel_size,
         )
         return [collate([self.samples.at(first + item) for item in range(size)]) for first in firsts]
@@ -95,12 +97,17 @@ class Batches:
         self, num_steps: int, *, data_parallel_rank: int, data_parallel_size: int, consumed_samples: int = 0
     ) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each of `num_steps` steps, as an evaluation goes through them."""
-        for step in range(num_steps):
+        for _ in range(num_steps):
             yield self.of_step(
-                consumed_samples=consumed_samples + step * self._global_batch_size,
+                consumed_samples=consumed_samples,
                 data_parallel_rank=data_parallel_rank,
                 data_parallel_size=data_parallel_size,
             )
+            consumed_samples += self._size_at(consumed_samples)
+
+    def _size_at(self, consumed_samples: int) -> int:
+        size = self._global_batch_size
+        return size if isinstance(size, int) else size(consumed_samples)
 
 
 class EpochOrder:

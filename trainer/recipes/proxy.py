@@ -56,9 +56,10 @@ def shrink(config: ConfigContainer, world_size: int) -> ConfigContainer:
     replicas = world_size // math.prod(getattr(config.model, name) for name in CUTS[:3])
     config.train.micro_batch_size = 1
     config.train.global_batch_size = 4 * replicas
+    config.train.rampup_batch_size = config.train.train_samples = None
     config.train.train_iters = TRAIN_ITERS
-    config.scheduler.lr_warmup_iters = 0
-    config.scheduler.lr_decay_iters = None
+    config.scheduler.lr_warmup_iters = config.scheduler.lr_warmup_samples = 0
+    config.scheduler.lr_decay_iters = config.scheduler.lr_decay_samples = None
     config.dataset.seq_length = SEQ_LENGTH
     if config.peft.is_used:
         config.peft.dim = min(config.peft.dim, PEFT_DIM)

@@ -1,9 +1,9 @@
 """Indexed datasets (`.bin` and `.idx`) as samples, in the order of Megatron's own `GPTDataset`.
 
 Documents are shuffled by the seed, laid end to end, cut into samples and these are shuffled; blends take from their
-sources by weight. As in Megatron, the order depends on how many samples the run will take (`train.train_iters` times
-`train.global_batch_size`), so a resumed run must keep both. Validation and test are every document of their share
-once.
+sources by weight. As in Megatron, the order depends on how many samples the run will take (`train.train_samples`, or
+`train.train_iters` and the batch sizes), so a resumed run must keep them. Validation and test are every document of
+their share once.
 
     train, validation, test = open_indexed(cfg, cache_dir, vocab_size=32000)
 """
@@ -19,6 +19,7 @@ import numpy as np
 
 import weightcast.bridges.quiet_megatron  # noqa: F401  (first: Megatron's import-time notices)
 from weightcast.sync.errors import ConfigError
+from weightcast.trainer.batch_schedule import batch_schedule
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.data.packing import check_tokens_fit
 from weightcast.trainer.data.samples import Sample, Samples
@@ -70,7 +71,7 @@ def open_indexed(
     from megatron.core.datasets.utils import Split
 
     given = config.dataset
-    num_training = config.train.train_iters * config.train.global_batch_size
+    num_training = batch_schedule(config).num_samples()
     paths = (given.train_data_path, given.valid_data_path, given.test_data_path)
     opened: list[Samples | None] = []
     for split, own, count in zip(Split, paths, (num_training, None, None), strict=True):
