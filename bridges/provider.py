@@ -132,7 +132,8 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             # mixed up: Megatron-LM refuses that, Megatron-Core computes another loss.
             self.overlap_p2p_comm, self.batch_p2p_comm = True, False
         self.pipeline_dtype = self.params_dtype if self.pipeline_model_parallel_size > 1 else None
-        self.autocast_dtype = self.params_dtype
+        if not self.enable_autocast or self.autocast_dtype is None:
+            self.autocast_dtype = self.params_dtype
         self.padded_vocab_size = padded_vocab_size(self)
         tell_attention_factor(self, self.rope().attention_factor)
         try:

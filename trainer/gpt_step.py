@@ -19,17 +19,26 @@ from weightcast.trainer.data.samples import Batch
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
-ForwardStep = Callable[[Iterator[Batch], Any], tuple[torch.Tensor, LossFunction]]
+ForwardStep = Callable[..., tuple[Any, LossFunction]]
+"""Takes the iterator of micro-batches and the model; with `comm_overlap.overlap_moe_expert_parallel_comm` it is called
+with the keyword `return_schedule_plan=True` as well."""
 LOSS = "lm loss"
 
 
-def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
+def forward_step(
+    data_iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, LossFunction]:
     """Run the next micro-batch; returns the model's output and the function that turns it into a loss.
 
     On the last pipeline stage the output is the cross entropy of each token, [micro_batch_size, seq_length]; on
     the others it is the hidden state that goes to the next stage, and the schedule does not call the function.
+    `return_schedule_plan` gives, in place of the output, Megatron's plan of how to compute it: with overlapped experts
+    the schedule runs two micro-batches side by side.
     """
     batch = next(data_iterator).to(next(model.parameters()).device)
+    if return_schedule_plan:
+        plan = model.build_schedule_plan(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        return plan, partial(masked_loss, batch.loss_mask)
     # No mask tensor: the attention of every supported layer spec is causal by itself.
     packed = {} if batch.cu_seqlens is None else {"packed_seq_params": packed_seq_params(batch)}
     output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, **packed)

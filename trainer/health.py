@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
 
 from weightcast.bridges.runtime import current_device
 
@@ -18,10 +19,13 @@ from weightcast.bridges.runtime import current_device
 def find_nan(model: list[Any], loss: float) -> str | None:
     """What is NaN or infinite on which rank, or `None`. Every rank calls it after the backward; a collective.
 
-    `loss` is the same on every rank. A gradient is told of by the highest rank that has one, with its coordinates.
+    `loss` is the same on every rank. A gradient is told of by the highest rank that has one, with its coordinates; in
+    fp16, where an infinite one is how the optimizer finds the scale of the loss, it is left to it.
     """
     if not torch.isfinite(torch.tensor(loss)):
         return f"the loss is {loss}"
+    if get_model_config(model[0]).fp16:
+        return None
     bad = torch.tensor([0 if _has_finite_gradients(model) else dist.get_rank() + 1], device=current_device())
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if not bad.item():

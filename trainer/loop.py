@@ -156,7 +156,11 @@ def train_step(
     if callbacks is not None:
         callbacks.on_weights_change(state)
     with clock.phase("optimizer"):
-        _, grad_norm, _ = state.optimizer.step()
+        was_taken, grad_norm, _ = state.optimizer.step()
+    if not was_taken:
+        scale = float(state.optimizer.get_loss_scale())
+        overflow = f"a gradient overflows fp16; the scale of the loss is {scale:g} now"
+        return _finish_step(state, clock, loss, math.nan, num_tokens, skipped=overflow)
     return _finish_step(state, clock, loss, float(grad_norm), num_tokens)
 
 

@@ -2,6 +2,7 @@
 
 OmegaConf does the typing; this file turns its complaints into one `ConfigError` each, with the nearest known
 key. Later sources win: defaults, then the file, then the words, in order. `override_words.py` has their forms.
+A section that has a short form (`mixed_precision: bf16_mixed`) is spelled out as its record where a field of it is set.
 
     cfg = load_config(["train.train_iters=5", "dataset.files=[a.txt, b.txt]"], config_file="run.yaml")
 """
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from weightcast.sync.errors import ConfigError
-from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.config import SHORT_FORMS, ConfigContainer
 from weightcast.trainer.override_words import OverrideWord, read_word
 
 
@@ -50,7 +51,10 @@ def known_keys(config: object | None = None) -> Iterator[str]:
     assert is_dataclass(record)
     for item in fields(record):
         value = getattr(record, item.name)
-        if is_dataclass(value):
+        if item.name in SHORT_FORMS and isinstance(record, ConfigContainer):
+            yield item.name
+            yield from (f"{item.name}.{key.name}" for key in fields(SHORT_FORMS[item.name](None)))
+        elif is_dataclass(value):
             yield from (f"{item.name}.{key}" for key in known_keys(value))
         else:
             yield item.name
@@ -72,6 +76,7 @@ def _apply(merged: Any, word: OverrideWord) -> Any:
     if word.action == "delete":
         return _take_out(merged, word)
     _check_keys(word.given, where)
+    _fit_short_forms(merged, word.given)
     holder, _, entry = word.key.rpartition(".")
     present = OmegaConf.select(merged, word.key)
     if word.action == "add" and present is not None:
@@ -87,14 +92,19 @@ def _apply(merged: Any, word: OverrideWord) -> Any:
 def _take_out(merged: Any, word: OverrideWord) -> Any:
     """`~key`: an entry of free fields goes; a setting or a section has its default again."""
     _check_known(word.key, repr(word.text), sections_too=True)
+    section, dot, _ = word.key.partition(".")
+    if dot and section in SHORT_FORMS:
+        _spell_out(merged, section)
     present = OmegaConf.select(merged, word.key)
     if word.has_value and present != word.value:
         raise ConfigError(f"{word.text!r}: {word.key} is {present!r}: write ~{word.key} to take that out")
     holder, _, entry = word.key.rpartition(".")
     record = OmegaConf.select(merged, holder) if holder.count(".") else None
     if record is None:
-        default = OmegaConf.select(OmegaConf.structured(ConfigContainer()), word.key)
-        OmegaConf.update(merged, word.key, default, merge=False)
+        defaults = OmegaConf.structured(ConfigContainer())
+        if holder in SHORT_FORMS:
+            _spell_out(defaults, holder)
+        OmegaConf.update(merged, word.key, OmegaConf.select(defaults, word.key), merge=False)
     elif entry not in record:
         near = _nearest(entry, [str(name) for name in record])
         raise ConfigError(f"{word.text!r}: {holder} has no entry {entry!r}; {near}nothing to take out")
@@ -145,7 +155,28 @@ def _sections() -> list[str]:
     return list(dict.fromkeys(key.partition(".")[0] for key in known_keys() if "." in key))
 
 
+def _fit_short_forms(merged: Any, given: DictConfig) -> None:
+    """Make room for what `given` says of sections with a short form: a field wants the record, a name wants none."""
+    for name in (name for name in SHORT_FORMS if name in given):
+        if _is_record(given, name):
+            _spell_out(merged, name)
+        elif _is_record(merged, name):
+            merged[name] = None
+
+
+def _spell_out(config: Any, name: str) -> None:
+    """Put the record in place of the section's short form."""
+    if not _is_record(config, name):
+        config[name] = OmegaConf.structured(SHORT_FORMS[name](config[name]))
+
+
+def _is_record(config: DictConfig, name: str) -> bool:
+    node = config._get_node(name)
+    return isinstance(node, DictConfig) and not node._is_none()
+
+
 def _merge(base: Any, given: DictConfig, where: str) -> Any:
+    _fit_short_forms(base, given)
     try:
         return OmegaConf.merge(base, given)
     except OmegaConfBaseException as error:

@@ -11,12 +11,13 @@ from weightcast.bridges import AutoBridge
 from weightcast.bridges.process_groups import initialize_distributed
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.checks.model import check_provider
+from weightcast.trainer.comm_overlap import apply_overlap, start_user_buffers, stop_user_buffers
 from weightcast.trainer.config import ConfigContainer, ModelConfig
+from weightcast.trainer.mixed_precision import apply_precision
 from weightcast.trainer.model_source import open_model
 from weightcast.trainer.optim import make_ddp_config, make_optimizer, make_scheduler
 from weightcast.trainer.peft.prepare import freeze_settings, prepare_hook
 from weightcast.trainer.peft.schemes import check_adapter_folder, make_method
-from weightcast.trainer.precision import apply_precision
 from weightcast.trainer.releasing import let_go
 
 
@@ -39,11 +40,12 @@ class TrainState:
     def release(self) -> None:
         """Let the model go once nobody else has it; it cannot be trained any more (`releasing.py`)."""
         let_go(self.model)
+        stop_user_buffers(self.provider)
 
     def gather_parameters(self) -> None:
         """Make the parameters whole after a step whose gathering was put off until the next forward pass."""
-        if self.config.ddp.overlap_param_gather:
-            for chunk in self.model:
+        for chunk in self.model:
+            if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
 
@@ -60,6 +62,7 @@ def make_provider(config: ConfigContainer, bridge: AutoBridge | None) -> tuple[A
         provider = config.model
     provider.seed = config.rng.seed
     apply_precision(config.mixed_precision, provider)
+    apply_overlap(config, provider)
     check_provider(config, provider)
     make_method(config.peft, provider)  # for its errors
     freeze_settings(config, provider)
@@ -78,8 +81,9 @@ def build_state(config: ConfigContainer, provider: Any, bridge: AutoBridge | Non
     `bridge` is needed for `peft.load_adapter` alone.
     """
     initialize_distributed(timeout_s=config.dist.distributed_timeout_minutes * 60)
+    start_user_buffers(config, provider)
     model = provider.provide_distributed_model(
-        ddp_config=make_ddp_config(config), wrap_with_ddp=True, pre_wrap_hook=prepare_hook(config, bridge)
+        ddp_config=make_ddp_config(config, provider), wrap_with_ddp=True, pre_wrap_hook=prepare_hook(config, bridge)
     )
     optimizer = make_optimizer(config, model)
     return TrainState(config, provider, model, optimizer, make_scheduler(config, optimizer))

@@ -48,10 +48,10 @@ class StepClock:
     def timed(self, forward_step: ForwardStep) -> ForwardStep:
         """`forward_step`, with the time in it as phase `forward`: this rank's own model, without waiting for stages."""
 
-        def forward_step_on_the_clock(data: Iterator[Batch], model: Any) -> tuple[Any, LossFunction]:
+        def forward_step_on_the_clock(data: Iterator[Batch], model: Any, **options: Any) -> tuple[Any, LossFunction]:
             start_s = time.monotonic()
             try:
-                return forward_step(data, model)
+                return forward_step(data, model, **options)
             finally:
                 self._phases_s["forward"] += time.monotonic() - start_s
 

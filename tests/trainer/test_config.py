@@ -1,7 +1,7 @@
 """Reading, overriding, checking and saving a configuration."""
 
 import ast
-import inspect
+import pkgutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,13 @@ def test_a_misspelt_attribute_is_refused_in_python() -> None:
         ConfigContainer().train.train_iter = 5  # type: ignore[attr-defined]
 
 
-def test_every_field_says_what_it_means() -> None:
+@pytest.mark.parametrize(
+    "name", ["__init__", *(module.name for module in pkgutil.iter_modules(config_module.__path__))]
+)
+def test_every_field_says_what_it_means(name: str) -> None:
     """A string follows each field, but for the sections of the container."""
-    for node in ast.parse(inspect.getsource(config_module)).body:
+    source = Path(config_module.__path__[0], f"{name}.py").read_text()
+    for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
             continue
         for field_node, following in zip(node.body, [*node.body[1:], None], strict=True):
@@ -186,7 +190,7 @@ def test_layout_is_worked_out() -> None:
         (["checkpoint.pretrained_checkpoint=/nowhere"], 1, "there is no folder '/nowhere'"),
         (["logger.straggler_interval=0"], 1, "logger.straggler_interval is 0"),
         (["optimizer.min_lr=1"], 1, "between 0 and optimizer.lr"),
-        (["mixed_precision=fp8"], 1, "is not one of: null, fp32, bf16_mixed, bf16_with_fp8"),
+        (["mixed_precision=fp8"], 1, "is not one of: null, fp32, bf16_mixed, fp16_mixed, bf16_with_fp8"),
         (["publish.to=ipc:///tmp/x", "publish.hold_next_step=true"], 1, "set publish.overlap=true too"),
         (["ddp.overlap_param_gather=true"], 1, "needs ddp.overlap_grad_reduce=true"),
         (["checkpoint.save_interval=0"], 1, "checkpoint.save_interval is 0; it must be more than 0"),

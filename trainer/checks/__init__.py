@@ -11,7 +11,9 @@ from weightcast.trainer.checks.data import check_data
 from weightcast.trainer.checks.files import check_checkpoint
 from weightcast.trainer.checks.layout import Layout, check_layout, check_model
 from weightcast.trainer.checks.model import check_recompute
+from weightcast.trainer.checks.overlap import check_overlap
 from weightcast.trainer.checks.peft import check_peft
+from weightcast.trainer.checks.precision import check_precision
 from weightcast.trainer.checks.publish import check_publish
 from weightcast.trainer.checks.schedule import check_schedule
 from weightcast.trainer.checks.training import check_training
@@ -26,6 +28,8 @@ def check_config(config: ConfigContainer, *, world_size: int) -> Layout:
     check_model(config, layout)
     check_recompute(config.model)
     check_training(config)
+    check_precision(config)
+    check_overlap(config, layout)
     check_schedule(config)
     check_data(config)
     check_checkpoint(config)

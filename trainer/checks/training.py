@@ -1,4 +1,4 @@
-"""Whether optimizer and gradient buffers fit each other.
+"""Whether the optimizer, its figures and traces make sense.
 
 check_training(config)
 """
@@ -6,14 +6,12 @@ check_training(config)
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.checks.common import check_choice, check_positive
 from weightcast.trainer.config import ConfigContainer
-from weightcast.trainer.config.precision import PRECISIONS
 
-MIXED_PRECISION = (None, *PRECISIONS)
 OPTIMIZERS = ("adam",)
 
 
 def check_training(config: ConfigContainer) -> None:
-    """Optimizer and gradient buffers fit each other."""
+    """Numbers of the optimizer, the log and the profiler are in range."""
     check_positive(
         {
             "logger.log_interval": config.logger.log_interval,
@@ -28,11 +26,5 @@ def check_training(config: ConfigContainer) -> None:
             f"profiling.profile_step_end={profiling.profile_step_end}"
         )
     check_choice("optimizer.optimizer", config.optimizer.optimizer, OPTIMIZERS)
-    check_choice("mixed_precision", config.mixed_precision, MIXED_PRECISION)
     if config.optimizer.clip_grad < 0:
         raise ConfigError(f"optimizer.clip_grad={config.optimizer.clip_grad}: use 0 to clip nothing")
-    ddp = config.ddp
-    if ddp.overlap_param_gather and not (ddp.overlap_grad_reduce and ddp.use_distributed_optimizer):
-        raise ConfigError(
-            "ddp.overlap_param_gather needs ddp.overlap_grad_reduce=true and ddp.use_distributed_optimizer=true"
-        )

@@ -9,26 +9,32 @@ YAML and `section.key=value` overrides (`overrides.py`) or in Python:
     cfg.train.train_iters = 10
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from weightcast.trainer.config.checkpoint import CheckpointConfig
+from weightcast.trainer.config.comm_overlap import CommOverlapConfig, overlap_record
 from weightcast.trainer.config.data import DatasetConfig, TokenizerConfig
 from weightcast.trainer.config.logger import LoggerConfig
 from weightcast.trainer.config.model import ModelConfig
 from weightcast.trainer.config.optimization import DistributedDataParallelConfig, OptimizerConfig, SchedulerConfig
 from weightcast.trainer.config.peft import PeftConfig
+from weightcast.trainer.config.precision import MixedPrecisionConfig, precision_record
 from weightcast.trainer.config.profiling import ProfilingConfig
 from weightcast.trainer.config.publish import PublishConfig, delta_mode
 from weightcast.trainer.config.training import DistributedInitConfig, RNGConfig, TrainConfig
 
 __all__ = [
+    "SHORT_FORMS",
     "CheckpointConfig",
+    "CommOverlapConfig",
     "ConfigContainer",
     "DatasetConfig",
     "DistributedDataParallelConfig",
     "DistributedInitConfig",
     "LoggerConfig",
+    "MixedPrecisionConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PeftConfig",
@@ -60,6 +66,15 @@ class ConfigContainer:
     peft: PeftConfig = field(default_factory=PeftConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
-    mixed_precision: str | None = None
-    """`bf16_mixed` (bf16 weights, fp32 masters), `fp32`, or null for what the checkpoint's dtype says; with Transformer
-    Engine also those with products in 8 or 4 bits, such as `bf16_with_fp8_current_scaling_mixed` (`precision.py`)."""
+    mixed_precision: Any = None
+    """A name, such as `bf16_mixed` (bf16 weights, fp32 masters), `fp16_mixed` or `fp32`, a `MixedPrecisionConfig`, or
+    null for what the checkpoint's dtype says; with Transformer Engine also products in 8 or 4 bits (`precision.py`)."""
+    comm_overlap: Any = None
+    """A `CommOverlapConfig`: which communication goes on behind computation; null overlaps what `ddp` says alone."""
+
+
+SHORT_FORMS: Mapping[str, Callable[[Any], Any]] = {
+    "mixed_precision": precision_record,
+    "comm_overlap": overlap_record,
+}
+"""Sections that may be null or a name in place of their record, and what makes the record of either."""

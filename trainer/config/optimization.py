@@ -67,13 +67,15 @@ class DistributedDataParallelConfig:
 
     use_distributed_optimizer: bool = True
     """Shard the optimizer's state and step over the data-parallel ranks."""
-    grad_reduce_in_fp32: bool = True
-    """Accumulate and reduce gradients in fp32 when the parameters are bf16."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass goes on (useful on GPUs)."""
-    overlap_param_gather: bool = False
-    """Gather parameters while the next forward pass goes on; needs the two settings above it."""
+    grad_reduce_in_fp32: bool | None = None
+    """Accumulate and reduce gradients in fp32 when the parameters have 16 bits; null means what `mixed_precision` says,
+    or else true."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass goes on (useful on GPUs); null means what `comm_overlap` says."""
+    overlap_param_gather: bool | None = None
+    """Gather parameters while the next forward pass goes on; needs `use_distributed_optimizer` and
+    `overlap_grad_reduce`. Null means what `comm_overlap` says."""
     check_for_nan_in_grad: bool = True
     """Look for NaN and infinite losses and gradients before each update; `train.nan_action` says what then happens."""
     bucket_size: int | None = None
-    """Parameters in one reduction bucket; null lets Megatron-Core choose."""
+    """Parameters in one reduction bucket; null lets Megatron-Core choose, as `comm_overlap` does."""

@@ -11,7 +11,7 @@ train_on_records(cfg)
 cfg.dataset.files = ["train.jsonl"]
 """
 
-from weightcast.trainer.config import ConfigContainer
+from weightcast.trainer.config import CommOverlapConfig, ConfigContainer
 
 
 def pretrain_defaults() -> ConfigContainer:
@@ -34,9 +34,7 @@ def pretrain_defaults() -> ConfigContainer:
     cfg.scheduler.lr_warmup_iters = 500
     cfg.scheduler.lr_decay_iters = cfg.train.train_iters
     cfg.ddp.use_distributed_optimizer = True
-    cfg.ddp.grad_reduce_in_fp32 = True
-    cfg.ddp.overlap_grad_reduce = True
-    cfg.ddp.overlap_param_gather = True
+    cfg.comm_overlap = CommOverlapConfig()
     cfg.dataset.kind = "mock"
     cfg.dataset.seq_length = 4096
     cfg.checkpoint.save_interval = 500

@@ -25,11 +25,12 @@ from weightcast.bridges.runtime import ensure_runtime
 from weightcast.sync.errors import ConfigError
 from weightcast.trainer.checks.model import check_provider
 from weightcast.trainer.config import ConfigContainer, ModelConfig
+from weightcast.trainer.data_parallel import reduces_in_fp32
+from weightcast.trainer.mixed_precision import set_dtype
 from weightcast.trainer.model_source import open_planned_model
 from weightcast.trainer.peft.method import PeftMethod
 from weightcast.trainer.peft.prepare import freeze_settings
 from weightcast.trainer.peft.schemes import make_method
-from weightcast.trainer.precision import set_dtype
 
 GIB = 2**30
 
@@ -183,7 +184,7 @@ def _memory(config: ConfigContainer, provider: Any, stage: int, count: _Count, n
     tensor, pipeline = provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size
     expert_ranks = (provider.expert_tensor_parallel_size or tensor) * provider.expert_model_parallel_size
     weight_bytes = provider.params_dtype.itemsize
-    gradient_bytes = 4 if config.ddp.grad_reduce_in_fp32 else weight_bytes
+    gradient_bytes = 4 if reduces_in_fp32(config) else weight_bytes
     state_bytes = 8 if weight_bytes == 4 else 12
     shared = config.ddp.use_distributed_optimizer
     replicas = num_ranks // (tensor * pipeline) if shared else 1

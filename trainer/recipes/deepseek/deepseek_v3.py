@@ -11,7 +11,7 @@ but not adapted.
 
 from typing import Any
 
-from weightcast.trainer.config import ConfigContainer, ModelConfig
+from weightcast.trainer.config import ConfigContainer, MixedPrecisionConfig, ModelConfig
 from weightcast.trainer.recipes.defaults import peft_defaults, pretrain_defaults, sft_defaults
 
 
@@ -92,7 +92,7 @@ def pretrain_config() -> ConfigContainer:
     cfg.train.micro_batch_size = 1
     cfg.scheduler.lr_warmup_iters = 2000
     cfg.scheduler.lr_decay_iters = cfg.train.train_iters
-    cfg.ddp.grad_reduce_in_fp32 = False
+    cfg.mixed_precision = MixedPrecisionConfig(bf16=True, grad_reduce_in_fp32=False)
     return cfg
 
 
@@ -118,7 +118,7 @@ def sft_config() -> ConfigContainer:
         moe_router_bias_update_rate=0.001,
     )
     cfg.train.global_batch_size = 128
-    cfg.ddp.grad_reduce_in_fp32 = False
+    cfg.mixed_precision = MixedPrecisionConfig(bf16=True, grad_reduce_in_fp32=False)
     return cfg
 
 
