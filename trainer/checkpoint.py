@@ -81,7 +81,6 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     record = _read_record(folder)
     _check_same_model(record, state, folder)
     check_record(state.config, state.model, folder)
-    _prepare_adam(state.optimizer)
     loaded = dist_checkpointing.load(sharded_state(state, loading=True), str(folder))
     for index, chunk in enumerate(state.model):
         if state.config.peft.is_used:
@@ -95,6 +94,8 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
 
 
 def sharded_state(state: TrainState, *, loading: bool) -> dict[str, Any]:
+    """Model and optimizer as Megatron's sharded tensors; a collective."""
+    _prepare_adam(state.optimizer)
     sharded = {
         f"model{index}": unwrap(chunk).sharded_state_dict(metadata=dict(CONTENT))
         for index, chunk in enumerate(state.model)
@@ -115,7 +116,8 @@ def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def _prepare_adam(optimizer: Any) -> None:
-    """Give torch's Adam its state before a load: Megatron reads each parameter's `step` there (0.16.1)."""
+    """Give torch's Adam the state it makes in its first step, where there was none: before a load, or a save after
+    steps that were all left out. Megatron reads each parameter's `step` there (0.16.1)."""
     for adam in _torch_adams(optimizer):
         for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
             if not adam.state[parameter]:

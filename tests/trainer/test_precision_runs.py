@@ -53,14 +53,16 @@ def _run(runs: dict[str, list[str]], world_size: int) -> dict[str, Any]:
     return results
 
 
-def test_overlap_reaches_megatrons_buffers_and_changes_no_bit(ran: dict[str, Any]) -> None:
+def test_overlap_reaches_megatrons_buffers_and_leaves_the_curve(ran: dict[str, Any]) -> None:
     plain, overlapped = ran["plain"], ran["overlapped"]
     assert (plain["ddp"]["overlap_grad_reduce"], plain["ddp"]["overlap_param_gather"]) == (False, False)
     assert (overlapped["ddp"]["overlap_grad_reduce"], overlapped["ddp"]["overlap_param_gather"]) == (True, True)
     assert overlapped["ddp"]["bucket_size"] == 1000 and overlapped["buckets"] > 1 == plain["buckets"]
-    assert overlapped["loss"] == plain["loss"]
-    assert ran["ddp decides"]["ddp"]["overlap_grad_reduce"] and not ran["ddp decides"]["ddp"]["overlap_param_gather"]
-    assert ran["ddp decides"]["loss"] == plain["loss"]
+    # Gradient norms are sums over buckets, which round otherwise.
+    assert overlapped["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+    decided = ran["ddp decides"]
+    assert decided["ddp"]["overlap_grad_reduce"] and not decided["ddp"]["overlap_param_gather"]
+    assert decided["loss"] == overlapped["loss"]
 
 
 def test_stages_may_send_one_by_one(ran: dict[str, Any]) -> None:
@@ -107,20 +109,21 @@ def test_the_scale_is_resumed(ran: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
-def test_gathering_together_and_with_the_optimizer_changes_no_bit(
+def test_gathering_together_and_with_the_optimizer_leaves_the_curve(
     qwen3: Path, texts: list[Path], tmp_path: Path
 ) -> None:
     shared = [*words_for(qwen3, texts, tmp_path / "cache"), PP2, VPP2]
-    early = "comm_overlap.overlap_param_gather_with_optimizer_step=true"
+    buckets, early = "comm_overlap.bucket_size=1000", "comm_overlap.overlap_param_gather_with_optimizer_step=true"
     runs = {
         "plain": shared,
-        "together": [*shared, "comm_overlap.bucket_size=1000"],
-        "each": [*shared, "comm_overlap.align_param_gather=false"],
-        "early": [*shared, early],
+        "together": [*shared, buckets],
+        "each": [*shared, buckets, "comm_overlap.align_param_gather=false"],
+        "early": [*shared, buckets, early],
     }
     found = _run(runs, 4)
     assert [found[name]["ddp"]["align_param_gather"] for name in runs] == [False, True, False, True]
     assert [found[name]["synchronised together"] for name in runs] == [False, True, False, True]
     assert found["early"]["optimizer"]["overlap_param_gather_with_optimizer_step"]
     for name in runs:
-        assert found[name]["loss"] == found["plain"]["loss"], name
+        assert found[name]["loss"] == pytest.approx(found["plain"]["loss"], abs=1e-6), name
+    assert found["each"]["loss"] == found["together"]["loss"]
