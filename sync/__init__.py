@@ -9,6 +9,7 @@
 It knows torch, zmq and msgpack; no Megatron, no engine.
 """
 
+from weightcast.sync.cut_source import CutSource, cut_source
 from weightcast.sync.disk.materialize import MaterializeReport, materialize
 from weightcast.sync.disk.publisher import DiskPublisher
 from weightcast.sync.disk.reports import DiskReport
@@ -34,11 +35,14 @@ from weightcast.sync.transports.collective import (
 )
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Manifest, Version
+from weightcast.sync.wanted import WantedRegions
+from weightcast.sync.wanted_tensors import WantedTensors
 
 __all__ = [
     "CollectiveReceiver",
     "CollectiveSource",
     "CurveKeys",
+    "CutSource",
     "DeltaMode",
     "DiskLimits",
     "DiskPublisher",
@@ -66,10 +70,13 @@ __all__ = [
     "Update",
     "UpdateStats",
     "Version",
+    "WantedRegions",
+    "WantedTensors",
     "WeightPublisher",
     "WeightSource",
     "WeightSubscriber",
     "broadcast_version",
+    "cut_source",
     "materialize",
     "receive_version",
 ]

@@ -46,7 +46,7 @@ class DeltaAdvisor:
 
     def _measure(self, sources: Sequence[SourceReport], receivers: Sequence[EngineReport]) -> None:
         dense_bytes = sum(source.dense_bytes for source in sources)
-        for engine in _slowest(receivers, MAX_RATIO * dense_bytes):
+        for engine in _slowest(receivers, dense_bytes):
             self._link = blend_rate(self._link, engine.num_bytes, engine.stage_s)
         compared = [source for source in sources if source.changed_elements is not None]
         self._num_dense = 0 if compared else self._num_dense + 1
@@ -56,11 +56,13 @@ class DeltaAdvisor:
             self._encode = blend_rate(self._encode, dense_bytes, max(source.pack_s for source in compared))
 
 
-def _slowest(receivers: Sequence[EngineReport], min_bytes: float) -> Sequence[EngineReport]:
-    """The receiver, if any, whose link a whole model crossed most slowly."""
+def _slowest(receivers: Sequence[EngineReport], dense_bytes: int) -> Sequence[EngineReport]:
+    """The receiver, if any, whose link all that it wants of a model crossed most slowly."""
     links = [
         engine
         for engine in receivers
-        if engine.num_bytes > min_bytes and engine.stage_s > 0 and engine.transport not in _SAME_HOST
+        if engine.num_bytes > MAX_RATIO * (engine.asked_bytes or dense_bytes)
+        and engine.stage_s > 0
+        and engine.transport not in _SAME_HOST
     ]
     return [min(links, key=lambda engine: engine.num_bytes / engine.stage_s)] if links else []

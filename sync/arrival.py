@@ -18,6 +18,7 @@ from weightcast.sync.host.lease import Lease
 from weightcast.sync.limits import Limits, size_run
 from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Staged
 from weightcast.sync.model_view import ModelView
+from weightcast.sync.part_staging import make_part_staging
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
@@ -63,7 +64,7 @@ class Arrival:
     started_s: float
     reached: dict[int, str] = field(default_factory=dict)
     staged_s: float = 0.0
-    tensors: dict[str, torch.Tensor] | None = None
+    tensors: Mapping[str, torch.Tensor] | None = None
     specs: tuple[TensorSpec, ...] = ()
     lease: Lease | None = None
     num_repeats: int = 0
@@ -71,7 +72,7 @@ class Arrival:
     _again: deque[ChunkKey] = field(default_factory=deque)
     _only_sent: set[ChunkKey] = field(default_factory=set)
     _refetched: set[str] = field(default_factory=set)
-    _next_index: dict[int, int] = field(default_factory=dict)
+    _next_place: dict[int, int] = field(default_factory=dict)
     _under_way: dict[int, int] = field(default_factory=dict)
     _askable: deque[int] = field(default_factory=deque)
     _damaged: dict[ChunkKey, int] = field(default_factory=dict)
@@ -91,7 +92,7 @@ class Arrival:
         """How the chunks came: a kind of transport, or several; nothing when none were to come."""
         if self.staging is None:
             return "" if self.lease is None else HOST_TRANSPORT
-        kinds = {self.reached.get(rank, "zmq") for rank, layout in self.staging.layouts.items() if layout.chunks}
+        kinds = {self.reached.get(rank, "zmq") for rank, indices in self.staging.order.items() if indices}
         return "+".join(sorted(kinds)) or "zmq"
 
     @property
@@ -107,7 +108,7 @@ class Arrival:
     def begin(self, now_s: float) -> list[Effect]:
         """The first requests, to every source."""
         assert self.staging is not None
-        self._askable.extend(rank for rank, layout in self.staging.layouts.items() if layout.chunks)
+        self._askable.extend(rank for rank, indices in self.staging.order.items() if indices)
         return self._ask(now_s)
 
     def _ask(self, now_s: float) -> list[Effect]:
@@ -120,18 +121,18 @@ class Arrival:
             requests.append(self._request(rank, index, now_s))
         while self._askable and len(self.asked_s) < self.limits.under_way_chunks:
             rank = self._askable.popleft()
-            index = self._next_index.get(rank, 0)
-            count = self._find_run(rank, index)
-            self._next_index[rank] = index + count
+            place = self._next_place.get(rank, 0)
+            count = self._find_run(rank, place)
+            self._next_place[rank] = place + count
             self._under_way[rank] = self._under_way.get(rank, 0) + count
-            requests.append(self._request(rank, index, now_s, count))
+            requests.append(self._request(rank, self.staging.order[rank][place], now_s, count))
             self._queue(rank)
         return requests
 
     def _queue(self, rank: int) -> None:
         """Put a source in the line of those that may be asked, when it has more chunks and credit is left."""
         assert self.staging is not None
-        num_left = len(self.staging.layouts[rank].chunks) - self._next_index.get(rank, 0)
+        num_left = len(self.staging.order[rank]) - self._next_place.get(rank, 0)
         run = self._max_run(rank)
         # Of what is read the source packs one run while another is read.
         room = (2 * run if rank in self.reached else self.limits.credit_chunks) - self._under_way[rank]
@@ -141,20 +142,28 @@ class Arrival:
     def _max_run(self, rank: int) -> int:
         """How many chunks of a source are asked for at once."""
         assert self.staging is not None
-        num_asked = self._next_index.get(rank, 0)
-        num_left = len(self.staging.layouts[rank].chunks) - num_asked
+        num_asked = self._next_place.get(rank, 0)
+        num_left = len(self.staging.order[rank]) - num_asked
         return size_run(num_asked, num_left, self.chunk_bytes) if rank in self.reached else 1
 
-    def _find_run(self, rank: int, index: int) -> int:
-        """How many chunks from `index` on, all read and of one base, are asked for in one message."""
+    def _find_run(self, rank: int, place: int) -> int:
+        """How many chunks from a place in the order on, which follow each other, are asked for in one message.
+
+        All of them are read, and of one base.
+        """
         staging = self.staging
         assert staging is not None
-        end = min(index + self._max_run(rank), len(staging.layouts[rank].chunks))
-        end = min(end, index + max(1, self.limits.under_way_chunks - len(self.asked_s)))
-        base = staging.base(rank, index)
-        others = range(index + 1, end) if self.reads(rank, index) else ()
-        alike = takewhile(lambda other: self.reads(rank, other) and staging.base(rank, other) == base, others)
-        return 1 + sum(1 for _ in alike)
+        order = staging.order[rank]
+        end = min(place + self._max_run(rank), len(order))
+        end = min(end, place + max(1, self.limits.under_way_chunks - len(self.asked_s)))
+        index, base = order[place], staging.base(rank, order[place])
+
+        def is_alike(other: int) -> bool:
+            number = order[other]
+            follows = number - index == other - place
+            return follows and self.reads(rank, number) and staging.base(rank, number) == base
+
+        return 1 + sum(1 for _ in takewhile(is_alike, range(place + 1, end) if self.reads(rank, index) else ()))
 
     def _request(self, rank: int, index: int, now_s: float, count: int = 1) -> Request:
         assert self.staging is not None
@@ -166,6 +175,11 @@ class Arrival:
     def reads(self, rank: int, index: int) -> bool:
         """Whether a chunk is read out of its source's memory, not sent."""
         return rank in self.reached and (rank, index) not in self._only_sent
+
+    @property
+    def asked_bytes(self) -> int:
+        """Bytes of the chunks that are asked for, as they are without deltas; 0 where another worker receives."""
+        return 0 if self.staging is None else self.staging.asked_bytes
 
     def find_bytes(self, rank: int, index: int) -> tuple[int, int] | None:
         """(first byte, number of bytes) of a chunk in its source's memory."""
@@ -209,6 +223,8 @@ class Arrival:
         assert self.staging is not None
         if not self.staging.is_sealed:
             self.staging.seal(digests)
+            self._only_sent.update(self.staging.late_keys)
+            self._again.extend(self.staging.late_keys)
         return self._advance(now_s)
 
     def _advance(self, now_s: float) -> list[Effect]:
@@ -250,6 +266,7 @@ class Arrival:
             (span,),
             self.transport,
             self.num_repeats,
+            self.asked_bytes,
         )
 
     def describe(self) -> str:
@@ -278,9 +295,14 @@ def open_arrival(
     """
     assert model.specs is not None
     try:
-        staging = make_staging(announce.version, model.specs, model.layouts, shadow)
+        plan = model.plan
+        staging = (
+            make_staging(announce.version, model.specs, model.layouts, shadow)
+            if plan is None
+            else make_part_staging(announce.version, model.specs, model.layouts, shadow, plan)
+        )
     except MemoryError:
-        num_bytes = sum(spec.num_bytes for spec in model.specs)
+        num_bytes = sum(spec.num_bytes for spec in model.staged_specs or ())
         raise WireError(
             f"engine {engine!r} has no memory for the {num_bytes} bytes of version {announce.version}"
         ) from None

@@ -134,15 +134,19 @@ def parse_chunk(payload: bytes | memoryview | ByteArray, parts: Sequence[Part]) 
 
 
 def unpack_chunk(
-    packed: bytes | memoryview | ByteArray, parts: Sequence[Part], base: Callable[[int], ElementArray]
+    packed: bytes | memoryview | ByteArray, parts: Sequence[Part], base: Callable[[int], ElementArray | None]
 ) -> list[Delta | None]:
-    """`parse_chunk` of a packed payload; `base(n)` gives the elements of part `n`, which must be as in the base."""
+    """`parse_chunk` of a packed payload; `base(n)` gives the elements of part `n`, which must be as in the base.
+
+    A part of which it gives none is of no interest, and has None.
+    """
     deltas: list[Delta | None] = []
     for number, (part, raw) in enumerate(zip(parts, _split(packed, len(parts)), strict=True)):
-        if not len(raw):
+        elements = base(number) if len(raw) else None
+        if elements is None:
             deltas.append(None)
             continue
-        payload = unpack_delta(raw, base(number))
+        payload = unpack_delta(raw, elements)
         deltas.append(parse_delta(payload, part.itemsize, part.num_bytes // part.itemsize))
     return deltas
 

@@ -38,13 +38,15 @@ RESERVE_SHARE = 0.1
 class DeviceChunkState(ChunkState):
     """A chunk whose bits are `there`, on a device; the host's copy is made when it is looked at."""
 
-    __slots__ = ("_host", "is_stale", "there")
+    __slots__ = ("_host", "is_stale", "sums", "there")
 
     def __init__(
         self, chunk: Chunk, parts: tuple[Part, ...], host: ByteArray, there: torch.Tensor, history: int
     ) -> None:
         self.there = there
         self.is_stale = False
+        self.sums: torch.Tensor | None = None
+        """Its pieces' digests, there."""
         super().__init__(chunk, parts, host, history)
 
     @property
@@ -58,6 +60,10 @@ class DeviceChunkState(ChunkState):
     @bits.setter
     def bits(self, host: ByteArray) -> None:
         self._host = host
+
+    def piece_digests(self) -> Sequence[int]:
+        """See `ChunkState`; waits for the device."""
+        return () if self.sums is None else as_digests(list(self.sums))
 
     def follow(self, delta: ChunkDelta | None) -> None:
         """The bits on the device went on by `delta`; None for more than that says."""
@@ -146,7 +152,7 @@ class DevicePacker(Packer):
         if buffer.storage_offset() % ALIGNMENT_BYTES:
             buffer = self._fresh
         buffer = buffer if buffer.numel() == state.chunk.num_bytes else buffer[: state.chunk.num_bytes]
-        end = 0
+        end, totals = 0, []
         for piece in state.chunk.pieces:
             if end < piece.start_byte:
                 buffer[end : piece.start_byte] = 0
@@ -156,6 +162,8 @@ class DevicePacker(Packer):
             target.copy_(live.detach()[slices_within(piece.region, region)])
             total = region_sum(target, piece.region)
             self._sums[region] = total if region not in self._sums else self._sums[region] + total
+            totals.append(total)
+        state.sums = torch.stack(totals)
         return buffer
 
 

@@ -78,6 +78,7 @@ class EngineStatus:
     reason: str = ""
     transport: str = ""
     num_repeats: int = 0
+    asked_bytes: int = 0
 
     def state(self, current: Version | None, *, closed: bool = False) -> str:
         """One of `STATES`, seen from the `current` version; `closed` when its publication has ended."""
@@ -100,7 +101,7 @@ class EngineStatus:
 def begin_version(status: EngineStatus) -> EngineStatus:
     """An engine before a new version: the figures of the one before are cleared."""
     cleared = replace(status, stage_s=0.0, pause_s=0.0, num_bytes=0, checksums_checked=0, spans=(), reason="")
-    return replace(cleared, transport="", num_repeats=0)
+    return replace(cleared, transport="", num_repeats=0, asked_bytes=0)
 
 
 def note_staged(status: EngineStatus, message: Staged) -> EngineStatus:
@@ -114,6 +115,7 @@ def note_staged(status: EngineStatus, message: Staged) -> EngineStatus:
         spans=status.spans + message.spans,
         transport=message.transport,
         num_repeats=message.num_repeats,
+        asked_bytes=message.asked_bytes,
     )
 
 
@@ -166,6 +168,7 @@ def make_report(status: EngineStatus, version: Version) -> EngineReport:
         status.reason,
         status.transport,
         status.num_repeats,
+        status.asked_bytes,
     )
 
 

@@ -38,7 +38,7 @@ from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.schema import checked, many, optional, real, text, uint
 from weightcast.sync.version import Version
 
-PROTOCOL = 3
+PROTOCOL = 4
 ENCODINGS = ("dense", "delta", "zdelta", "same", "absent")
 DELTA_MODES = ("off", "on", "zstd")
 # Chunks that one request or header may stand for, where no bytes travel.
@@ -78,6 +78,7 @@ class Staged:
     spans: tuple[Span, ...] = checked(SPANS)
     transport: str = checked(text)
     num_repeats: int = checked(uint())
+    asked_bytes: int = checked(uint())
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ class PublishMetrics:
             if line.engine in receiving:
                 self._stage.labels(line.engine).observe(line.stage_s)
                 self._bytes.labels(line.transport, "received").inc(line.num_bytes)
-                self._bytes.labels(line.transport, "dense").inc(report.dense_bytes)
+                self._bytes.labels(line.transport, "dense").inc(line.asked_bytes or report.dense_bytes)
         counts = Counter(line.state for line in report.engines)
         for state in {*STATES, *counts}:
             self._engines.labels(state).set(counts[state])
@@ -203,6 +203,8 @@ def format_report(report: PublishReport) -> str:
 
 def _sparseness(report: PublishReport) -> Iterable[str]:
     said = [] if report.density is None else [f"density {report.density * 100:.3g} %"]
+    if report.asked_share is not None and report.asked_share < 1:
+        said.append(f"engines want {report.asked_share * 100:.3g} % of the model")
     ratio = report.ratio
     if ratio == math.inf:
         said.append("nothing had to be sent")

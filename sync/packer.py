@@ -122,7 +122,7 @@ class Packer:
 
     def _fill(self, state: ChunkState, buffer: ByteArray) -> None:
         """Copy a chunk's pieces from their live views into `buffer`, and digest them while they are in cache."""
-        end = 0
+        end, digests = 0, []
         for piece in state.chunk.pieces:
             buffer[end : piece.start_byte] = 0  # the scratch buffer had other chunks before
             end = piece.start_byte + piece.num_bytes
@@ -131,6 +131,8 @@ class Packer:
             source = live[slices_within(piece.region, region)]
             digest = copy_with_digest(target, source, piece.region, reread=self._rereads)
             self._digests[region] = add_digests(self._digests[region], digest)
+            digests.append(digest)
+        state.digests = digests
 
     def _walk_regions(self) -> Iterator[tuple[Region, torch.Tensor]]:
         for region in self._regions:

@@ -69,7 +69,9 @@ class SourceReport:
 class EngineReport:
     """What became of a version on one engine. `state` is one of `weightcast.sync.fleet.STATES`.
 
-    `num_bytes` counts bodies as they were received, `num_repeats` chunks that were asked for again.
+    `num_bytes` counts bodies as they were received, `num_repeats` chunks that were asked for again, and `asked_bytes`
+    the bytes of all chunks that it wants, as they are without deltas: of an engine that wants some boxes, less than the
+    model has.
     """
 
     engine: str
@@ -82,6 +84,7 @@ class EngineReport:
     reason: str
     transport: str = ""
     num_repeats: int = 0
+    asked_bytes: int = 0
 
 
 def known_dtype(value: Any) -> torch.dtype:
@@ -113,4 +116,4 @@ TICKET = record(Ticket, uint(MAX_SOURCES), text, schema.binary(MAX_TICKET_BYTES)
 # More kinds of memory than one a source are few.
 TICKETS = many(TICKET, 4 * MAX_SOURCES)
 SOURCE_REPORT = record(SourceReport, uint(MAX_SOURCES), real, uint(), uint(), optional(uint()), uint(MAX_CHUNKS))
-REPORT = record(EngineReport, text, text, real, real, uint(), uint(), SPANS, text, text, uint())
+REPORT = record(EngineReport, text, text, real, real, uint(), uint(), SPANS, text, text, uint(), uint())

@@ -52,13 +52,21 @@ class PublishReport:
 
     @property
     def ratio(self) -> float | None:
-        """What dense transfers to the receiving engines would have taken, over what was received.
+        """What dense transfers of what the receiving engines want would have taken, over what was received.
 
         None when no engine received anything; infinite when nothing changed and nothing had to be sent.
         """
         if not self.receiving:
             return None
-        return self.dense_bytes * len(self.receiving) / self.num_bytes if self.num_bytes else math.inf
+        receiving = set(self.receiving)
+        dense_bytes = sum(line.asked_bytes or self.dense_bytes for line in self.engines if line.engine in receiving)
+        return dense_bytes / self.num_bytes if self.num_bytes else math.inf
+
+    @property
+    def asked_share(self) -> float | None:
+        """Bytes of the chunks that receiving engines want over those of as many models; None as for `ratio`."""
+        asked = [line.asked_bytes or self.dense_bytes for line in self.engines if line.engine in self.receiving]
+        return sum(asked) / (self.dense_bytes * len(asked)) if asked and self.dense_bytes else None
 
     @property
     def stall_s(self) -> float:

@@ -143,6 +143,7 @@ _ENGINE = _mapping(
     reason=text,
     transport=text,
     num_repeats=uint(),
+    asked_bytes=uint(),
 )
 _REPORT = _mapping(
     PublishReport,

@@ -32,8 +32,8 @@ class SharedSubscription(Subscription):
 
     @property
     def shareable(self) -> tuple[TensorSpec, ...] | None:
-        """The model whose versions this worker may share, or None while it can take none."""
-        return None if self.model.error is not None or self.is_dismissed else self.model.specs
+        """What this worker may share of every version, tensors or wanted boxes; None while it can take none."""
+        return None if self.model.error is not None or self.is_dismissed else self.model.staged_specs
 
     @property
     def awaited(self) -> Announce | None:
@@ -85,7 +85,7 @@ class SharedSubscription(Subscription):
     def lend(self, lease: Lease) -> None:
         """What this worker has staged lies in memory that it shares: its engine reads it under a lease as all do."""
         assert self.arrival is not None and self.arrival.is_staged and lease.version == self.arrival.version
-        self.arrival.tensors, self.arrival.lease = dict(lease.tensors), lease
+        self.arrival.tensors, self.arrival.lease = self.model.present(lease.tensors), lease
 
     def adopt(self, lease: Lease, now_s: float) -> list[Effect]:
         """The awaited version is there, staged and checked by the worker that receives."""
@@ -93,7 +93,7 @@ class SharedSubscription(Subscription):
         assert arrival is not None and self.awaited is not None and lease.version == arrival.version
         assert self.model.specs is not None
         arrival.specs, arrival.staged_s = self.model.specs, now_s
-        arrival.tensors, arrival.lease = dict(lease.tensors), lease
+        arrival.tensors, arrival.lease = self.model.present(lease.tensors), lease
         return self._tell_staged()
 
     def drop_void(self) -> str:

@@ -20,6 +20,7 @@ import xxhash
 from weightcast.sync.chunk_delta import ChunkDelta, Part, apply_chunk, encode_chunk
 from weightcast.sync.chunks import Chunk
 from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.digest_pages import write_pages
 from weightcast.sync.version import Version
 
 # A delta of more than this share of the chunk is not worth its trouble: the chunk goes as it is.
@@ -53,14 +54,20 @@ ABSENT = Body("absent")
 class ChunkState:
     """One chunk of a source: its place in the arena, the version of the bits there, and the steps that led to them."""
 
-    __slots__ = ("bits", "chunk", "parts", "steps", "version")
+    __slots__ = ("bits", "chunk", "digests", "parts", "steps", "version")
 
     def __init__(self, chunk: Chunk, parts: tuple[Part, ...], bits: ByteArray, history: int) -> None:
         self.chunk = chunk
         self.parts = parts
         self.bits = bits
         self.version: Version | None = None
+        self.digests: Sequence[int] = ()
+        """Of each piece, as it was packed last."""
         self.steps: deque[Step] = deque(maxlen=history)
+
+    def piece_digests(self) -> Sequence[int]:
+        """The digest of each piece of what was packed last."""
+        return self.digests
 
     def advance(self, version: Version, delta: ChunkDelta | None) -> None:
         """The bits are those of `version` now, by `delta`; None when that is not known, or too much."""
@@ -99,13 +106,14 @@ class Snapshot:
     num_ready: int = 0
     _hashes: dict[int, bytes] = field(default_factory=dict)
     _merged: dict[tuple[int, Version], Body] = field(default_factory=dict)
+    _pages: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def is_ready(self, index: int) -> bool:
-        """Whether chunk `index` is packed, or is none of this snapshot's."""
-        return index < self.num_ready or index >= len(self.states)
+        """Whether chunk `index` is packed; pages of digests, which follow the chunks, are there with the last one."""
+        return index < self.num_ready or (index >= len(self.states) and self.num_ready == len(self.states))
 
     def body(self, index: int, base: Version | None, *, reached: bool = False) -> Body:
         """The answer to a request for a chunk that is ready.
@@ -113,7 +121,8 @@ class Snapshot:
         With `reached` the receiver reads the arena by itself, and is only told that it may.
         """
         if index >= len(self.states):
-            return ABSENT
+            # Pages of digests are sent, and lie in no memory that is read.
+            return ABSENT if reached else self._page(index - len(self.states))
         state = self.states[index]
         if base == self.version:
             return Body("same", base)
@@ -140,6 +149,14 @@ class Snapshot:
             body = Body("delta", base, memoryview(delta.forward))
         self._merged[index, base] = body
         return body
+
+    def _page(self, page: int) -> Body:
+        """See `digest_pages`."""
+        if self.num_ready < len(self.states):
+            return ABSENT
+        if self._pages is None:
+            self._pages = write_pages(digest for state in self.states for digest in state.piece_digests())
+        return Body("dense", None, memoryview(self._pages[page])) if page < len(self._pages) else ABSENT
 
     def hash(self, index: int, body: Body) -> bytes:
         """The hash of a body; of a whole chunk it is taken once for all receivers."""

@@ -26,7 +26,7 @@ from weightcast.sync.errors import SourceError, WireError
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.packer import view_piece
-from weightcast.sync.regions import TensorSpec
+from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.version import Version
 
@@ -47,21 +47,50 @@ class Staging:
         self.checksums_checked = 0
         self._shadow = shadow
         self.device = shadow.device
-        self._tensors = shadow.open(layouts, self.specs)
+        self._tensors = shadow.open(layouts, self._kept_specs())
         self._raws: dict[str, ByteArray] = {}
+        self.order: Mapping[int, Sequence[int]] = self._list_chunks()
+        """By source rank, the chunks to ask for."""
         self._missing: set[ChunkKey] = set()
         self._chunks_of: dict[str, list[ChunkKey]] = {spec.name: [] for spec in specs}
-        for layout in layouts.values():
-            for chunk in layout.chunks:
-                self._missing.add((layout.rank, chunk.index))
-                for name in dict.fromkeys(piece.region.name for piece in chunk.pieces):
-                    self._chunks_of[name].append((layout.rank, chunk.index))
+        for rank, indices in self.order.items():
+            for index in indices:
+                self._missing.add((rank, index))
+                for name in self._names((rank, index)):
+                    self._chunks_of[name].append((rank, index))
         self._left_chunks = {name: len(keys) for name, keys in self._chunks_of.items()}
         self._digests = {spec.name: 0 for spec in specs}
-        self._digests_of: dict[ChunkKey, tuple[int, ...]] = {}
+        self._digests_of: dict[ChunkKey, tuple[tuple[str, int], ...]] = {}
         self._wanted: dict[str, int] | None = None
         self._unchecked = {spec.name for spec in specs}
         self._wrong: dict[str, bool] = {}  # and whether it was told
+
+    # What is staged: all of it, here; `part_staging` has the one that keeps some boxes
+
+    def _kept_specs(self) -> Sequence[TensorSpec]:
+        return self.specs
+
+    def _list_chunks(self) -> Mapping[int, Sequence[int]]:
+        return {rank: range(len(layout.chunks)) for rank, layout in self.layouts.items()}
+
+    def _names(self, key: ChunkKey) -> Iterable[str]:
+        """The tensors whose digests wait for a chunk."""
+        pieces = self.layouts[key[0]].chunks[key[1]].pieces
+        return dict.fromkeys(piece.region.name for piece in pieces)
+
+    @property
+    def asked_bytes(self) -> int:
+        """Bytes of the chunks that are asked for, as they are without deltas."""
+        return sum(layout.start_bytes[-1] for layout in self.layouts.values())
+
+    @property
+    def late_keys(self) -> Sequence[ChunkKey]:
+        """What is asked for once the sources' digests are known."""
+        return ()
+
+    def find_spans(self, rank: int, index: int) -> list[tuple[int, int]]:
+        """(first byte, end) of what is needed of a chunk's bytes."""
+        return [(0, self.layouts[rank].chunks[index].num_bytes)]
 
     # What is still to come
 
@@ -89,12 +118,13 @@ class Staging:
         """Where the body of a chunk may be received at once: its place, where that is one run of bytes."""
         if header.encoding != "dense" or not self.is_missing(rank, header.index):
             return None
-        pieces = self.layouts[rank].chunks[header.index].pieces
-        target = self._target(pieces[0])
-        if len(pieces) > 1 or not target.is_contiguous():
+        if len(self.layouts[rank].chunks[header.index].pieces) > 1:
+            return None
+        _, target = self._places((rank, header.index))[0]
+        if not target.is_contiguous():
             return None
         self._shadow.forget([(rank, header.index)])
-        return _bytes_of(target)
+        return bytes_of(target)
 
     def land(self, rank: int, header: ChunkHeader, body: ChunkBytes | None, *, is_hashed: bool = True) -> None:
         """Check a chunk's body and bring its pieces to their places; a duplicate is ignored.
@@ -117,12 +147,18 @@ class Staging:
         except WireError as error:
             raise WireError(f"{self._describe(rank, chunk)} {error}") from None
         self._shadow.note(key, self.version)
+        if body is not None:
+            is_read = not is_hashed and header.encoding == "dense"
+            self.num_bytes += sum(end - start for start, end in self.find_spans(*key)) if is_read else len(body)
+        self._add(key, tuple((piece.region.name, d) for piece, d in zip(chunk.pieces, digests, strict=True)))
+
+    def _add(self, key: ChunkKey, digests: tuple[tuple[str, int], ...]) -> None:
+        """A chunk is here: what it adds to the digests of its tensors."""
         self._missing.remove(key)
-        self.num_bytes += 0 if body is None else len(body)
         self._digests_of[key] = digests
-        for piece, digest in zip(chunk.pieces, digests, strict=True):
-            self._digests[piece.region.name] = (self._digests[piece.region.name] + digest) & MASK
-        for name in dict.fromkeys(piece.region.name for piece in chunk.pieces):
+        for name, digest in digests:
+            self._digests[name] = (self._digests[name] + digest) & MASK
+        for name in self._names(key):
             self._left_chunks[name] -= 1
             self._check_digest(name)
 
@@ -145,43 +181,54 @@ class Staging:
         return tuple(self._land_piece(piece, body) for piece in chunk.pieces)
 
     def _land_piece(self, piece: Piece, body: ByteArray) -> int:
-        """Bring a piece to its place, where it may be already; its digest."""
+        return self._land_at(piece, body, piece.region.name, piece.region.offset)
+
+    def _land_at(self, piece: Piece, body: ByteArray, key: str, offset: tuple[int, ...]) -> int:
+        """Bring a piece to its place in the staged tensor `key`, where it may be already; its digest."""
         region = piece.region
-        tensor = self._tensors[region.name]
-        start_byte = _find_run(region.shape, region.offset, tuple(tensor.shape), tensor.element_size())
+        tensor = self._tensors[key]
+        start_byte = _find_run(region.shape, offset, tuple(tensor.shape), tensor.element_size())
         if start_byte is None:
-            return copy_with_digest(self._target(piece), view_piece(piece, tensor.dtype, writable(body)), region)
-        raw = self._raws.get(region.name)
+            target = tensor[Region(key, offset, region.shape).slices]
+            return copy_with_digest(target, view_piece(piece, tensor.dtype, writable(body)), region)
+        raw = self._raws.get(key)
         if raw is None:
-            raw = self._raws[region.name] = _bytes_of(tensor)
+            raw = self._raws[key] = bytes_of(tensor)
         target = raw[start_byte : start_byte + piece.num_bytes]
         source = body[piece.start_byte : piece.start_byte + piece.num_bytes]
         return copy_bytes_with_digest(target, source, region, tensor.dtype)
 
     def _land_change(self, key: ChunkKey, header: ChunkHeader, body: ChunkBytes | None) -> tuple[int, ...]:
         """What changed since the bits that lie there."""
-        if header.base is None or header.base != self._shadow.base(key):
-            raise WireError(f"changes version {header.base}, this engine has {self._shadow.base(key)}; not used")
-        layout = self.layouts[key[0]]
-        pieces, parts = layout.chunks[key[1]].pieces, layout.parts[key[1]]
-        targets = [self._target(piece) for piece in pieces]
-        flats = [target.contiguous() for target in targets]
+        base = self.base(*key)
+        if header.base is None or header.base != base:
+            raise WireError(f"changes version {header.base}, this engine has {base}; not used")
+        parts, places = self.layouts[key[0]].parts[key[1]], self._places(key)
+        flats = {number: target.contiguous() for number, (_, target) in places.items()}
         assert not isinstance(body, torch.Tensor), "what changed is sent"
         if header.encoding == "same" and body is None:
             changes: list[Delta | None] = [None] * len(parts)
         elif header.encoding == "delta" and body is not None:
             changes = parse_chunk(body, parts)
         elif header.encoding == "zdelta" and body is not None:
-            changes = unpack_chunk(body, parts, lambda number: self._host_elements(flats[number]))
+            changes = unpack_chunk(body, parts, lambda n: self._host_elements(flats[n]) if n in flats else None)
         else:
             raise WireError(f"is said to be {header.encoding!r} and has {0 if body is None else len(body)} bytes")
         self._shadow.forget([key])
-        for target, flat, change in zip(targets, flats, changes, strict=True):
+        for number, (_, target) in places.items():
+            change, flat = changes[number], flats[number]
             if change is not None:
                 self._apply(change, flat)
                 if flat.data_ptr() != target.data_ptr():
                     target.copy_(flat)
-        return self._digest_all(flats, pieces)
+        digests = self._digest_all(list(flats.values()), [piece for piece, _ in places.values()])
+        found = dict(zip(places, digests, strict=True))
+        return tuple(found.get(number, 0) for number in range(len(parts)))
+
+    def _places(self, key: ChunkKey) -> Mapping[int, tuple[Piece, torch.Tensor]]:
+        """By number, the pieces of a chunk that are staged, and where."""
+        pieces = self.layouts[key[0]].chunks[key[1]].pieces
+        return {number: (piece, self._target(piece)) for number, piece in enumerate(pieces)}
 
     def _host_elements(self, flat: torch.Tensor) -> ElementArray:
         """A staged piece's elements, to be read."""
@@ -240,10 +287,9 @@ class Staging:
         keys = list(dict.fromkeys(key for name in names for key in self._chunks_of[name] if key not in self._missing))
         self._shadow.forget(keys)
         for key in keys:
-            chunk = self.layouts[key[0]].chunks[key[1]]
-            for piece, digest in zip(chunk.pieces, self._digests_of.pop(key), strict=True):
-                self._digests[piece.region.name] = (self._digests[piece.region.name] - digest) & MASK
-            for name in dict.fromkeys(piece.region.name for piece in chunk.pieces):
+            for name, digest in self._digests_of.pop(key):
+                self._digests[name] = (self._digests[name] - digest) & MASK
+            for name in self._names(key):
                 self._left_chunks[name] += 1
                 self._unchecked.add(name)
                 self._wrong.pop(name, None)
@@ -255,7 +301,7 @@ class Staging:
         """Whether every chunk landed and every digest was right."""
         return self.is_sealed and not self._missing and not self._unchecked
 
-    def finish(self) -> dict[str, torch.Tensor]:
+    def finish(self) -> Mapping[str, torch.Tensor]:
         """All tensors, in HF order. `SourceError` unless `is_whole`."""
         if not self.is_whole:
             if not self._missing:
@@ -282,14 +328,15 @@ def _find_run(shape: tuple[int, ...], offset: tuple[int, ...], whole: tuple[int,
     return start * itemsize
 
 
-def _bytes_of(tensor: torch.Tensor) -> ByteArray:
+def bytes_of(tensor: torch.Tensor) -> ByteArray:
+    """A contiguous CPU tensor's bytes."""
     raw: ByteArray = tensor.reshape(-1).view(torch.uint8).numpy()
     return raw
 
 
 def elements_of(tensor: torch.Tensor) -> ElementArray:
     """A contiguous CPU tensor's bits."""
-    return as_elements(_bytes_of(tensor), tensor.element_size())
+    return as_elements(bytes_of(tensor), tensor.element_size())
 
 
 def writable(raw: ByteArray) -> ByteArray:

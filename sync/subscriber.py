@@ -14,7 +14,7 @@ its GPU): one copy of the model.
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -34,13 +34,17 @@ from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports.reaches import Reaches
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Version
+from weightcast.sync.wanted import Want
+from weightcast.sync.wanted_tensors import WantedTensors
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
     """What it took to stage a version. Times are seconds since 1970; checksums are of chunks and of tensors.
 
-    `num_bytes` counts bodies as they came, `num_repeats` chunks that were asked for again.
+    `num_bytes` counts bodies as they came, `num_repeats` chunks that were asked for again. `asked_bytes` are those of
+    all chunks that hold something wanted, as they are without deltas (0 where another worker of the host receives),
+    `kept_bytes` what is staged of them, and `model_bytes` what the publisher's model has.
     """
 
     num_bytes: int
@@ -50,6 +54,9 @@ class UpdateStats:
     staged_at_s: float
     transport: str = ""
     num_repeats: int = 0
+    asked_bytes: int = 0
+    kept_bytes: int = 0
+    model_bytes: int = 0
 
 
 class Update:
@@ -58,6 +65,9 @@ class Update:
     Tensors are in HF order. Memory is reused by a later version only when no tensor of this one is
     alive any more, so a tensor that is kept stays as it is. Not so where workers of a host share the copy: there
     tensors are read-only (a write ends the process) and good until `release` or `commit`; copy what is to be kept.
+
+    Of a subscriber with `want`, iterating gives tensors of full shape, made one by one, of which the wanted boxes alone
+    may be read; `wanted` has just the boxes.
     """
 
     def __init__(
@@ -66,6 +76,7 @@ class Update:
         assert arrival.tensors is not None
         self.version: Version = arrival.version
         self.specs: tuple[TensorSpec, ...] = arrival.specs
+        model_bytes = sum(spec.num_bytes for spec in arrival.specs)
         self.stats = UpdateStats(
             arrival.num_bytes,
             arrival.staged_s - arrival.started_s,
@@ -74,8 +85,11 @@ class Update:
             arrival.staged_s + wall_offset_s,
             arrival.transport,
             arrival.num_repeats,
+            arrival.asked_bytes,
+            arrival.tensors.num_bytes if isinstance(arrival.tensors, WantedTensors) else model_bytes,
+            model_bytes,
         )
-        self._tensors: dict[str, torch.Tensor] | None = arrival.tensors
+        self._tensors: Mapping[str, torch.Tensor] | None = arrival.tensors
         self._lease = arrival.lease
         self._is_ended = False
         self._subscription = subscription
@@ -83,12 +97,19 @@ class Update:
         arrival.tensors = {}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(list(self._open_tensors().items()))
+        tensors = self._open_tensors()
+        return ((name, tensors[name]) for name in list(tensors))
 
     def __len__(self) -> int:
         return len(self._open_tensors())
 
-    def _open_tensors(self) -> dict[str, torch.Tensor]:
+    @property
+    def wanted(self) -> WantedTensors | None:
+        """The boxes that the subscriber wanted; None for one that wanted all."""
+        tensors = self._open_tensors()
+        return tensors if isinstance(tensors, WantedTensors) else None
+
+    def _open_tensors(self) -> Mapping[str, torch.Tensor]:
         if self._tensors is None:
             raise VersionError(
                 f"version {self.version} was committed or rejected already, or released; iterate before, or keep copies"
@@ -159,6 +180,12 @@ class WeightSubscriber:
     version once, into memory that all of them read (`sync/host`). Each is a receiver of its own all the same. A
     `HostShare` says more than the name. Where the host has no such memory, the worker receives by itself.
 
+    `want` says which boxes of which tensors this engine uses (every tensor by name, with no box where it has no use for
+    it), or is a function of the publisher's tensors that does; it is called by the subscriber's thread, once a model.
+    Only chunks that hold some of them are asked for, only the boxes are staged, and all of what is kept is checked.
+    Where boxes cannot be those of the publisher's model, every version is refused with `ModelMismatch`. With `share`
+    all workers that want the same boxes, say those of all of them together, share one copy of these.
+
     `device` is where versions are staged instead of host memory: one copy of the model on the engine's GPU, which a
     source on the same host fills from its own (`cuda_ipc`).
     """
@@ -174,12 +201,15 @@ class WeightSubscriber:
         limits: Limits | None = None,
         transport: str = "auto",
         share: str | HostShare | None = None,
+        want: Want | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         if share is not None and device is not None:
             raise ConfigError(f"what workers share lies in host memory, not on {device}; leave out share or device")
         if share is not None and role == "observer":
             raise ConfigError("an observer receives nothing that it could share; leave out role or share")
+        if want is not None and role == "observer":
+            raise ConfigError("an observer receives nothing, and so wants nothing; leave out role or want")
         share = HostShare(share) if isinstance(share, str) else share
         self.engine = engine if engine is not None else f"{socket.gethostname()}-{os.getpid()}"
         self.address = address
@@ -190,6 +220,7 @@ class WeightSubscriber:
             if share is None
             else SharedSubscription(self.engine, expect, limits, self._wall_offset_s)
         )
+        self._subscription.model.want = want
         if device is not None:
             self._subscription.shadow = Shadow(device=torch.device(device))
         reaches = Reaches(transport, limits.chunk_timeout_s)

@@ -214,17 +214,18 @@ class SubscriberLoop:
         """A chunk's bytes out of its source's memory; valid until the next one is read."""
         arrival, reach = self._subscription.arrival, self._reaches.get(rank)
         span = None if arrival is None else arrival.find_bytes(rank, index)
-        if reach is None or span is None or span[0] + span[1] > reach.num_bytes:
+        if arrival is None or reach is None or span is None or span[0] + span[1] > reach.num_bytes:
             raise WireError(f"chunk {index} of source rank {rank} does not lie in memory that this engine reads")
         start_byte, num_bytes = span
-        on_device = arrival is not None and arrival.staging is not None and arrival.staging.device is not None
-        if on_device and (there := reach.device_view(start_byte, num_bytes)) is not None:
+        assert arrival.staging is not None
+        if arrival.staging.device is not None and (there := reach.device_view(start_byte, num_bytes)) is not None:
             return there
         if (view := reach.view(start_byte, num_bytes)) is not None:
             return view
         if len(self._scratch) < num_bytes:
             self._scratch = np.empty(num_bytes, np.uint8)
-        reach.read(start_byte, self._scratch[:num_bytes])
+        for start, end in arrival.staging.find_spans(rank, index):
+            reach.read(start_byte + start, self._scratch[start:end])
         return self._scratch[:num_bytes]
 
     def _carry_out(self, effects: list[Effect]) -> None:

@@ -54,6 +54,7 @@ class _Merger:
                 "transport": line.transport,
                 "checksums_checked": line.checksums_checked,
                 "num_repeats": line.num_repeats,
+                "asked_bytes": line.asked_bytes,
             }
             spans = [(span, figures if span.phase == STAGE else {}) for span in line.spans]
             self._add_spans(report, line.engine, spans)

@@ -8,20 +8,23 @@ received whole, since their hash covers all of them; of each the worker keeps th
     for part in plan.chunks[0].parts: ...      # what to keep of it
 
 A source's regions that no border of a wanted box cuts through make chunks of which a worker keeps everything:
-`cut_for` cuts regions so, before they are laid out.
+`cut_for` cuts regions so, before they are laid out (`cut_source` for a source as it is). `part_plan` goes on from here.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 from weightcast.sync.chunks import Chunk
 from weightcast.sync.errors import ModelMismatch
 from weightcast.sync.regions import Region, TensorSpec
 
-WantedRegions = Mapping[str, tuple[Region, ...]]
+WantedRegions: TypeAlias = Mapping[str, tuple[Region, ...]]
 """By tensor name, the boxes that a receiver keeps; they do not overlap. A name with none is not wanted at all."""
+Want: TypeAlias = WantedRegions | Callable[[Sequence[TensorSpec]], WantedRegions]
+"""The boxes, or what says them once the publisher's tensors are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,12 @@ class Part:
     """The piece's number in its chunk."""
     region: Region
     """The kept box, in the tensor's coordinates."""
-    is_whole: bool
-    """Whether it is all of the piece."""
+    box: Region
+    """The wanted box in which it lies."""
+
+    def is_all_of(self, piece: Region) -> bool:
+        """Whether nothing of the piece is left out."""
+        return self.region == piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,59 +54,30 @@ class WantedChunk:
 
 @dataclass(frozen=True, slots=True)
 class WantedPlan:
-    """What to ask one source for.
-
-    What can be checked: a chunk's hash, always. A tensor's digest is the sum of its pieces': it can be checked for
-    `complete` tensors, whose pieces all arrive, although parts of them are then dropped; for tensors that arrive in
-    part only, each received piece against its own digest, if the source gives one a piece.
-    """
+    """What to ask one source for."""
 
     chunks: tuple[WantedChunk, ...]
     asked_bytes: int
     """Bytes of these chunks."""
     kept_elements: int
     """Elements of all parts."""
-    complete: frozenset[str]
-    """Tensors of which every piece of this source arrives."""
-    partial: frozenset[str]
-    """Tensors of which some pieces arrive and others do not."""
 
 
 def plan_wanted(chunks: Sequence[Chunk], wanted: WantedRegions) -> WantedPlan:
     """The chunks of one source's layout that hold wanted elements, and the parts to keep.
 
-    Tensors that `wanted` does not name are not asked for. A digest of a tensor that lies on several sources can be
-    checked when it is `complete` in the plans of all (`checkable`).
+    Tensors that `wanted` does not name are not asked for.
     """
-    asked: list[WantedChunk] = []
-    arriving: set[str] = set()
-    left_out: set[str] = set()
-    for chunk in chunks:
-        parts = tuple(_parts_of(chunk, wanted))
-        names = {piece.region.name for piece in chunk.pieces}
-        if parts:
-            asked.append(WantedChunk(chunk.index, chunk.num_bytes, parts))
-            arriving |= names
-        else:
-            left_out |= names
+    asked = [
+        WantedChunk(chunk.index, chunk.num_bytes, parts)
+        for chunk in chunks
+        if (parts := tuple(_parts_of(chunk, wanted)))
+    ]
     return WantedPlan(
         tuple(asked),
         sum(chunk.num_bytes for chunk in asked),
         sum(part.region.numel for chunk in asked for part in chunk.parts),
-        frozenset(arriving - left_out),
-        frozenset(arriving & left_out),
     )
-
-
-def checkable(plans: Iterable[WantedPlan], layouts: Iterable[Sequence[Chunk]]) -> frozenset[str]:
-    """Tensors whose digest the receiver can check: of every source that serves some of one, all pieces arrive."""
-    served_in_part: set[str] = set()
-    complete: set[str] = set()
-    for plan, chunks in zip(plans, layouts, strict=True):
-        names = {piece.region.name for chunk in chunks for piece in chunk.pieces}
-        complete |= plan.complete
-        served_in_part |= names - plan.complete
-    return frozenset(complete - served_in_part)
 
 
 def _parts_of(chunk: Chunk, wanted: WantedRegions) -> Iterable[Part]:
@@ -107,7 +85,7 @@ def _parts_of(chunk: Chunk, wanted: WantedRegions) -> Iterable[Part]:
         for box in wanted.get(piece.region.name, ()):
             common = intersect(piece.region, box)
             if common is not None:
-                yield Part(number, common, common == piece.region)
+                yield Part(number, common, box)
 
 
 def intersect(a: Region, b: Region) -> Region | None:
@@ -200,12 +178,25 @@ def whole(specs: Iterable[TensorSpec]) -> dict[str, tuple[Region, ...]]:
     return {spec.name: (spec.whole(),) for spec in specs}
 
 
+def resolve_want(want: Want, specs: Sequence[TensorSpec]) -> WantedRegions:
+    """The boxes that are wanted of `specs`. Raises `ModelMismatch` for some that cannot be, and when `want` fails."""
+    try:
+        wanted = want(specs) if callable(want) else want
+    except Exception as error:
+        raise ModelMismatch(f"nobody can say which boxes are wanted: {type(error).__name__}: {error}") from error
+    check_wanted(wanted, specs)
+    return {name: tuple(boxes) for name, boxes in wanted.items()}
+
+
 def check_wanted(wanted: WantedRegions, specs: Iterable[TensorSpec]) -> None:
     """Raise `ModelMismatch` for boxes of tensors that are not offered, that reach outside, or that overlap; and for
     tensors that are offered and that `wanted` does not name."""
     shapes = {spec.name: spec.shape for spec in specs}
     if unknown := sorted(wanted.keys() - shapes.keys()):
-        raise ModelMismatch(f"wanted boxes of {', '.join(unknown[:5])}, which the publisher does not offer")
+        raise ModelMismatch(
+            f"boxes of {', '.join(unknown[:5])} are wanted, which the publisher does not offer; want boxes of the "
+            "tensors that it has (`want` may be a function of them)"
+        )
     if unnamed := sorted(shapes.keys() - wanted.keys()):
         raise ModelMismatch(
             f"nothing says which boxes of {', '.join(unnamed[:5])} are wanted; name them, with none if none is"
@@ -214,9 +205,11 @@ def check_wanted(wanted: WantedRegions, specs: Iterable[TensorSpec]) -> None:
         full = Region(name, (0,) * len(shapes[name]), shapes[name])
         for box in boxes:
             if box.name != name or len(box.shape) != len(full.shape) or (box.numel and intersect(box, full) != box):
-                raise ModelMismatch(f"wanted box {box} lies outside {name} of shape {full.shape}")
+                raise ModelMismatch(f"wanted box {box} lies outside {name} of shape {full.shape}; give boxes inside it")
         if sum(box.numel for box in boxes) != sum(box.numel for box in merge_boxes(boxes)):
-            raise ModelMismatch(f"wanted boxes of {name} overlap: {', '.join(map(str, boxes[:5]))}")
+            raise ModelMismatch(
+                f"wanted boxes of {name} overlap: {', '.join(map(str, boxes[:5]))}; `merge_boxes` makes others of them"
+            )
 
 
 def share_of(wanted: WantedRegions, specs: Iterable[TensorSpec]) -> float:

@@ -9,7 +9,8 @@ reload begins and ends inside one call: a driver that dies between calls leaves 
     vllm serve path/to/hf --weight-transfer-config '{"backend": "weightcast"}'
 
 Several workers of one host receive each version once, into memory that all of them load from (`WeightSubscriber`'s
-`share`). Settings that only the operator of the server may give are described in `settings.py`.
+`share`); workers that do not, receive the slices that they keep (`slices.py`). Settings that only the operator of the
+server may give are described in `settings.py`.
 """
 
 import logging
@@ -29,11 +30,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from weightcast.adapters.engine import check_offer, check_ties, version_label
+from weightcast.adapters.engine import check_offer, version_label
 from weightcast.adapters.keys import read_engine_keys
 from weightcast.adapters.timeline import EventLog
 from weightcast.adapters.vllm import NOT_CONNECTED, UNTOUCHED
 from weightcast.adapters.vllm.settings import choose_share, read_settings
+from weightcast.adapters.vllm.slices import check_tied_update, choose_want
 from weightcast.sync import Span, Update, WeightSubscriber
 from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, PeerLost, VersionError, WeightcastError
@@ -105,6 +107,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             expect=None if self._aliases.keys() & {spec.name for spec in self._specs} else self._specs,
             keys=read_engine_keys(self._settings.keys),
             share=choose_share(self._settings, init_info.engine, self.parallel_config.world_size_across_dp),
+            want=choose_want(self._settings, self.vllm_config, self._specs, self._aliases),
         )
         self._timeout_s = float(init_info.timeout_s)
 
@@ -128,7 +131,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         try:
             update = self._staged = self._newest(self._subscriber)
             check_offer(self._specs, update.specs, self._aliases)
-            check_ties(dict(update), self._aliases)
+            check_tied_update(update, self._aliases)
         except WeightcastError as error:
             self._drop(str(error))
             raise ModelMismatch(f"{UNTOUCHED}: {type(error).__name__}: {error}") from error
@@ -205,7 +208,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             refresh_tied_layers(self.model)
-        own_weights(self.model, update)
+        own_weights(self.model, update if update.wanted is None else update.wanted.staged())
         if loaded is None or self.model_config.quantization is not None:
             return  # vLLM itself tracks loaded names only for unquantised models that report them
         if unfilled := sorted(expected - loaded):

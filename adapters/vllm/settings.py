@@ -1,6 +1,6 @@
 """What only the operator of a vLLM server may say to the backend, in `--additional-config '{"weightcast": {…}}'`.
 
-    {"events": "events.jsonl", "publisher": "tcp://…", "keys": "keys.json", "share": "off"}
+    {"events": "events.jsonl", "publisher": "tcp://…", "keys": "keys.json", "share": "off", "slices": "auto"}
 
 Its update routes take no password, so none of this can be posted to them.
 """
@@ -25,6 +25,9 @@ class BackendSettings:
     """A key file (`weightcast.adapters.keys`)."""
     share: bool = True
     """Whether several workers of one host receive each version once: "on" or "off"."""
+    slices: str = "auto"
+    """Whether workers of one model ask for their own slices of tensors: "auto", where they do not all read one host's
+    copy (`share` is off, or they are on several hosts), or "off"."""
     lease_s: float = 120.0
     """How long such a worker may go on loading a version when the next one is announced."""
 
@@ -45,6 +48,8 @@ def read_settings(additional_config: Any) -> BackendSettings:
             settings[name] = Path(settings[name])
     if "share" in settings:
         settings["share"] = _read_switch(settings["share"])
+    if settings.get("slices", "auto") not in ("auto", "off"):
+        raise ConfigError(f'--additional-config weightcast: slices must be "auto" or "off", got {settings["slices"]!r}')
     lease_s = settings.get("lease_s", 1.0)
     if isinstance(lease_s, bool) or not isinstance(lease_s, int | float) or not lease_s > 0:
         raise ConfigError(f"--additional-config weightcast: lease_s must be seconds above 0, got {lease_s!r}")
@@ -60,3 +65,12 @@ def _read_switch(value: Any) -> bool:
 def choose_share(settings: BackendSettings, engine: str, num_workers: int) -> HostShare | None:
     """The share of a server's workers on one host, under the engine's name; None for one worker, or where it is off."""
     return HostShare(engine, lease_s=settings.lease_s) if settings.share and num_workers > 1 else None
+
+
+def takes_slices(settings: BackendSettings, num_workers: int, num_hosts: int) -> bool:
+    """Whether each of `num_workers` that hold one model together, on so many hosts, asks for its own slices. Pure.
+
+    On one host, workers that share receive everything once and read it where it lies. On several, those of a host that
+    want the same slices share them.
+    """
+    return settings.slices == "auto" and num_workers > 1 and (not settings.share or num_hosts > 1)

@@ -16,8 +16,9 @@ from weightcast.sync import WeightPublisher
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.parametrize("share", ["on", pytest.param("off", marks=pytest.mark.long)])
 def test_every_worker_receives_and_the_version_is_one(
-    first: Checkpoint, second: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: str, first: Checkpoint, second: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # two workers on one NUMA node must be bound by hand
     address, stop = f"tcp://127.0.0.1:{free_port()}", threading.Event()
@@ -27,9 +28,10 @@ def test_every_worker_receives_and_the_version_is_one(
         dtype="float32",
         max_model_len=256,
         arguments=["--enforce-eager", "--tensor-parallel-size", "2"],
-        settings={"events": str(tmp_path / "events.jsonl")},
+        settings={"events": str(tmp_path / "events.jsonl"), "share": share},
     )
-    with server, WeightPublisher(TensorSource(second.tensors), address, timeout_s=60) as publisher:
+    source = TensorSource(second.tensors)
+    with server, WeightPublisher(source, address, timeout_s=60, chunk_bytes=4096) as publisher:
         assert server.client.complete(PROMPT, NUM_TOKENS).token_ids == greedy_tokens(first.model)
         driver = threading.Thread(target=drive, args=(server.url, address, stop))
         driver.start()
@@ -46,7 +48,12 @@ def test_every_worker_receives_and_the_version_is_one(
         "vllm/driver": "serving",
     }
     workers = [reports["vllm/0"], reports["vllm/1"]]
-    assert {worker.transport for worker in workers} == {"shared_memory", "host"}, "received once, read by both"
-    assert sorted(worker.num_bytes for worker in workers) == [0, publisher.num_bytes]
+    if share == "on":
+        assert {worker.transport for worker in workers} == {"shared_memory", "host"}, "received once, read by both"
+        assert sorted(worker.num_bytes for worker in workers) == [0, publisher.num_bytes]
+    else:
+        assert {worker.transport for worker in workers} == {"shared_memory"}
+        shares = [worker.num_bytes / publisher.num_bytes for worker in workers]
+        assert all(0.5 < share < 0.75 for share in shares), f"each received its slices: {shares}"
     phases = [json.loads(line)["phase"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert sorted(phases) == ["reload", "reload", "stage", "stage"]

@@ -13,7 +13,7 @@ from weightcast.adapters.transformers.server import bind
 from weightcast.adapters.vllm.client import VLLMClient
 from weightcast.adapters.vllm.driver import drive
 from weightcast.adapters.vllm.server import VLLMServer, server_command, server_environment
-from weightcast.adapters.vllm.settings import BackendSettings, choose_share, read_settings
+from weightcast.adapters.vllm.settings import BackendSettings, choose_share, read_settings, takes_slices
 from weightcast.sync import HostShare
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, PeerLost
 
@@ -87,11 +87,30 @@ def test_the_operators_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "num_workers", "num_hosts", "takes"),
+    [
+        ({}, 1, 1, False),
+        ({}, 2, 1, False),  # they share
+        ({}, 4, 2, True),
+        ({"share": "off"}, 2, 1, True),
+        ({"share": "off"}, 1, 1, False),
+        ({"share": "off", "slices": "off"}, 2, 1, False),
+        ({"slices": "off"}, 4, 2, False),
+    ],
+)
+def test_workers_that_share_no_copy_take_their_slices(
+    given: dict[str, str], num_workers: int, num_hosts: int, takes: bool
+) -> None:
+    assert takes_slices(read_settings({"weightcast": given}), num_workers, num_hosts) is takes
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"evnts": "x"}, "evnts unknown; allowed: events, keys, lease_s, publisher, share"),
+        ({"evnts": "x"}, "evnts unknown; allowed: events, keys, lease_s, publisher, share, slices"),
         ("on", "'on' unknown"),
         ({"share": "maybe"}, 'share must be "on" or "off", got \'maybe\''),
+        ({"slices": "on"}, 'slices must be "auto" or "off", got \'on\''),
         ({"lease_s": 0}, "lease_s must be seconds above 0, got 0"),
         ({"lease_s": "1"}, "lease_s must be seconds above 0, got '1'"),
         ({"publisher": 5600}, "publisher must be a text, got 5600"),

@@ -1,11 +1,14 @@
 """Which slices vLLM's tensor-parallel workers need: asked of the loaders of real model classes, on two ranks."""
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.adapters.models import VLLM_ENVIRONMENT, save_checkpoint
+from tests.adapters.trainer_side import TensorSource
 from tests.ranks import run_ranks
 from transformers import (
     AutoModelForCausalLM,
@@ -16,8 +19,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from weightcast.sync import TensorSpec, UpdateStats, WeightPublisher, WeightSubscriber, wanted_tensors
 from weightcast.sync.checkpoint_files import open_checkpoint
-from weightcast.sync.wanted import share_of
+from weightcast.sync.wanted import WantedRegions, share_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 200,
@@ -61,7 +65,22 @@ MODELS: dict[str, PretrainedConfig] = {
 }
 
 
-def watch_and_load(folders: dict[str, str], cache: str) -> dict[str, Any]:
+def receive(address: str, wanted: WantedRegions) -> tuple[dict[str, torch.Tensor], UpdateStats]:
+    """The version that is published there, of which this rank gets its slices, with NaN in everything else."""
+
+    def make_poisoned(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+        return torch.full(spec.shape, float("nan"), dtype=spec.dtype, device=device)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        WeightSubscriber(address, engine=f"rank-{os.environ['RANK']}", want=wanted) as subscriber,
+    ):
+        patch.setattr(wanted_tensors, "make_empty", make_poisoned)
+        update = subscriber.wait(60)
+        return dict(update), update.stats
+
+
+def watch_and_load(folders: dict[str, str], addresses: dict[str, str], cache: str) -> dict[str, Any]:
     """For each model: what this rank wants; and whether a load of just that gives the parameters of a full load."""
     from tests.adapters.vllm_models import build, join_groups, load, make_config
 
@@ -87,11 +106,17 @@ def watch_and_load(folders: dict[str, str], cache: str) -> dict[str, Any]:
         for key, boxes in wanted.items():
             for box in boxes:
                 sliced[key][box.slices] = full[key][box.slices]
-        expected, found = load(build(config), config, full), load(build(config), config, sliced)
-        assert expected.keys() == found.keys()
-        for key, tensor in expected.items():
-            assert torch.equal(tensor, found[key]), f"{name}: {key}"
+        received, stats = receive(addresses[name], wanted)
+        expected = load(build(config), config, full)
+        for given in (sliced, received):
+            found = load(build(config), config, given)
+            assert expected.keys() == found.keys()
+            for key, tensor in expected.items():
+                assert torch.equal(tensor, found[key]), f"{name}: {key}"
         seen[name] = {
+            "received": stats.num_bytes / stats.model_bytes,
+            "asked": stats.asked_bytes / stats.model_bytes,
+            "kept": stats.kept_bytes / stats.model_bytes,
             "share": share_of(wanted, checkpoint.specs),
             "computed": list(record.computed),
             "unfilled": list(record.unfilled),
@@ -105,13 +130,22 @@ def watch_and_load(folders: dict[str, str], cache: str) -> dict[str, Any]:
 def test_a_load_of_the_wanted_slices_alone_fills_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FRESH_RANKS", "1")
     folders: dict[str, str] = {}
-    for name, config in MODELS.items():
-        torch.manual_seed(len(folders))
-        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-        folders[name] = str(save_checkpoint(model, tmp_path / name))
-    ranks = run_ranks(
-        watch_and_load, 2, folders, str(tmp_path / "cache"), process_group=False, env=VLLM_ENVIRONMENT, timeout_s=540
-    )
+    addresses: dict[str, str] = {}
+    with ExitStack() as stack:
+        for name, config in MODELS.items():
+            torch.manual_seed(len(folders))
+            model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+            folders[name] = str(save_checkpoint(model, tmp_path / name))
+            checkpoint = open_checkpoint(tmp_path / name)
+            with checkpoint.reader() as reader:
+                source = TensorSource({spec.name: reader.read(spec.whole()) for spec in checkpoint.specs})
+            publisher = stack.enter_context(WeightPublisher(source, "tcp://127.0.0.1:0", chunk_bytes=4096))
+            publisher.publish(1)
+            addresses[name] = publisher.address
+        cache = str(tmp_path / "cache")
+        ranks = run_ranks(
+            watch_and_load, 2, folders, addresses, cache, process_group=False, env=VLLM_ENVIRONMENT, timeout_s=540
+        )
     dense = [rank["qwen3"]["wanted"] for rank in ranks]
     layer = "model.layers.0"
     for name, first, second in (
@@ -129,6 +163,7 @@ def test_a_load_of_the_wanted_slices_alone_fills_a_worker(tmp_path: Path, monkey
         for name in ("qwen3", "qwen3-tied", "qwen3-moe", "deepseek-v2"):
             assert rank[name]["computed"] == [] and rank[name]["unfilled"] == [], name
             assert 0.4 < rank[name]["share"] < 0.66, (name, rank[name]["share"])
+            assert rank[name]["kept"] == rank[name]["share"] <= rank[name]["received"] <= rank[name]["asked"] < 0.85
         # Its loader transposes experts before it cuts them: those are read whole, the rest in part.
         computed = {key.split(".")[-1] for key in rank["gpt-oss"]["computed"]}
         assert {"gate_up_proj", "down_proj"} <= computed, computed

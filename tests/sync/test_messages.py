@@ -27,7 +27,7 @@ EXAMPLES: list[m.Message] = [
     m.Hello(1, "engine-0", "receiver", None),
     m.Hello(1, "engine-0", "observer", V),
     m.Ping(),
-    m.Staged(V, 10, 0.5, 3, (SPAN, SPAN), "shared_memory", 1),
+    m.Staged(V, 10, 0.5, 3, (SPAN, SPAN), "shared_memory", 1, 12),
     m.Serving(V, 0.0, ()),
     m.Failed(V, "out of memory"),
     m.Bye(),

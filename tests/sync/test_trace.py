@@ -102,6 +102,7 @@ def test_what_logs_and_reports_both_say_is_drawn_once() -> None:
     assert staged["args"] == {
         "version": 7, "epoch": 1000, "num_bytes": 8_000_000, "transport": "zmq", "checksums_checked": 30,
         "num_repeats": 0,
+        "asked_bytes": 0,
     }  # fmt: skip
 
 

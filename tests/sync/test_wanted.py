@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from tests.sync.parts import PROPERTY
 
 from weightcast.sync.chunks import Chunk, lay_out_chunks
-from weightcast.sync.digest import add_digests, region_digest
 from weightcast.sync.errors import ModelMismatch
 from weightcast.sync.regions import Region, TensorSpec, find_tiling_fault
 from weightcast.sync.wanted import (
     check_wanted,
-    checkable,
     cut_for,
     intersect,
     merge_boxes,
@@ -90,13 +88,13 @@ def test_only_chunks_with_wanted_elements_are_asked_for() -> None:
     assert [chunk.index for chunk in plan.chunks] == [c.index for c in chunks][1:]
     assert plan.asked_bytes == sum(chunk.num_bytes for chunk in chunks[1:])
     assert plan.kept_elements == 32 * 96 + 64 * 48
-    assert plan.partial == {"rows"} and plan.complete == {"columns", "n"}
-    assert not any(part.is_whole for chunk in plan.chunks for part in chunk.parts if part.region.name == "columns")
     for asked in plan.chunks:
         for part in asked.parts:
             piece = chunks[asked.index].pieces[part.piece]
             assert intersect(piece.region, part.region) == part.region
-            assert part.is_whole == (piece.region == part.region)
+            assert intersect(part.box, part.region) == part.region and part.box in WANTED[part.box.name]
+            assert part.is_all_of(piece.region) == (piece.region == part.region)
+            assert part.box.name == "rows" or not part.is_all_of(piece.region)
 
 
 def test_regions_cut_at_the_borders_of_boxes_leave_nothing_to_drop() -> None:
@@ -106,9 +104,8 @@ def test_regions_cut_at_the_borders_of_boxes_leave_nothing_to_drop() -> None:
         assert find_tiling_fault(spec, [region for region in regions if region.name == spec.name]) is None
     chunks = lay_out(regions)
     plan = plan_wanted(chunks, WANTED)
-    assert {box.region for asked in plan.chunks for box in asked.parts if box.is_whole} == {
-        part.region for asked in plan.chunks for part in asked.parts
-    }
+    for asked in plan.chunks:
+        assert all(part.is_all_of(chunks[asked.index].pieces[part.piece].region) for part in asked.parts)
     # Chunks that begin with another's pieces are the only waste.
     assert plan.asked_bytes <= plan.kept_elements * 2 + 2 * CHUNK_BYTES
     assert plan_wanted(lay_out([spec.whole() for spec in SPECS]), WANTED).asked_bytes > plan.asked_bytes
@@ -131,31 +128,14 @@ def test_the_kept_parts_are_the_wanted_boxes_wherever_chunks_are_cut(
     assert torch.equal(paint(shape, kept), paint(shape, wanted["t"]))
     assert all(chunk.parts for chunk in plan.chunks)
     assert plan.kept_elements == sum(region.numel for region in kept)
-    if set(chunk.index for chunk in chunks) == {chunk.index for chunk in plan.chunks} and chunks:
-        assert checkable([plan], [chunks]) == {"t"}
-
-
-def test_a_digest_can_be_checked_when_all_sources_pieces_arrive() -> None:
-    halves = [
-        [Region("columns", (0, 0), (32, 96)), Region("rows", (0, 0), (32, 96))],
-        [Region("columns", (32, 0), (32, 96)), Region("rows", (32, 0), (32, 96)), NORM.whole()],
-    ]
-    layouts = [lay_out(regions) for regions in halves]
-    plans = [plan_wanted(chunks, WANTED) for chunks in layouts]
-    assert checkable(plans, layouts) == {"columns", "n"}
-    # And the sum of what arrives is the tensor's: parts of pieces are dropped after they were digested.
-    data = torch.randn(COLUMNS.shape).to(BF16)
-    pieces = [p.region for chunks in layouts for chunk in chunks for p in chunk.pieces if p.region.name == "columns"]
-    parts = (region_digest(data[region.slices].contiguous(), region) for region in pieces)
-    assert add_digests(*parts) == region_digest(data, COLUMNS.whole())
 
 
 def test_an_engine_that_cannot_say_asks_for_everything() -> None:
     chunks = lay_out([spec.whole() for spec in SPECS])
     plan = plan_wanted(chunks, whole(SPECS))
     assert [chunk.index for chunk in plan.chunks] == [chunk.index for chunk in chunks]
-    assert plan.partial == frozenset() and plan.complete == {spec.name for spec in SPECS}
-    assert all(part.is_whole for chunk in plan.chunks for part in chunk.parts)
+    for chunk, asked in zip(chunks, plan.chunks, strict=True):
+        assert [part.region for part in asked.parts] == [piece.region for piece in chunk.pieces]
     assert share_of(whole(SPECS), SPECS) == 1.0
     assert math.isclose(share_of(WANTED, SPECS), (32 * 96 + 64 * 48) / (2 * 64 * 96 + 96))
     assert share_of({}, ()) == 0.0
@@ -164,7 +144,7 @@ def test_an_engine_that_cannot_say_asks_for_everything() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"other": ()}, "wanted boxes of other, which the publisher does not offer"),
+        ({"other": ()}, "boxes of other are wanted, which the publisher does not offer; want boxes of the tensors"),
         ({"n": None}, "nothing says which boxes of n are wanted"),
         ({"n": (Region("n", (90,), (7,)),)}, r"n\[90:97\] lies outside n of shape \(96,\)"),
         ({"n": (Region("n", (0, 0), (7, 1)),)}, "lies outside n"),

@@ -1,0 +1,189 @@
+"""Staging of some boxes of a model: of each chunk the wanted parts are kept, and all of them are checked.
+
+    staging = make_part_staging(version, specs, layouts, shadow, plan)
+    staging.finish()                        # a `WantedTensors`
+
+See `part_plan` for what is kept and how it is checked. What is staged takes the memory of the wanted boxes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from weightcast.sync.chunks import Chunk, Piece
+from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.device_bits import aligned, view_on_device
+from weightcast.sync.device_staging import DeviceStaging
+from weightcast.sync.digest import MASK, copy_with_digest, region_digest
+from weightcast.sync.digest_pages import read_page
+from weightcast.sync.digest_torch import as_digests, region_sum
+from weightcast.sync.errors import WireError
+from weightcast.sync.layout import SourceLayout
+from weightcast.sync.messages import ChunkHeader
+from weightcast.sync.packer import slices_within, view_piece
+from weightcast.sync.part_plan import KeptPart, KeptPiece, PartPlan
+from weightcast.sync.regions import Region, TensorSpec
+from weightcast.sync.shadow import ChunkKey, Shadow
+from weightcast.sync.staging import ChunkBytes, Staging, writable
+from weightcast.sync.version import Version
+from weightcast.sync.wanted_tensors import WantedTensors
+
+
+class PartStaging(Staging):
+    """See the module. In host memory."""
+
+    def __init__(
+        self,
+        version: Version,
+        specs: Sequence[TensorSpec],
+        layouts: Mapping[int, SourceLayout],
+        shadow: Shadow,
+        plan: PartPlan,
+    ) -> None:
+        self._plan = plan
+        super().__init__(version, specs, layouts, shadow)
+        self._unchecked = {name for name, boxes in plan.boxes.items() if boxes}
+        for key in plan.pages:
+            for name in self._names(key):
+                self._chunks_of[name].append(key)
+                self._left_chunks[name] += 1
+
+    def _kept_specs(self) -> Sequence[TensorSpec]:
+        return self._plan.kept_specs
+
+    def _list_chunks(self) -> Mapping[int, Sequence[int]]:
+        return self._plan.order
+
+    def _names(self, key: ChunkKey) -> Iterable[str]:
+        page = self._plan.pages.get(key)
+        if page is not None:
+            return dict.fromkeys(name for _, name in page.places)
+        return dict.fromkeys(kept.piece.region.name for kept in self._plan.kept[key])
+
+    @property
+    def asked_bytes(self) -> int:
+        """See `Staging`."""
+        return self._plan.asked_bytes
+
+    @property
+    def late_keys(self) -> Sequence[ChunkKey]:
+        """Pages of digests of what is left out."""
+        return tuple(self._plan.pages)
+
+    def find_spans(self, rank: int, index: int) -> list[tuple[int, int]]:
+        """See `Staging`."""
+        return self._plan.spans((rank, index))
+
+    def base(self, rank: int, index: int) -> Version | None:
+        """See `Staging`; none for chunks that must come dense."""
+        return None if (rank, index) in self._plan.only_dense else super().base(rank, index)
+
+    def seal(self, digests: bytes) -> None:
+        """See `Staging`; from now on the pages are missing."""
+        self._missing.update(self._plan.pages)
+        super().seal(digests)
+
+    def place(self, rank: int, header: ChunkHeader) -> ByteArray | None:
+        """See `Staging`."""
+        kept = self._plan.kept.get((rank, header.index))
+        if kept is None or len(self.layouts[rank].chunks[header.index].pieces) > 1 or kept[0].whole is None:
+            return None
+        return super().place(rank, header)
+
+    def land(self, rank: int, header: ChunkHeader, body: ChunkBytes | None, *, is_hashed: bool = True) -> None:
+        """See `Staging`; also for pages."""
+        if (rank, header.index) not in self._plan.pages:
+            super().land(rank, header, body, is_hashed=is_hashed)
+        elif self.is_missing(rank, header.index):
+            self._land_page((rank, header.index), header, body)
+
+    def _land_page(self, key: ChunkKey, header: ChunkHeader, body: ChunkBytes | None) -> None:
+        page = self._plan.pages[key]
+        try:
+            if header.encoding != "dense" or body is None or len(body) != page.num_bytes:
+                got = f"is {header.encoding!r} and has {0 if body is None else len(body)} bytes"
+                raise WireError(f"{got} instead of {page.num_bytes}; not used")
+            self._check_hash(header, body)
+        except WireError as error:
+            what = f"page {key[1]} of digests of version {self.version} from source rank {key[0]}"
+            raise WireError(f"{what} {error}") from None
+        assert not isinstance(body, torch.Tensor)
+        self.num_bytes += len(body)
+        digests = read_page(body)
+        self._add(key, tuple((name, digests[place]) for place, name in page.places))
+
+    def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
+        body = self._check_size(chunk, body)
+        assert not isinstance(body, torch.Tensor), "host memory is staged from host memory"
+        self._shadow.forget([key])
+        digests = [0] * len(chunk.pieces)
+        for kept in self._plan.kept[key]:
+            digests[kept.number] = self._land_kept(kept, body)
+        return tuple(digests)
+
+    def _land_kept(self, kept: KeptPiece, body: ByteArray) -> int:
+        """Bring what is kept of a piece to its places; the digest of all of it."""
+        whole, piece = kept.whole, kept.piece
+        if whole is not None:
+            return self._land_at(piece, body, whole.key, tuple(at.start for at in whole.slices))
+        source = view_piece(piece, self._place(kept.parts[0]).dtype, writable(body))
+        total = 0
+        for part in kept.parts:
+            total += copy_with_digest(self._place(part), _cut(source, part.region, piece), part.region)
+        for region in kept.dropped:
+            total += region_digest(_cut(source, region, piece), region)
+        return total & MASK
+
+    def _place(self, part: KeptPart) -> torch.Tensor:
+        return self._tensors[part.key][part.slices]
+
+    def _places(self, key: ChunkKey) -> Mapping[int, tuple[Piece, torch.Tensor]]:
+        places = {}
+        for kept in self._plan.kept[key]:
+            assert kept.whole is not None, "a chunk with a cut piece comes dense"
+            places[kept.number] = (kept.piece, self._place(kept.whole))
+        return places
+
+    def finish(self) -> WantedTensors:
+        """What was wanted. `SourceError` unless `is_whole`."""
+        return WantedTensors(self.specs, self._plan.boxes, super().finish())
+
+
+class DevicePartStaging(PartStaging, DeviceStaging):
+    """The same in a device's memory."""
+
+    def place(self, rank: int, header: ChunkHeader) -> ByteArray | None:
+        """Nowhere: what is received comes to host memory first."""
+        return None
+
+    def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
+        body = self._check_size(chunk, body)
+        self._shadow.forget([key])
+        came = body if isinstance(body, torch.Tensor) else torch.from_numpy(writable(body))
+        came = aligned(came.to(self.device))
+        sums = {}
+        for kept in self._plan.kept[key]:
+            source = view_on_device(kept.piece, self._place(kept.parts[0]).dtype, came)
+            for part in kept.parts:
+                self._place(part).copy_(_cut(source, part.region, kept.piece))
+            landed = [region_sum(self._place(part), part.region) for part in kept.parts]
+            left = [region_sum(_cut(source, region, kept.piece), region) for region in kept.dropped]
+            sums[kept.number] = torch.stack(landed + left).sum()
+        digests = dict(zip(sums, as_digests(list(sums.values())), strict=True))
+        return tuple(digests.get(number, 0) for number in range(len(chunk.pieces)))
+
+
+def _cut(source: torch.Tensor, region: Region, piece: Piece) -> torch.Tensor:
+    """A box of a piece."""
+    return source[slices_within(region, piece.region)]
+
+
+def make_part_staging(
+    version: Version,
+    specs: Sequence[TensorSpec],
+    layouts: Mapping[int, SourceLayout],
+    shadow: Shadow,
+    plan: PartPlan,
+) -> PartStaging:
+    """A staging of what `plan` keeps of `version`, where the shadow's tensors lie."""
+    return (PartStaging if shadow.device is None else DevicePartStaging)(version, specs, layouts, shadow, plan)

@@ -1,0 +1,71 @@
+"""What an engine takes of a version of which it wanted some boxes: those, or tensors of full shape with only those in.
+
+    tensors = update.wanted
+    for box, part in tensors.parts("model.layers.0.mlp.down_proj.weight"): ...      # part has the shape of box
+    for name, tensor in tensors.items(): ...            # full shapes, one at a time, for loaders that narrow them
+
+A tensor of full shape is made when it is asked for. Whoever takes it must read the wanted boxes alone: the rest is
+memory that was never written, of undefined contents, and takes no pages of its own where it is large.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from weightcast.sync.regions import Region, TensorSpec
+from weightcast.sync.wanted import WantedRegions
+
+
+class WantedTensors(Mapping[str, torch.Tensor]):
+    """See the module. `boxes` has the key of each wanted box in `staged`, by HF name and in HF order."""
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        boxes: Mapping[str, Sequence[tuple[str, Region]]],
+        staged: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+        self._boxes = boxes
+        self._staged = dict(staged)
+        self._device = next((tensor.device for tensor in self._staged.values()), torch.device("cpu"))
+
+    @property
+    def regions(self) -> WantedRegions:
+        """By HF name, the boxes that are here."""
+        return {name: tuple(box for _, box in boxes) for name, boxes in self._boxes.items()}
+
+    def parts(self, name: str) -> tuple[tuple[Region, torch.Tensor], ...]:
+        """Each wanted box of a tensor with its contents, where they were staged."""
+        return tuple((box, self._staged[key]) for key, box in self._boxes[name])
+
+    def staged(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, contents) of every box: the memory behind all of this."""
+        for name in self._boxes:
+            for _, part in self.parts(name):
+                yield name, part
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are staged."""
+        return sum(part.numel() * part.element_size() for _, part in self.staged())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        spec, parts = self._specs[name], self.parts(name)
+        if len(parts) == 1 and parts[0][0].shape == spec.shape:
+            return parts[0][1]
+        full = make_empty(spec, self._device)
+        for box, part in parts:
+            full[box.slices] = part
+        return full
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def make_empty(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """Memory for a tensor of full shape, of undefined contents."""
+    return torch.empty(spec.shape, dtype=spec.dtype, device=device)
