@@ -163,7 +163,9 @@ def test_a_load_of_the_wanted_slices_alone_fills_a_worker(tmp_path: Path, monkey
         for name in ("qwen3", "qwen3-tied", "qwen3-moe", "deepseek-v2"):
             assert rank[name]["computed"] == [] and rank[name]["unfilled"] == [], name
             assert 0.4 < rank[name]["share"] < 0.66, (name, rank[name]["share"])
-            assert rank[name]["kept"] == rank[name]["share"] <= rank[name]["received"] <= rank[name]["asked"] < 0.85
+            # Besides chunks, digests of pieces that are left out: 8 bytes each, of few KiB here.
+            assert rank[name]["kept"] == rank[name]["share"] <= rank[name]["received"]
+            assert rank[name]["received"] < rank[name]["asked"] + 0.01 < 0.85
         # Its loader transposes experts before it cuts them: those are read whole, the rest in part.
         computed = {key.split(".")[-1] for key in rank["gpt-oss"]["computed"]}
         assert {"gate_up_proj", "down_proj"} <= computed, computed

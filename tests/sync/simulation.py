@@ -33,6 +33,7 @@ from weightcast.sync.roster import Outgoing
 from weightcast.sync.snapshot import ABSENT, Snapshot, allocate_arena
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.version import fingerprint
+from weightcast.sync.wanted import WantedRegions, whole
 
 NUM_SOURCES = 2
 LOST_AFTER_S = 5.0
@@ -50,6 +51,13 @@ def model_of(version: Version) -> dict[str, torch.Tensor]:
 
 
 SPECS = tuple(make_specs(model_of(Version(0, 0))))
+# An engine of this name wants parts: of rows that it cuts through, of one source alone, and nothing of a tensor.
+WANTS_PARTS = "c"
+WANTED: WantedRegions = {
+    "w": (Region("w", (1, 0), (3, 1500)),),
+    "still": (Region("still", (100,), (100,)),),
+    "scale": (),
+}
 
 
 class Trainer:
@@ -134,6 +142,8 @@ class World:
     def start_engine(self, name: str) -> None:
         """A new process of this name; one that ran is gone without a word."""
         subscription = Subscription(name, "receiver", SPECS, LIMITS, 0.0)
+        if name == WANTS_PARTS:
+            subscription.model.want = WANTED
         self.engines[name] = SimulatedEngine(name, subscription, self._new_peer())
         self.do(self.engines[name], subscription.hello())
 
@@ -210,8 +220,10 @@ class World:
         assert isinstance(arrival.announce, Announce) and arrival.tensors is not None
         wanted = model_of(version)
         assert list(arrival.tensors) == list(wanted)
+        boxes = WANTED if engine.name == WANTS_PARTS else whole(SPECS)
         for name, tensor in arrival.tensors.items():
-            assert torch.equal(bits(tensor), bits(wanted[name])), (version, name)
+            for box in boxes[name]:
+                assert torch.equal(bits(tensor[box.slices]), bits(wanted[name][box.slices])), (version, box)
         assert version in self.released_at, f"{version} was taken, and never released"
         assert not engine.served or version > engine.served[-1], f"{engine.served} and then {version}"
         return True
