@@ -12,17 +12,17 @@ from itertools import takewhile
 
 import torch
 
-from weightcast.sync.device_staging import make_staging
 from weightcast.sync.errors import WireError
 from weightcast.sync.host.lease import Lease
+from weightcast.sync.host_bytes import ChunkBytes
 from weightcast.sync.limits import Limits, size_run
 from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Staged
 from weightcast.sync.model_view import ModelView
-from weightcast.sync.part_staging import make_part_staging
+from weightcast.sync.part_staging import open_staging
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
-from weightcast.sync.staging import ChunkBytes, Staging
+from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
 # What is said to have brought a version that another worker of the host received.
@@ -140,17 +140,14 @@ class Arrival:
             self._askable.append(rank)
 
     def _max_run(self, rank: int) -> int:
-        """How many chunks of a source are asked for at once."""
+        """How many chunks of a source one message asks."""
         assert self.staging is not None
         num_asked = self._next_place.get(rank, 0)
         num_left = len(self.staging.order[rank]) - num_asked
         return size_run(num_asked, num_left, self.chunk_bytes) if rank in self.reached else 1
 
     def _find_run(self, rank: int, place: int) -> int:
-        """How many chunks from a place in the order on, which follow each other, are asked for in one message.
-
-        All of them are read, and of one base.
-        """
+        """How many chunks from a place in the order on, read neighbours of one base, are asked for in one message."""
         staging = self.staging
         assert staging is not None
         order = staging.order[rank]
@@ -159,8 +156,7 @@ class Arrival:
         index, base = order[place], staging.base(rank, order[place])
 
         def is_alike(other: int) -> bool:
-            number = order[other]
-            follows = number - index == other - place
+            number, follows = order[other], order[other] - index == other - place
             return follows and self.reads(rank, number) and staging.base(rank, number) == base
 
         return 1 + sum(1 for _ in takewhile(is_alike, range(place + 1, end) if self.reads(rank, index) else ()))
@@ -178,7 +174,7 @@ class Arrival:
 
     @property
     def asked_bytes(self) -> int:
-        """Bytes of the chunks that are asked for, as they are without deltas; 0 where another worker receives."""
+        """See `Staging`; 0 where another worker receives."""
         return 0 if self.staging is None else self.staging.asked_bytes
 
     def find_bytes(self, rank: int, index: int) -> tuple[int, int] | None:
@@ -295,12 +291,7 @@ def open_arrival(
     """
     assert model.specs is not None
     try:
-        plan = model.plan
-        staging = (
-            make_staging(announce.version, model.specs, model.layouts, shadow)
-            if plan is None
-            else make_part_staging(announce.version, model.specs, model.layouts, shadow, plan)
-        )
+        staging = open_staging(announce.version, model, shadow)
     except MemoryError:
         num_bytes = sum(spec.num_bytes for spec in model.staged_specs or ())
         raise WireError(

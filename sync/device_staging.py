@@ -15,11 +15,12 @@ from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.delta_torch import apply_on_device
 from weightcast.sync.device_bits import aligned, view_on_device
 from weightcast.sync.digest_torch import as_digests, region_sum
+from weightcast.sync.host_bytes import ChunkBytes, check_size, elements_of, writable
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
-from weightcast.sync.staging import ChunkBytes, Staging, elements_of, writable
+from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
 
@@ -31,7 +32,7 @@ class DeviceStaging(Staging):
         return None
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
-        body = self._check_size(chunk, body)
+        body = check_size(chunk, body)
         self._shadow.forget([key])
         came = body if isinstance(body, torch.Tensor) else torch.from_numpy(writable(body))
         came = aligned(came.to(self.device))

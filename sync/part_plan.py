@@ -18,10 +18,11 @@ from itertools import groupby, pairwise
 
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.digest_pages import find_page, size_page
+from weightcast.sync.host_bytes import find_run
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.shadow import ChunkKey
-from weightcast.sync.wanted import WantedChunk, WantedRegions, plan_wanted, subtract
+from weightcast.sync.wanted import BoxSpec, WantedChunk, WantedRegions, plan_wanted, subtract
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,15 @@ def list_boxes(specs: Sequence[TensorSpec], wanted: WantedRegions) -> dict[str, 
 def list_kept_specs(specs: Sequence[TensorSpec], wanted: WantedRegions) -> tuple[TensorSpec, ...]:
     """A tensor for each of these boxes."""
     boxes = list_boxes(specs, wanted)
-    return tuple(TensorSpec(key, spec.dtype, box.shape) for spec in specs for key, box in boxes[spec.name])
+    return tuple(_stage_box(spec, key, box, len(boxes[spec.name])) for spec in specs for key, box in boxes[spec.name])
+
+
+def _stage_box(spec: TensorSpec, key: str, box: Region, num_boxes: int) -> TensorSpec:
+    itemsize = spec.dtype.itemsize
+    start_byte = find_run(box.shape, box.offset, spec.shape, itemsize) if num_boxes == 1 and box.numel else None
+    if start_byte is None:
+        return TensorSpec(key, spec.dtype, box.shape)
+    return BoxSpec(key, spec.dtype, box.shape, spec.num_bytes, start_byte)
 
 
 def plan_parts(layouts: Mapping[int, SourceLayout], specs: Sequence[TensorSpec], wanted: WantedRegions) -> PartPlan:

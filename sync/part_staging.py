@@ -13,18 +13,20 @@ import torch
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_bits import aligned, view_on_device
-from weightcast.sync.device_staging import DeviceStaging
+from weightcast.sync.device_staging import DeviceStaging, make_staging
 from weightcast.sync.digest import MASK, copy_with_digest, region_digest
 from weightcast.sync.digest_pages import read_page
 from weightcast.sync.digest_torch import as_digests, region_sum
 from weightcast.sync.errors import WireError
+from weightcast.sync.host_bytes import ChunkBytes, check_size, writable
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
+from weightcast.sync.model_view import ModelView
 from weightcast.sync.packer import slices_within, view_piece
 from weightcast.sync.part_plan import KeptPart, KeptPiece, PartPlan
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
-from weightcast.sync.staging import ChunkBytes, Staging, writable
+from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 from weightcast.sync.wanted_tensors import WantedTensors
 
@@ -42,6 +44,8 @@ class PartStaging(Staging):
     ) -> None:
         self._plan = plan
         super().__init__(version, specs, layouts, shadow)
+        self.late_keys = tuple(plan.pages)
+        self.asked_bytes = plan.asked_bytes
         self._unchecked = {name for name, boxes in plan.boxes.items() if boxes}
         for key in plan.pages:
             for name in self._names(key):
@@ -59,16 +63,6 @@ class PartStaging(Staging):
         if page is not None:
             return dict.fromkeys(name for _, name in page.places)
         return dict.fromkeys(kept.piece.region.name for kept in self._plan.kept[key])
-
-    @property
-    def asked_bytes(self) -> int:
-        """See `Staging`."""
-        return self._plan.asked_bytes
-
-    @property
-    def late_keys(self) -> Sequence[ChunkKey]:
-        """Pages of digests of what is left out."""
-        return tuple(self._plan.pages)
 
     def find_spans(self, rank: int, index: int) -> list[tuple[int, int]]:
         """See `Staging`."""
@@ -113,7 +107,7 @@ class PartStaging(Staging):
         self._add(key, tuple((name, digests[place]) for place, name in page.places))
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
-        body = self._check_size(chunk, body)
+        body = check_size(chunk, body)
         assert not isinstance(body, torch.Tensor), "host memory is staged from host memory"
         self._shadow.forget([key])
         digests = [0] * len(chunk.pieces)
@@ -157,7 +151,7 @@ class DevicePartStaging(PartStaging, DeviceStaging):
         return None
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
-        body = self._check_size(chunk, body)
+        body = check_size(chunk, body)
         self._shadow.forget([key])
         came = body if isinstance(body, torch.Tensor) else torch.from_numpy(writable(body))
         came = aligned(came.to(self.device))
@@ -187,3 +181,14 @@ def make_part_staging(
 ) -> PartStaging:
     """A staging of what `plan` keeps of `version`, where the shadow's tensors lie."""
     return (PartStaging if shadow.device is None else DevicePartStaging)(version, specs, layouts, shadow, plan)
+
+
+def open_staging(version: Version, model: ModelView, shadow: Shadow) -> Staging:
+    """A staging of what an engine wants of `version`: some boxes, or all of it.
+
+    Raises `WireError` when the publisher's layout cannot be, `MemoryError` where there is too little.
+    """
+    assert model.specs is not None
+    if model.plan is None:
+        return make_staging(version, model.specs, model.layouts, shadow)
+    return make_part_staging(version, model.specs, model.layouts, shadow, model.plan)

@@ -19,6 +19,7 @@ from weightcast.sync.device_pool import DevicePool
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version
+from weightcast.sync.wanted import BoxSpec
 
 ChunkKey: TypeAlias = tuple[int, int]
 """(source rank, index)."""
@@ -58,15 +59,17 @@ class BufferPool:
         """
         if not spec.num_bytes:
             return torch.empty(spec.shape, dtype=spec.dtype)
+        room_bytes, start = (spec.room_bytes, spec.start_byte) if isinstance(spec, BoxSpec) else (spec.num_bytes, 0)
+        place = slice(start, start + spec.num_bytes)
         buffer = self._buffers.get(spec.name)
-        if buffer is None or len(buffer) != spec.num_bytes or self._leases[spec.name]() is not None:
-            fresh = _allocate(spec.num_bytes)
+        if buffer is None or len(buffer) != room_bytes or self._leases[spec.name]() is not None:
+            fresh = _allocate(room_bytes)
             if keep_bits and buffer is not None:
-                fresh[:] = buffer
+                fresh[place] = buffer[place]
             self._buffers[spec.name] = buffer = fresh
         lease = buffer.view()
         self._leases[spec.name] = weakref.ref(lease)
-        return torch.from_numpy(lease).view(spec.dtype).view(spec.shape)
+        return torch.from_numpy(lease)[place].view(spec.dtype).view(spec.shape)
 
 
 class Shadow:

@@ -8,10 +8,7 @@
 Nothing here touches the network or the engine.
 """
 
-import ctypes
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,19 +16,17 @@ import xxhash
 
 from weightcast.sync.chunk_delta import parse_chunk, unpack_chunk
 from weightcast.sync.chunks import Chunk, Piece
-from weightcast.sync.delta_codec import apply_parsed, as_elements
+from weightcast.sync.delta_codec import apply_parsed
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.digest import MASK, copy_bytes_with_digest, copy_with_digest, region_digest
 from weightcast.sync.errors import SourceError, WireError
+from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_size, elements_of, find_run, writable
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.packer import view_piece
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.version import Version
-
-ChunkBytes: TypeAlias = ByteArray | torch.Tensor
-"""A chunk's body: in host memory or, read from a device of this process, on it."""
 
 
 class Staging:
@@ -51,6 +46,10 @@ class Staging:
         self._raws: dict[str, ByteArray] = {}
         self.order: Mapping[int, Sequence[int]] = self._list_chunks()
         """By source rank, the chunks to ask for."""
+        self.late_keys: Sequence[ChunkKey] = ()
+        """What is asked for once the sources' digests are known."""
+        self.asked_bytes = sum(layout.start_bytes[-1] for layout in layouts.values())
+        """Bytes of the chunks that are asked for, as they are without deltas."""
         self._missing: set[ChunkKey] = set()
         self._chunks_of: dict[str, list[ChunkKey]] = {spec.name: [] for spec in specs}
         for rank, indices in self.order.items():
@@ -77,16 +76,6 @@ class Staging:
         """The tensors whose digests wait for a chunk."""
         pieces = self.layouts[key[0]].chunks[key[1]].pieces
         return dict.fromkeys(piece.region.name for piece in pieces)
-
-    @property
-    def asked_bytes(self) -> int:
-        """Bytes of the chunks that are asked for, as they are without deltas."""
-        return sum(layout.start_bytes[-1] for layout in self.layouts.values())
-
-    @property
-    def late_keys(self) -> Sequence[ChunkKey]:
-        """What is asked for once the sources' digests are known."""
-        return ()
 
     def find_spans(self, rank: int, index: int) -> list[tuple[int, int]]:
         """(first byte, end) of what is needed of a chunk's bytes."""
@@ -168,14 +157,8 @@ class Staging:
             raise WireError("does not have the hash that came with it: its bytes were altered; not used")
         self.checksums_checked += 1
 
-    def _check_size(self, chunk: Chunk, body: ChunkBytes | None) -> ChunkBytes:
-        num_bytes = 0 if body is None else len(body)
-        if body is None or num_bytes != chunk.num_bytes:
-            raise WireError(f"has {num_bytes} bytes, {chunk.num_bytes} were announced; it is not used")
-        return body
-
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
-        body = self._check_size(chunk, body)
+        body = check_size(chunk, body)
         assert not isinstance(body, torch.Tensor), "host memory is staged from host memory"
         self._shadow.forget([key])
         return tuple(self._land_piece(piece, body) for piece in chunk.pieces)
@@ -187,7 +170,7 @@ class Staging:
         """Bring a piece to its place in the staged tensor `key`, where it may be already; its digest."""
         region = piece.region
         tensor = self._tensors[key]
-        start_byte = _find_run(region.shape, offset, tuple(tensor.shape), tensor.element_size())
+        start_byte = find_run(region.shape, offset, tuple(tensor.shape), tensor.element_size())
         if start_byte is None:
             target = tensor[Region(key, offset, region.shape).slices]
             return copy_with_digest(target, view_piece(piece, tensor.dtype, writable(body)), region)
@@ -314,34 +297,3 @@ class Staging:
         tensors, self._tensors = self._tensors, {}
         self._raws.clear()
         return tensors
-
-
-@lru_cache(maxsize=1 << 14)
-def _find_run(shape: tuple[int, ...], offset: tuple[int, ...], whole: tuple[int, ...], itemsize: int) -> int | None:
-    """Where a box begins in the bytes of its tensor, when it is one run of them; None when it is not."""
-    cut = next((dim for dim, size in enumerate(shape) if size != 1), len(shape))
-    if shape[cut + 1 :] != whole[cut + 1 :]:
-        return None
-    start = 0
-    for size, first in zip(whole, offset, strict=True):
-        start = start * size + first
-    return start * itemsize
-
-
-def bytes_of(tensor: torch.Tensor) -> ByteArray:
-    """A contiguous CPU tensor's bytes."""
-    raw: ByteArray = tensor.reshape(-1).view(torch.uint8).numpy()
-    return raw
-
-
-def elements_of(tensor: torch.Tensor) -> ElementArray:
-    """A contiguous CPU tensor's bits."""
-    return as_elements(bytes_of(tensor), tensor.element_size())
-
-
-def writable(raw: ByteArray) -> ByteArray:
-    """The same bytes under an array that torch takes without a warning; nobody writes to it."""
-    if raw.flags.writeable:
-        return raw
-    alias: ByteArray = np.ctypeslib.as_array((ctypes.c_uint8 * raw.nbytes).from_address(raw.ctypes.data))
-    return alias

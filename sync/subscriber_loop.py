@@ -20,10 +20,10 @@ from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
 from weightcast.sync.host.share import HostShare
 from weightcast.sync.host.worker import HostWorker
+from weightcast.sync.host_bytes import ChunkBytes
 from weightcast.sync.messages import Announce, Staged, decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.shared_subscription import SharedSubscription
-from weightcast.sync.staging import ChunkBytes
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports import zmq_sockets
 from weightcast.sync.transports.base import ReceivedChunk

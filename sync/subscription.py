@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from weightcast.sync.arrival import Arrival, Effect, Tell, open_arrival
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
+from weightcast.sync.host_bytes import ChunkBytes
 from weightcast.sync.limits import Limits
 from weightcast.sync.messages import (
     PROTOCOL,
@@ -34,7 +35,6 @@ from weightcast.sync.model_view import ModelView
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import Shadow
-from weightcast.sync.staging import ChunkBytes
 from weightcast.sync.version import Version
 
 

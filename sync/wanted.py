@@ -63,6 +63,18 @@ class WantedPlan:
     """Elements of all parts."""
 
 
+@dataclass(frozen=True, slots=True)
+class BoxSpec(TensorSpec):
+    """A wanted box as a tensor that is staged.
+
+    Where it is one run of the bytes of its tensor, it may lie in room for all of that (`room_bytes`, from `start_byte`
+    on), whose other pages are never touched: then the tensor of full shape is there without a copy.
+    """
+
+    room_bytes: int
+    start_byte: int
+
+
 def plan_wanted(chunks: Sequence[Chunk], wanted: WantedRegions) -> WantedPlan:
     """The chunks of one source's layout that hold wanted elements, and the parts to keep.
 

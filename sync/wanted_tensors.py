@@ -4,10 +4,12 @@
     for box, part in tensors.parts("model.layers.0.mlp.down_proj.weight"): ...      # part has the shape of box
     for name, tensor in tensors.items(): ...            # full shapes, one at a time, for loaders that narrow them
 
-A tensor of full shape is made when it is asked for. Whoever takes it must read the wanted boxes alone: the rest is
-memory that was never written, of undefined contents, and takes no pages of its own where it is large.
+A tensor of full shape is made when it is asked for, or is the room in which a box of whole rows was staged. Whoever
+takes it must read the wanted boxes alone, and write nothing: the rest is memory that was never touched, of undefined
+contents, and takes no pages of its own where it is large.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -52,8 +54,8 @@ class WantedTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         spec, parts = self._specs[name], self.parts(name)
-        if len(parts) == 1 and parts[0][0].shape == spec.shape:
-            return parts[0][1]
+        if len(parts) == 1 and (around := _look_around(spec, *parts[0])) is not None:
+            return around
         full = make_empty(spec, self._device)
         for box, part in parts:
             full[box.slices] = part
@@ -64,6 +66,17 @@ class WantedTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._specs)
+
+
+def _look_around(spec: TensorSpec, box: Region, part: torch.Tensor) -> torch.Tensor | None:
+    """The tensor in which a box lies, where it was staged in room for all of that (`BoxSpec`); else None."""
+    if box.shape == spec.shape:
+        return part
+    strides = [math.prod(spec.shape[dim + 1 :]) for dim in range(len(spec.shape))]
+    start = sum(first * stride for first, stride in zip(box.offset, strides, strict=True))
+    if part.untyped_storage().nbytes() != spec.num_bytes or part.storage_offset() != start:
+        return None
+    return part.as_strided(spec.shape, strides, 0)
 
 
 def make_empty(spec: TensorSpec, device: torch.device) -> torch.Tensor:

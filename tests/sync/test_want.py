@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from operator import methodcaller
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.sync.parts import (
@@ -27,9 +28,11 @@ from weightcast.sync import (
     Update,
     WeightPublisher,
     WeightSubscriber,
+    shadow,
     wanted_tensors,
 )
 from weightcast.sync.cut_source import cut_source
+from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ConfigError, ModelMismatch
 from weightcast.sync.metrics import format_report
 from weightcast.sync.wanted import Want, WantedRegions, whole
@@ -45,7 +48,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def make_poisoned(spec: TensorSpec, device: torch.device) -> torch.Tensor:
         return torch.full(spec.shape, float("nan"), dtype=spec.dtype, device=device)
 
+    def allocate_poisoned(num_bytes: int) -> ByteArray:
+        return np.full(num_bytes, 0xFF, np.uint8)
+
     monkeypatch.setattr(wanted_tensors, "make_empty", make_poisoned)
+    monkeypatch.setattr(shadow, "_allocate", allocate_poisoned)
 
 
 def make_layers(seed: int) -> dict[str, torch.Tensor]:
@@ -135,7 +142,8 @@ def test_each_engine_asks_for_its_share_alone(address: str, transport: str, num_
                 bump(tensors)
         report = reports[0]
     assert isinstance(report, PublishReport), report
-    assert [line.asked_bytes for line in report.engines] == [update.stats.asked_bytes for update in updates]
+    lines = sorted(report.engines, key=lambda line: line.engine)
+    assert [line.asked_bytes for line in lines] == [update.stats.asked_bytes for update in updates]
     assert report.asked_share is not None and 0.5 < report.asked_share < 0.9
     # Chunks that a border cuts through come dense, all others as what changed, where they are sent.
     assert report.ratio is not None and report.ratio > (1.2 if transport == "zmq" else 0.99)
