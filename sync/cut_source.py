@@ -1,8 +1,8 @@
 """A source that serves its regions cut at the borders of boxes that engines want.
 
 A tensor-parallel engine keeps some columns of some matrices. Of a chunk with whole rows of such a matrix it keeps a
-part: it receives the rest in vain, and what changed in it must come dense (`part_plan`). Cut at the borders of the
-workers' boxes, regions make chunks of which each worker keeps all or nothing.
+part: it receives the rest in vain, and must keep it too for deltas (`part_plan`). Cut at the borders
+of the workers' boxes, regions make chunks of which each worker keeps all or nothing.
 
     source = cut_source(bridge.weight_source(model), [wanted_of_rank_0, wanted_of_rank_1])     # every rank alike
     with WeightPublisher(source, address) as publisher: ...

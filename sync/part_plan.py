@@ -8,8 +8,8 @@
 
 What is kept is checked in full: of a tensor of which something is wanted every piece counts towards its digest, those
 that are left out by the digest that their source gives (`digest_pages`). A kept piece of which the receiver drops a
-part is digested whole as it comes. Such a piece cannot take a delta, whose result would have nothing to be checked
-against, so its chunk always comes dense; regions that are cut at the borders of boxes (`cut_source`) have none.
+part is digested whole as it comes. The result of a delta to such a piece can only be checked where the rest of it is
+kept too; regions that are cut at the borders of boxes (`cut_source`) have no such pieces.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,8 +69,8 @@ class PartPlan:
     order: Mapping[int, Sequence[int]] = field(repr=False)
     kept: Mapping[ChunkKey, tuple[KeptPiece, ...]] = field(repr=False)
     pages: Mapping[ChunkKey, Page] = field(repr=False)
-    only_dense: frozenset[ChunkKey] = field(repr=False)
-    """Chunks with a piece of which a part is dropped: what changed in one could be applied, and not be checked."""
+    cut: frozenset[ChunkKey] = field(repr=False)
+    """Chunks with a piece of which a part is dropped."""
     asked_bytes: int
     """Bytes of the chunks that are asked for."""
     kept_bytes: int
@@ -132,8 +132,8 @@ def plan_parts(layouts: Mapping[int, SourceLayout], specs: Sequence[TensorSpec],
         pages |= _list_pages(layout, boxes, kept)
     kept_specs = list_kept_specs(specs, wanted)
     kept_bytes = sum(spec.num_bytes for spec in kept_specs)
-    only_dense = frozenset(key for key, pieces in kept.items() if not all(piece.whole for piece in pieces))
-    return PartPlan(wanted, kept_specs, boxes, order, kept, pages, only_dense, asked_bytes, kept_bytes)
+    cut = frozenset(key for key, pieces in kept.items() if not all(piece.whole for piece in pieces))
+    return PartPlan(wanted, kept_specs, boxes, order, kept, pages, cut, asked_bytes, kept_bytes)
 
 
 def _keep(chunk: Chunk, asked: WantedChunk) -> tuple[KeptPiece, ...]:

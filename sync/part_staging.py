@@ -46,6 +46,10 @@ class PartStaging(Staging):
         super().__init__(version, specs, layouts, shadow)
         self.late_keys = tuple(plan.pages)
         self.asked_bytes = plan.asked_bytes
+        self._gathered: dict[int, torch.Tensor] = {}
+        if plan.kept and len(plan.cut) == len(plan.kept):
+            # Nothing else could tell that the sources send what changed.
+            shadow.keeps_rests = True
         self._unchecked = {name for name, boxes in plan.boxes.items() if boxes}
         for key in plan.pages:
             for name in self._names(key):
@@ -69,8 +73,12 @@ class PartStaging(Staging):
         return self._plan.spans((rank, index))
 
     def base(self, rank: int, index: int) -> Version | None:
-        """See `Staging`; none for chunks that must come dense."""
-        return None if (rank, index) in self._plan.only_dense else super().base(rank, index)
+        """See `Staging`; none for a cut chunk of which the rest is not there."""
+        key = (rank, index)
+        is_there = key not in self._plan.cut or all(
+            kept.whole is not None or (key, kept.number) in self._shadow.rests for kept in self._plan.kept[key]
+        )
+        return super().base(rank, index) if is_there else None
 
     def seal(self, digests: bytes) -> None:
         """See `Staging`; from now on the pages are missing."""
@@ -88,6 +96,8 @@ class PartStaging(Staging):
         """See `Staging`; also for pages."""
         if (rank, header.index) not in self._plan.pages:
             super().land(rank, header, body, is_hashed=is_hashed)
+            if header.encoding != "dense":
+                self._shadow.keeps_rests = True
         elif self.is_missing(rank, header.index):
             self._land_page((rank, header.index), header, body)
 
@@ -112,10 +122,10 @@ class PartStaging(Staging):
         self._shadow.forget([key])
         digests = [0] * len(chunk.pieces)
         for kept in self._plan.kept[key]:
-            digests[kept.number] = self._land_kept(kept, body)
+            digests[kept.number] = self._land_kept(key, kept, body)
         return tuple(digests)
 
-    def _land_kept(self, kept: KeptPiece, body: ByteArray) -> int:
+    def _land_kept(self, key: ChunkKey, kept: KeptPiece, body: ByteArray) -> int:
         """Bring what is kept of a piece to its places; the digest of all of it."""
         whole, piece = kept.whole, kept.piece
         if whole is not None:
@@ -126,17 +136,52 @@ class PartStaging(Staging):
             total += copy_with_digest(self._place(part), _cut(source, part.region, piece), part.region)
         for region in kept.dropped:
             total += region_digest(_cut(source, region, piece), region)
+        self._keep_rests(key, kept, source)
         return total & MASK
+
+    def _keep_rests(self, key: ChunkKey, kept: KeptPiece, source: torch.Tensor) -> None:
+        """Keep what is dropped of a piece, where its source sends what changes: a delta covers all of it."""
+        if not self._shadow.keeps_rests or not kept.dropped:
+            return
+        found = [_cut(source, region, kept.piece) for region in kept.dropped]
+        there = self._shadow.rests.setdefault((key, kept.number), [torch.empty_like(rest) for rest in found])
+        for target, rest in zip(there, found, strict=True):
+            target.copy_(rest)
+
+    def _gather(self, key: ChunkKey, kept: KeptPiece) -> torch.Tensor:
+        """A cut piece, put together."""
+        first = self._place(kept.parts[0])
+        piece = torch.empty(kept.piece.region.shape, dtype=first.dtype, device=first.device)
+        for region, part in self._list_shares(key, kept):
+            _cut(piece, region, kept.piece).copy_(part)
+        return piece
+
+    def _list_shares(self, key: ChunkKey, kept: KeptPiece) -> Iterable[tuple[Region, torch.Tensor]]:
+        """All of a cut piece: what is staged and what is kept besides."""
+        for part in kept.parts:
+            yield part.region, self._place(part)
+        yield from zip(kept.dropped, self._shadow.rests[key, kept.number], strict=True) if kept.dropped else ()
+
+    def _land_change(self, key: ChunkKey, header: ChunkHeader, body: ChunkBytes | None) -> tuple[int, ...]:
+        digests = super()._land_change(key, header, body)
+        for kept in self._plan.kept[key]:
+            if (piece := self._gathered.pop(kept.number, None)) is not None and header.encoding != "same":
+                for region, part in self._list_shares(key, kept):
+                    part.copy_(_cut(piece, region, kept.piece))
+        return digests
 
     def _place(self, part: KeptPart) -> torch.Tensor:
         return self._tensors[part.key][part.slices]
 
     def _places(self, key: ChunkKey) -> Mapping[int, tuple[Piece, torch.Tensor]]:
-        places = {}
-        for kept in self._plan.kept[key]:
-            assert kept.whole is not None, "a chunk with a cut piece comes dense"
-            places[kept.number] = (kept.piece, self._place(kept.whole))
-        return places
+        self._gathered = {kept.number: self._gather(key, kept) for kept in self._plan.kept[key] if kept.whole is None}
+        return {
+            kept.number: (
+                kept.piece,
+                self._gathered[kept.number] if kept.whole is None else self._place(kept.whole),
+            )
+            for kept in self._plan.kept[key]
+        }
 
     def finish(self) -> WantedTensors:
         """What was wanted. `SourceError` unless `is_whole`."""
@@ -163,6 +208,7 @@ class DevicePartStaging(PartStaging, DeviceStaging):
             landed = [region_sum(self._place(part), part.region) for part in kept.parts]
             left = [region_sum(_cut(source, region, kept.piece), region) for region in kept.dropped]
             sums[kept.number] = torch.stack(landed + left).sum()
+            self._keep_rests(key, kept, source)
         digests = dict(zip(sums, as_digests(list(sums.values())), strict=True))
         return tuple(digests.get(number, 0) for number in range(len(chunk.pieces)))
 

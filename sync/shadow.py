@@ -88,12 +88,16 @@ class Shadow:
         self._specs: Sequence[TensorSpec] = ()
         self._layouts: Mapping[int, SourceLayout] = {}
         self._versions: dict[ChunkKey, Version] = {}
+        self.rests: dict[tuple[ChunkKey, int], list[torch.Tensor]] = {}
+        """What no engine takes of a piece of a chunk, kept so that a delta can be applied to all of it."""
+        self.keeps_rests = False
 
     def open(self, layouts: Mapping[int, SourceLayout], specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
         """The model's tensors, in HF order. Where an engine still holds one, its bits are copied to other memory."""
         if layouts != self._layouts or specs != self._specs:
             # The same index now means other bytes.
             self._versions.clear()
+            self.rests.clear()
             self._layouts, self._specs = layouts, specs
         if self._whole is not None:
             for layout in layouts.values():

@@ -63,7 +63,7 @@ class Packed:
             staging.land(0, header, body)
             encodings.append(header.encoding)
         assert staging.take_wrong() == []
-        return staging.finish(), encodings
+        return dict(staging.finish()), encodings
 
 
 def make_packed(
