@@ -76,7 +76,7 @@ class PartStaging(Staging):
         """See `Staging`; none for a cut chunk of which the rest is not there."""
         key = (rank, index)
         is_there = key not in self._plan.cut or all(
-            kept.whole is not None or (key, kept.number) in self._shadow.rests for kept in self._plan.kept[key]
+            not kept.dropped or (key, kept.number) in self._shadow.rests for kept in self._plan.kept[key]
         )
         return super().base(rank, index) if is_there else None
 

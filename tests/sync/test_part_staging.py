@@ -289,10 +289,11 @@ def test_a_delta_for_a_cut_chunk_of_which_the_rest_is_not_there_is_refused() -> 
         staging.land(0, header, body)
 
 
-def test_an_engine_that_cuts_every_chunk_takes_deltas_too() -> None:
+@pytest.mark.parametrize("starts", [(48,), (0, 48)])
+def test_an_engine_that_cuts_every_chunk_takes_deltas_too(starts: tuple[int, ...]) -> None:
     tensors = {"columns": random_bits(torch.bfloat16, (64, 96), 1)}
     packed, shadow = make_packed(tensors), Shadow()
-    wanted: WantedRegions = {"columns": (Region("columns", (0, 48), (64, 48)),)}
+    wanted: WantedRegions = {"columns": tuple(Region("columns", (0, start), (64, 48)) for start in starts)}
     plan = plan_of(packed, wanted)
     assert len(plan.cut) == len(plan.order[0]) > 1
     for number, expected in ((1, "dense"), (2, "delta"), (3, "delta")):
@@ -301,6 +302,7 @@ def test_an_engine_that_cuts_every_chunk_takes_deltas_too() -> None:
         assert_kept(found, wanted, tensors)
         assert set(encodings.values()) == {expected}
         del found
+    assert len(shadow.rests) == (len(plan.cut) if len(starts) == 1 else 0)
 
 
 def test_pages_hold_every_digest() -> None:
