@@ -172,8 +172,8 @@ class Staging:
         tensor = self._tensors[key]
         start_byte = find_run(region.shape, offset, tuple(tensor.shape), tensor.element_size())
         if start_byte is None:
-            target = tensor[Region(key, offset, region.shape).slices]
-            return copy_with_digest(target, view_piece(piece, tensor.dtype, writable(body)), region)
+            place = tensor[Region(key, offset, region.shape).slices]
+            return copy_with_digest(place, view_piece(piece, tensor.dtype, writable(body)), region)
         raw = self._raws.get(key)
         if raw is None:
             raw = self._raws[key] = bytes_of(tensor)

@@ -155,7 +155,9 @@ def test_of_a_chunk_that_is_read_only_kept_pieces_are_touched() -> None:
 @st.composite
 def models(draw: st.DrawFn) -> tuple[list[TensorSpec], WantedRegions, list[Region]]:
     """Tensors, boxes that are wanted of them, and the regions in which a source has them."""
-    specs, wanted, regions = [], {}, []
+    specs: list[TensorSpec] = []
+    wanted: dict[str, tuple[Region, ...]] = {}
+    regions: list[Region] = []
     for number in range(draw(st.integers(1, 3))):
         name = f"t{number}"
         shape = tuple(draw(st.lists(st.integers(1, 40), min_size=0, max_size=3)))
