@@ -185,7 +185,8 @@ class PublisherLoop:
                 ready = dict(poller.poll(_POLL_MS))
                 with self._lock:
                     self._step(ready, time.monotonic())
-                    self._lock.notify_all()
+                    if set(ready) != {self.server.socket}:  # requests for chunks are no news to those who wait
+                        self._lock.notify_all()
                 self.server.answer()
             self._say_goodbye()
         except zmq.Again:
@@ -256,10 +257,8 @@ class PublisherLoop:
         elif isinstance(message, Published):
             self.published = message
         elif isinstance(message, Goodbye) and self.failure is None:
-            if self.assigned is None:
-                self.failure = SourceError(message.reason)
-            else:
-                self.failure = PeerLost(f"rank 0 at {self.address} ended or refused this source: {message.reason}")
+            ended = PeerLost(f"rank 0 at {self.address} ended or refused this source: {message.reason}")
+            self.failure = SourceError(message.reason) if self.assigned is None else ended
         elif isinstance(message, Pong) and not message.known:
             return [Outgoing(_SELF, self._hello)]
         return []

@@ -103,18 +103,6 @@ class Staging:
 
     # What comes
 
-    def place(self, rank: int, header: ChunkHeader) -> ByteArray | None:
-        """Where the body of a chunk may be received at once: its place, where that is one run of bytes."""
-        if header.encoding != "dense" or not self.is_missing(rank, header.index):
-            return None
-        if len(self.layouts[rank].chunks[header.index].pieces) > 1:
-            return None
-        _, target = self._places((rank, header.index))[0]
-        if not target.is_contiguous():
-            return None
-        self._shadow.forget([(rank, header.index)])
-        return bytes_of(target)
-
     def land(self, rank: int, header: ChunkHeader, body: ChunkBytes | None, *, is_hashed: bool = True) -> None:
         """Check a chunk's body and bring its pieces to their places; a duplicate is ignored.
 

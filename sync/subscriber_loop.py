@@ -109,7 +109,8 @@ class SubscriberLoop:
                 ready: Mapping[Any, int] = dict(self._renew_poller().poll(_POLL_MS))
                 with self.lock:
                     self._step(ready)
-                    self.lock.notify_all()
+                    if self._brought_news(ready):
+                        self.lock.notify_all()
             with self.lock:
                 self._carry_out([*self._outbox, *self._subscription.leave()])
         except Exception as error:  # whatever it is, the engine must hear of it instead of waiting
@@ -138,6 +139,11 @@ class SubscriberLoop:
             for socket in sockets:
                 self._poller.register(socket, zmq.POLLIN)
         return self._poller
+
+    def _brought_news(self, ready: Mapping[Any, int]) -> bool:
+        """Whether the engine's threads may find what they wait for; that some chunk came is not worth waking them."""
+        state = self._subscription
+        return self._control in ready or self._wake_in in ready or state.is_ready or state.error is not None
 
     def _step(self, ready: Mapping[Any, int]) -> None:
         if self._wake_in in ready:
@@ -180,7 +186,7 @@ class SubscriberLoop:
         num_chunks = 0
         while num_chunks < _CHUNKS_A_TURN:
             try:
-                received = self._client.receive(socket, self._subscription.place)
+                received = self._client.receive(socket)
             except WireError as error:
                 logger.warning("engine %s ignored a chunk: %s", self._subscription.engine, error)
                 return

@@ -10,7 +10,6 @@ method takes the time and returns what to send; a thread elsewhere carries it ou
 from collections.abc import Mapping, Sequence
 
 from weightcast.sync.arrival import Arrival, Effect, Tell, open_arrival
-from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
 from weightcast.sync.host_bytes import ChunkBytes
 from weightcast.sync.limits import Limits
@@ -213,13 +212,6 @@ class Subscription:
         except WireError as error:
             return self._refuse(arrival.version, error)
         return self._tell_staged() if arrival.is_staged else effects
-
-    def place(self, rank: int, header: ChunkHeader) -> ByteArray | None:
-        """Where a body that is about to be received may be put at once, if anywhere."""
-        arrival = self.arrival
-        if arrival is None or arrival.staging is None or not arrival.wants(rank, header):
-            return None
-        return arrival.staging.place(rank, header)
 
     def stop_reaching(self, rank: int, now_s: float) -> list[Effect]:
         """The memory of the source `rank` cannot be read any more."""

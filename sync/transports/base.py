@@ -8,7 +8,6 @@ Some memory can be read without its owner's help: on the same host, by RDMA, on 
 `Exposed` memory, gives out tickets to it, and only says when a chunk is there; an engine that has a `Reach` reads.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -31,10 +30,6 @@ class ReceivedChunk:
     rank: int
     header: ChunkHeader
     buffer: ByteArray | None
-
-
-Place: TypeAlias = Callable[[int, ChunkHeader], ByteArray | None]
-"""(source rank, header) -> where its body may be received, when it is no larger; None for the client's own memory."""
 
 
 class ChunkServer(Protocol):
@@ -93,7 +88,7 @@ class ChunkClient(Protocol):
         """Readable when `receive` has something to give."""
         ...
 
-    def receive(self, socket: zmq.Socket[bytes], place: Place) -> ReceivedChunk | None:
+    def receive(self, socket: zmq.Socket[bytes]) -> ReceivedChunk | None:
         """One chunk that is there, or None. `WireError` when it is malformed."""
         ...
 

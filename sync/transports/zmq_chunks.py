@@ -1,4 +1,4 @@
-"""Chunks over ZeroMQ: zero-copy out of the snapshot, straight to their places on the other side.
+"""Chunks over ZeroMQ: zero-copy out of the snapshot, and one copy, to their places, on the other side.
 
 Receiver-driven: nothing is sent that was not asked for, and an engine asks only for what it has room for, so a slow
 engine costs the source no memory (frames point into the snapshot). A request for a chunk that is not packed yet waits
@@ -22,7 +22,7 @@ from weightcast.sync.limits import MAX_CREDIT_CHUNKS
 from weightcast.sync.messages import ChunkHeader, ChunkRequest, decode, encode
 from weightcast.sync.snapshot import ABSENT, Snapshot
 from weightcast.sync.transports import zmq_sockets
-from weightcast.sync.transports.base import ByteArray, Place, ReceivedChunk
+from weightcast.sync.transports.base import ReceivedChunk
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 
 MAX_REQUEST_BYTES = 4096
@@ -166,7 +166,7 @@ class ZmqChunkClient:
         self._num_links = num_links
         self._links: dict[tuple[int, str, int], list[zmq.Socket[bytes]]] = {}
         self._ranks: dict[zmq.Socket[bytes], int] = {}
-        self._scratch: ByteArray = np.empty(0, np.uint8)
+        self._limits: dict[zmq.Socket[bytes], int] = {}
 
     def ask(self, request: Request) -> None:
         """Send a request, over new links where the source is new."""
@@ -190,22 +190,21 @@ class ZmqChunkClient:
         links = [zmq_sockets.connect(self._context, request.address, self._keys, limit) for _ in range(self._num_links)]
         self._links[request.rank, request.address, request.chunk_bytes] = links
         self._ranks |= dict.fromkeys(links, request.rank)
-        if len(self._scratch) < request.chunk_bytes:
-            self._scratch = np.empty(request.chunk_bytes, np.uint8)
+        self._limits |= dict.fromkeys(links, request.chunk_bytes)
         return links
 
     def _drop_rank(self, rank: int) -> None:
         """A source that moved: its old links would only reconnect forever."""
         for key in [key for key in self._links if key[0] == rank]:
             for socket in self._links.pop(key):
-                del self._ranks[socket]
+                del self._ranks[socket], self._limits[socket]
                 socket.close(0)
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """The links."""
         return list(self._ranks)
 
-    def receive(self, socket: zmq.Socket[bytes], place: Place) -> ReceivedChunk | None:
+    def receive(self, socket: zmq.Socket[bytes]) -> ReceivedChunk | None:
         """One chunk, or None when there is none."""
         try:
             raw = socket.recv(zmq.NOBLOCK)
@@ -228,18 +227,18 @@ class ZmqChunkClient:
             for _ in _rest(socket):
                 pass
             raise WireError(f"source rank {rank} sent bytes for {header.count} chunks at once")
-        target = place(rank, header)
-        target = self._scratch if target is None else target
-        num_bytes = socket.recv_into(target.data)
-        if sum(1 for _ in _rest(socket)) or num_bytes > len(target):
-            raise WireError(f"source rank {rank} sent something else than a chunk of at most {len(target)} bytes")
-        return ReceivedChunk(rank, header, target[:num_bytes])
+        # As it lies in libzmq's memory: it is copied once, to its places, in the pass that digests it.
+        body = np.frombuffer(socket.recv(copy=False).buffer, np.uint8)
+        if sum(1 for _ in _rest(socket)) or len(body) > self._limits[socket]:
+            raise WireError(f"source rank {rank} sent something else than a chunk of {self._limits[socket]} bytes")
+        return ReceivedChunk(rank, header, body)
 
     def close(self) -> None:
         """Close every link."""
         for socket in self._ranks:
             socket.close(0)
         self._ranks.clear()
+        self._limits.clear()
         self._links.clear()
 
 

@@ -154,25 +154,6 @@ def test_what_was_read_out_of_memory_that_changed_meanwhile_is_mended() -> None:
     assert_same_bits(staging.finish(), packed.tensors)
 
 
-def test_a_chunk_of_one_piece_is_received_at_its_place() -> None:
-    packed = make_packed({"w": random_bits(torch.bfloat16, (61, 512), 1), "n": random_bits(torch.bfloat16, (7,), 2)})
-    snapshot = packed.pack(1)
-    staging = packed.stage(snapshot, Shadow())
-    placed = 0
-    for index in range(len(snapshot)):
-        header, body = answer(snapshot, index)
-        assert body is not None
-        place = staging.place(0, header)
-        if place is not None:
-            placed += 1
-            place[:] = body
-            body = place
-        staging.land(0, header, body)
-        assert staging.place(0, header) is None
-    assert placed == len(snapshot) - 1
-    assert_same_bits(staging.finish(), packed.tensors)
-
-
 OFFER = Offer(0, "tcp://127.0.0.1:1", (Region("w", (0,), (8,)),))
 GOOD = Layout(1, CHUNK_BYTES, (OFFER,))
 
