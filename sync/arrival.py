@@ -15,6 +15,7 @@ import torch
 from weightcast.sync.errors import WireError
 from weightcast.sync.host.lease import Lease
 from weightcast.sync.host_bytes import ChunkBytes
+from weightcast.sync.landing import Landing
 from weightcast.sync.limits import Limits, size_run
 from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Staged
 from weightcast.sync.model_view import ModelView
@@ -195,7 +196,7 @@ class Arrival:
         return rank in self.staging.layouts and self.staging.is_missing(rank, header.index)
 
     def land(
-        self, rank: int, header: ChunkHeader, body: ChunkBytes | None, now_s: float, *, is_hashed: bool = True
+        self, rank: int, header: ChunkHeader, body: ChunkBytes | Landing | None, now_s: float, *, is_hashed: bool = True
     ) -> list[Effect]:
         """Take a chunk in; `WireError` when the version cannot be trusted any more."""
         assert self.staging is not None

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from weightcast.sync.chunks import Chunk, Piece
-from weightcast.sync.delta_format import Delta, ElementArray
+from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.delta_torch import apply_on_device
 from weightcast.sync.device_bits import aligned, view_on_device
 from weightcast.sync.digest_torch import as_digests, region_sum
 from weightcast.sync.host_bytes import ChunkBytes, check_size, elements_of, writable
 from weightcast.sync.layout import SourceLayout
+from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.staging import Staging
@@ -25,6 +26,9 @@ from weightcast.sync.version import Version
 
 class DeviceStaging(Staging):
     """See the module. Every method waits for the device, so that a source may overwrite what was read of it."""
+
+    def open_landing(self, rank: int, header: ChunkHeader, num_bytes: int, scratch: ByteArray) -> None:
+        """Nowhere: what is received comes to host memory first."""
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)

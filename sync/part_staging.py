@@ -19,6 +19,7 @@ from weightcast.sync.digest_pages import read_page
 from weightcast.sync.digest_torch import as_digests, region_sum
 from weightcast.sync.errors import WireError
 from weightcast.sync.host_bytes import ChunkBytes, check_size, writable
+from weightcast.sync.landing import Landing
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.model_view import ModelView
@@ -47,6 +48,7 @@ class PartStaging(Staging):
         self.late_keys = tuple(plan.pages)
         self.asked_bytes = plan.asked_bytes
         self._gathered: dict[int, torch.Tensor] = {}
+        self._came_whole: set[ChunkKey] = set()
         if plan.kept and len(plan.cut) == len(plan.kept):
             # Nothing else could tell that the sources send what changed.
             shadow.keeps_rests = True
@@ -70,6 +72,8 @@ class PartStaging(Staging):
 
     def find_spans(self, rank: int, index: int) -> list[tuple[int, int]]:
         """See `Staging`."""
+        if (rank, index) in self._came_whole:
+            return super().find_spans(rank, index)
         return self._plan.spans((rank, index))
 
     def base(self, rank: int, index: int) -> Version | None:
@@ -85,15 +89,15 @@ class PartStaging(Staging):
         self._missing.update(self._plan.pages)
         super().seal(digests)
 
-    def place(self, rank: int, header: ChunkHeader) -> ByteArray | None:
-        """See `Staging`."""
-        kept = self._plan.kept.get((rank, header.index))
-        if kept is None or len(self.layouts[rank].chunks[header.index].pieces) > 1 or kept[0].whole is None:
-            return None
-        return super().place(rank, header)
+    def open_landing(self, rank: int, header: ChunkHeader, num_bytes: int, scratch: ByteArray) -> None:
+        """Nowhere: a chunk of which parts are kept comes to scratch memory, whole."""
+        self._came_whole.add((rank, header.index))
 
-    def land(self, rank: int, header: ChunkHeader, body: ChunkBytes | None, *, is_hashed: bool = True) -> None:
+    def land(
+        self, rank: int, header: ChunkHeader, body: ChunkBytes | Landing | None, *, is_hashed: bool = True
+    ) -> None:
         """See `Staging`; also for pages."""
+        assert not isinstance(body, Landing), "`open_landing` opens none"
         if (rank, header.index) not in self._plan.pages:
             super().land(rank, header, body, is_hashed=is_hashed)
             if header.encoding != "dense":
@@ -107,7 +111,7 @@ class PartStaging(Staging):
             if header.encoding != "dense" or body is None or len(body) != page.num_bytes:
                 got = f"is {header.encoding!r} and has {0 if body is None else len(body)} bytes"
                 raise WireError(f"{got} instead of {page.num_bytes}; not used")
-            self._check_hash(header, body)
+            self._check_hash(header, body, is_hashed=True)
         except WireError as error:
             what = f"page {key[1]} of digests of version {self.version} from source rank {key[0]}"
             raise WireError(f"{what} {error}") from None
@@ -190,10 +194,6 @@ class PartStaging(Staging):
 
 class DevicePartStaging(PartStaging, DeviceStaging):
     """The same in a device's memory."""
-
-    def place(self, rank: int, header: ChunkHeader) -> ByteArray | None:
-        """Nowhere: what is received comes to host memory first."""
-        return None
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)

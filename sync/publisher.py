@@ -38,6 +38,7 @@ from weightcast.sync.schema import MAX_UINT
 from weightcast.sync.share import Share
 from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.source import WeightSource
+from weightcast.sync.transports.servers import choose_kinds
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.version import Version, fingerprint, new_epoch
 
@@ -57,7 +58,8 @@ class WeightPublisher:
     `delta` says whether engines that have an earlier version are sent what changed since: "on", "zstd" (entropy-coded,
     for links below 1 Gb/s), "off", or "auto", by what was measured (see `advice.py`). Engines may be up to `history`
     versions behind. `expose` names the kinds of memory, of which the first that this machine has is packed into, so
-    that engines of the same host may read it by themselves; none for connections alone.
+    that engines of the same host may read it by themselves; and "tcp", for links that are faster than ZeroMQ's and not
+    encrypted. None is "shared_memory" and, without keys, "tcp"; an empty one leaves ZeroMQ alone.
 
     Of weights on a GPU, what changed is found there before anything is copied: with "on" or "zstd", where the GPU has
     room for one more copy of this rank's share (`device_packer.py`), and with `expose=("cuda_ipc",)`, which has that
@@ -79,13 +81,14 @@ class WeightPublisher:
         epoch: int | None = None,
         delta: DeltaMode = "auto",
         history: int = 4,
-        expose: Sequence[str] = ("shared_memory",),
+        expose: Sequence[str] | None = None,
     ) -> None:
         check_chunk_bytes(chunk_bytes)
         if delta not in get_args(DeltaMode) or history < 0:
             allowed = ", ".join(get_args(DeltaMode))
             raise ConfigError(f"delta={delta!r} with history={history}: use one of {allowed}, and 0 or more versions")
-        self._share = Share(source, history, expose, keeps_bits_on_device=delta in ("on", "zstd"))
+        kinds = choose_kinds(expose, address, keys)
+        self._share = Share(source, history, kinds, keeps_bits_on_device=delta in ("on", "zstd"))
         self._timeout_s = timeout_s
         self._last_number = -1
         self._delta: DeltaMode = delta
@@ -106,7 +109,7 @@ class WeightPublisher:
         hello = SourceHello(
             PROTOCOL, source.rank, source.world_size, fingerprint(self._share.specs), "", tuple(self._share.held)
         )
-        self._loop = PublisherLoop(hello, address, keys, coordinator, lost_after_s)
+        self._loop = PublisherLoop(hello, address, keys, coordinator, lost_after_s, serves_tcp="tcp" in kinds)
 
     @property
     def address(self) -> str:
@@ -210,9 +213,10 @@ class WeightPublisher:
         server = self._loop.server
         is_read = server.is_sending
         packer = self._share.prepare(assigned.regions, assigned.chunk_bytes, is_read=is_read)
+        tickets = (*self._share.tickets, *self._loop.tickets)
         version = Version(assigned.epoch, number)
-        snapshot = packer.begin(version, self._choose_mode(), rereads=server.has_sent or not self._share.tickets)
-        self._loop.offer(snapshot, Packing(number, self._share.tickets), deadline_s)
+        snapshot = packer.begin(version, self._choose_mode(), rereads=server.has_sent or not tickets)
+        self._loop.offer(snapshot, Packing(number, tickets), deadline_s)
         return packer, snapshot
 
     def _pack(self, packer: Packer, snapshot: Snapshot) -> Span:
@@ -236,8 +240,7 @@ class WeightPublisher:
         """Pack every chunk. To wake the thread that serves them takes longer than to pack one: only when it waits."""
         for index in range(len(snapshot)):
             packer.pack_next(snapshot)
-            awaited_index = self._loop.server.awaited_index
-            if (awaited_index is not None and awaited_index <= index) or index + 1 == len(snapshot):
+            if self._loop.server.notify(index) or index + 1 == len(snapshot):
                 self._loop.nudge()
 
     def _choose_mode(self) -> PackMode:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import zmq
 
@@ -28,11 +29,12 @@ from weightcast.sync.messages import (
     decode,
     encode,
 )
+from weightcast.sync.records import Ticket
 from weightcast.sync.roster import Outgoing
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.transports import zmq_sockets
-from weightcast.sync.transports.zmq_chunks import ZmqChunkServer
+from weightcast.sync.transports.servers import ChunkServers
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class PublisherLoop:
         keys: CurveKeys | None,
         coordinator: Coordinator | None,
         lost_after_s: float,
+        serves_tcp: bool = False,
     ) -> None:
         self.coordinator = coordinator
         self.assigned: Assigned | None = None
@@ -67,14 +70,14 @@ class PublisherLoop:
         self._pinged_s = self._heard_s = time.monotonic()
         self._context, self._guard = zmq_sockets.make_context(keys)
         try:
-            self._open(address, keys)
+            self._open(address, keys, serves_tcp)
         except BaseException:
             self._close_context()
             raise
         self._thread = threading.Thread(target=self._run, name=f"weightcast-publisher-{hello.rank}", daemon=True)
         self._thread.start()
 
-    def _open(self, address: str, keys: CurveKeys | None) -> None:
+    def _open(self, address: str, keys: CurveKeys | None, serves_tcp: bool) -> None:
         self._wake_in = self._context.socket(zmq.PAIR)
         self._wake_in.bind("inproc://wake")
         self._wake_out = self._context.socket(zmq.PAIR)
@@ -84,15 +87,14 @@ class PublisherLoop:
             self.address = address
         else:
             self.control, self.address = zmq_sockets.bind(self._context, address, keys, MAX_MESSAGE_BYTES)
-        self.server = ZmqChunkServer(self._context, zmq_sockets.data_address(address, self._hello.rank), keys)
-        self._hello = SourceHello(
-            self._hello.protocol,
-            self._hello.rank,
-            self._hello.world_size,
-            self._hello.model,
-            self.server.address,
-            self._hello.regions,
-        )
+        where = zmq_sockets.data_address(address, self._hello.rank)
+        self.server = ChunkServers(self._context, where, keys, serves_tcp)
+        self._hello = replace(self._hello, address=self.server.address)
+
+    @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Tickets to its links besides ZeroMQ's."""
+        return tuple(Ticket(self._hello.rank, *pair) for pair in self.server.tickets)
 
     # The trainer's side
 

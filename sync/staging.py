@@ -21,6 +21,7 @@ from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.digest import MASK, copy_bytes_with_digest, copy_with_digest, region_digest
 from weightcast.sync.errors import SourceError, WireError
 from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_size, elements_of, find_run, writable
+from weightcast.sync.landing import Landing
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.packer import view_piece
@@ -103,7 +104,17 @@ class Staging:
 
     # What comes
 
-    def land(self, rank: int, header: ChunkHeader, body: ChunkBytes | None, *, is_hashed: bool = True) -> None:
+    def open_landing(self, rank: int, header: ChunkHeader, num_bytes: int, scratch: ByteArray) -> Landing | None:
+        """Where a whole chunk that is wanted may be received step by step, to be landed then; None where it may not."""
+        chunk = self.layouts[rank].chunks[header.index]
+        if header.encoding != "dense" or num_bytes != chunk.num_bytes or not self.is_missing(rank, header.index):
+            return None
+        self._shadow.forget([(rank, header.index)])
+        return Landing(self, chunk, self._tensors, self._raw_of, self._land_piece, scratch)
+
+    def land(
+        self, rank: int, header: ChunkHeader, body: ChunkBytes | Landing | None, *, is_hashed: bool = True
+    ) -> None:
         """Check a chunk's body and bring its pieces to their places; a duplicate is ignored.
 
         `is_hashed` is false for a body that was read out of a source's memory, for which the tensors' digests vouch.
@@ -115,12 +126,13 @@ class Staging:
         layout = self.layouts[rank]
         chunk = layout.chunks[index]
         try:
-            if is_hashed and body is not None:
-                self._check_hash(header, body)
-            if header.encoding == "dense":
-                digests = self._land_dense(key, chunk, body)
+            if isinstance(body, Landing):
+                assert body.owner is self and not is_hashed and header.encoding == "dense"
+                digests = body.digests
             else:
-                digests = self._land_change(key, header, body)
+                self._check_hash(header, body, is_hashed)
+                is_dense = header.encoding == "dense"
+                digests = self._land_dense(key, chunk, body) if is_dense else self._land_change(key, header, body)
         except WireError as error:
             raise WireError(f"{self._describe(rank, chunk)} {error}") from None
         self._shadow.note(key, self.version)
@@ -139,7 +151,9 @@ class Staging:
             self._left_chunks[name] -= 1
             self._check_digest(name)
 
-    def _check_hash(self, header: ChunkHeader, body: ChunkBytes) -> None:
+    def _check_hash(self, header: ChunkHeader, body: ChunkBytes | None, is_hashed: bool) -> None:
+        if body is None or not is_hashed:
+            return
         assert not isinstance(body, torch.Tensor), "what was read from a device has no hash"
         if xxhash.xxh3_128_digest(body.data) != header.hash:
             raise WireError("does not have the hash that came with it: its bytes were altered; not used")
@@ -162,12 +176,15 @@ class Staging:
         if start_byte is None:
             place = tensor[Region(key, offset, region.shape).slices]
             return copy_with_digest(place, view_piece(piece, tensor.dtype, writable(body)), region)
-        raw = self._raws.get(key)
-        if raw is None:
-            raw = self._raws[key] = bytes_of(tensor)
-        target = raw[start_byte : start_byte + piece.num_bytes]
+        target = self._raw_of(key)[start_byte : start_byte + piece.num_bytes]
         source = body[piece.start_byte : piece.start_byte + piece.num_bytes]
         return copy_bytes_with_digest(target, source, region, tensor.dtype)
+
+    def _raw_of(self, name: str) -> ByteArray:
+        raw = self._raws.get(name)
+        if raw is None:
+            raw = self._raws[name] = bytes_of(self._tensors[name])
+        return raw
 
     def _land_change(self, key: ChunkKey, header: ChunkHeader, body: ChunkBytes | None) -> tuple[int, ...]:
         """What changed since the bits that lie there."""

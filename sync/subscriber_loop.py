@@ -21,6 +21,8 @@ from weightcast.sync.errors import AddressError, PeerLost, ReachError, Weightcas
 from weightcast.sync.host.share import HostShare
 from weightcast.sync.host.worker import HostWorker
 from weightcast.sync.host_bytes import ChunkBytes
+from weightcast.sync.landing import Landing
+from weightcast.sync.link_taking import LinkTaker
 from weightcast.sync.messages import Announce, Staged, decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.shared_subscription import SharedSubscription
@@ -69,6 +71,7 @@ class SubscriberLoop:
             self._context.destroy(linger=0)
             raise
         self._client = ZmqChunkClient(self._context, keys, num_links=num_links)
+        self._links = LinkTaker(subscription, reaches)
         self._poller, self._polled = zmq.Poller(), list[Any]()
         self._worker: HostWorker | None = None
         if share is not None:
@@ -131,7 +134,7 @@ class SubscriberLoop:
 
     def _renew_poller(self) -> zmq.Poller:
         """Of all sockets; the one before, where they are the same."""
-        sockets: list[Any] = [self._wake_in, self._control, *self._client.sockets()]
+        sockets: list[Any] = [self._wake_in, self._control, *self._client.sockets(), *self._links.descriptors()]
         if self._worker is not None:
             sockets += [follower.fileno() for follower in self._worker.sockets()]
         if sockets != self._polled:
@@ -157,7 +160,9 @@ class SubscriberLoop:
         for socket in self._client.sockets():
             if socket in ready:
                 self._take_chunks(socket)
+        self._carry_out(self._links.take(ready))
         self._carry_out(self._subscription.tick(time.monotonic()))
+        self._carry_out(self._links.check(time.monotonic()))
         if self._worker is not None:
             self._carry_out(self._worker.step(time.monotonic()))
 
@@ -176,6 +181,8 @@ class SubscriberLoop:
 
     def _reach(self, announce: Announce) -> str:
         """Choose the way to each source; why there is none."""
+        if self._subscription.arrival is None or self._subscription.arrival.version != announce.version:
+            self._links.let_go()
         try:
             self._subscription.reached = self._reaches.renew(announce.tickets, self._subscription.model.num_sources)
         except ReachError as error:
@@ -200,6 +207,7 @@ class SubscriberLoop:
 
     def _land(self, received: ReceivedChunk) -> list[Effect]:
         rank, header, body = received.rank, received.header, received.buffer
+        assert not isinstance(body, Landing), "ZeroMQ gives whole chunks"
         if body is not None or header.encoding != "dense" or not self._reads(rank, header.index):
             return self._subscription.land(rank, header, body, time.monotonic())
         try:
@@ -259,6 +267,9 @@ class SubscriberLoop:
         return zmq_sockets.connect(self._context, self._address, self._keys, MAX_MESSAGE_BYTES)
 
     def _ask(self, request: Request) -> bool:
+        if (effects := self._links.ask(request)) is not None:
+            self._carry_out(effects)
+            return True
         try:
             self._client.ask(request)
         except (AddressError, zmq.ZMQError) as error:

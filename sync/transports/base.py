@@ -17,6 +17,7 @@ import torch
 import zmq
 
 from weightcast.sync.arrival import Request
+from weightcast.sync.landing import Landing
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.snapshot import Snapshot
 
@@ -25,11 +26,14 @@ ByteArray: TypeAlias = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class ReceivedChunk:
-    """A chunk as it came; `buffer` is valid until the client receives again. None where no bytes followed."""
+    """A chunk as it came; `buffer` is valid until the client receives again. None where no bytes followed.
+
+    A landing where it was received step by step, and digested (`landing.py`).
+    """
 
     rank: int
     header: ChunkHeader
-    buffer: ByteArray | None
+    buffer: ByteArray | Landing | None
 
 
 class ChunkServer(Protocol):

@@ -7,7 +7,8 @@
     reaches.renew(announce.tickets, num_sources)            # {source rank: kind} of those that are read so
 
 Each kind is a module beside this one, with `expose(num_bytes)` and `reach(ticket, timeout_s)`; it is imported when
-somebody asks for it.
+somebody asks for it. `tcp` exposes no memory: its server has the ticket, and `reach` makes a link on which the source
+sends.
 """
 
 import importlib
@@ -21,10 +22,14 @@ from weightcast.sync.records import Ticket
 from weightcast.sync.snapshot import allocate_arena
 from weightcast.sync.transports.base import ByteArray, Exposed, Reach
 from weightcast.sync.transports.choose import Choice, Context, Offers, blend_rate, choose_reach
+from weightcast.sync.transports.tcp import TcpLink
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("shared_memory", "mooncake", "cuda_ipc")
+MEMORY_KINDS = ("shared_memory", "mooncake", "cuda_ipc")
+KINDS = (*MEMORY_KINDS, "tcp")
+# A link may break for once, so it is made anew with a later version; not for ever.
+_MAX_LOSSES = 3
 
 
 def check_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -60,6 +65,8 @@ class Arena:
 def make_arena(kinds: Sequence[str], num_bytes: int) -> Arena:
     """Zeroed memory of the first kind that this machine has, or private memory."""
     for kind in check_kinds(kinds) if num_bytes else ():
+        if kind not in MEMORY_KINDS:
+            continue
         try:
             module = importlib.import_module(f"weightcast.sync.transports.{kind}")
             exposed: Exposed = module.expose(num_bytes)
@@ -82,7 +89,8 @@ class Reaches:
             raise ConfigError(f"transport={wanted!r} is not known; use one of {allowed}")
         self._wanted = wanted
         self._timeout_s = timeout_s
-        self._open: dict[Ticket, Reach] = {}
+        self._open: dict[Ticket, Reach | TcpLink] = {}
+        self._losses: dict[Ticket, int] = {}
         self._failed: dict[Ticket, str] = {}
         self._rates: dict[str, float] = {}
         self._choices: dict[int, Choice] = {}
@@ -95,12 +103,18 @@ class Reaches:
         for ticket in [ticket for ticket in self._open if ticket not in tickets]:
             self._open.pop(ticket).close()
         self._failed = {ticket: why for ticket, why in self._failed.items() if ticket in tickets}
-        for ticket in tickets:
+        for ticket in sorted(tickets, key=lambda ticket: ticket.kind == "tcp"):
             if self._wanted in ("auto", ticket.kind) and ticket not in self._open and ticket not in self._failed:
+                if ticket.kind == "tcp" and self._is_near(ticket.rank):
+                    continue
                 self._try(ticket)
         for rank in range(num_sources):
             self._choose(rank, [ticket for ticket in tickets if ticket.rank == rank])
         return {rank: choice.kind for rank, choice in self._choices.items() if choice.kind != "zmq"}
+
+    def _is_near(self, rank: int) -> bool:
+        """Whether memory of the source is open that no network lies before: then nobody needs a link to it."""
+        return any(ticket.rank == rank and ticket.kind in ("shared_memory", "cuda_ipc") for ticket in self._open)
 
     def _try(self, ticket: Ticket) -> None:
         try:
@@ -114,7 +128,7 @@ class Reaches:
 
     def _choose(self, rank: int, tickets: Sequence[Ticket]) -> None:
         open_kinds = {ticket.kind for ticket in tickets if ticket in self._open}
-        is_near = bool(open_kinds & {"shared_memory", "cuda_ipc"})
+        is_near = self._is_near(rank)
         before = self._choices.get(rank)
         context = Context(
             same_host=is_near,
@@ -136,21 +150,29 @@ class Reaches:
         if rate is not None:
             self._rates[kind] = rate
 
+    def _is_chosen(self, ticket: Ticket) -> bool:
+        choice = self._choices.get(ticket.rank)
+        return choice is not None and choice.kind == ticket.kind
+
     def get(self, rank: int) -> Reach | None:
         """A source's memory, of the kind that was chosen."""
-        choice = self._choices.get(rank)
-        found = (
-            reach
-            for ticket, reach in self._open.items()
-            if choice and (ticket.rank, ticket.kind) == (rank, choice.kind)
-        )
-        return next(found, None)
+        for ticket, reach in self._open.items():
+            if ticket.rank == rank and self._is_chosen(ticket) and not isinstance(reach, TcpLink):
+                return reach
+        return None
+
+    @property
+    def links(self) -> dict[int, TcpLink]:
+        """Open links by their source's rank; those that are not chosen may still bring what they were asked for."""
+        return {ticket.rank: reach for ticket, reach in self._open.items() if isinstance(reach, TcpLink)}
 
     def give_up(self, rank: int, reason: str) -> None:
-        """Let go of a source's memory, and do not try these tickets again."""
+        """Let go of a source's memory, and do not try these tickets again; links are tried a few times more."""
         for ticket in [ticket for ticket in self._open if ticket.rank == rank]:
+            self._losses[ticket] = self._losses.get(ticket, 0) + 1
+            if ticket.kind != "tcp" or self._losses[ticket] >= _MAX_LOSSES:
+                self._failed[ticket] = reason
             self._open.pop(ticket).close()
-            self._failed[ticket] = reason
 
     def close(self) -> None:
         """Let go of everything."""

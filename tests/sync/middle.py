@@ -1,7 +1,7 @@
 """A man in the middle: a real forwarder between engines and a publisher, whose chunks a test may alter.
 
 It passes control messages on as they are, but for the addresses of the sources, which it replaces by its own, and
-tickets to their memory, which would lead around it.
+tickets, which would lead around it. With `alter_stream` those to TCP links stay, and lead through a forwarder.
 
     with Middle(publisher.address, alter) as middle:
         WeightSubscriber(middle.address)
@@ -13,8 +13,11 @@ from dataclasses import replace
 from types import TracebackType
 
 import zmq
+from tests.sync import tcp_parts
 
 from weightcast.sync.messages import Announce, ChunkHeader, Layout, decode, encode
+from weightcast.sync.records import Ticket
+from weightcast.sync.transports.tcp_wire import pack_ticket, read_ticket
 
 Alter = Callable[[int, bytes, bytes], list[list[bytes]]]
 """(chunk index, header frame, body) -> the messages that the engine gets instead."""
@@ -28,8 +31,10 @@ def pass_on(index: int, header: bytes, body: bytes) -> list[list[bytes]]:
 class Middle:
     """See the module. `alter` may be replaced at any time."""
 
-    def __init__(self, target: str, alter: Alter = pass_on) -> None:
+    def __init__(self, target: str, alter: Alter = pass_on, alter_stream: tcp_parts.Alter | None = None) -> None:
         self.alter = alter
+        self._alter_stream = alter_stream
+        self._forwarders: dict[int, tcp_parts.Forwarder] = {}
         self._target = target
         self._data_target = ""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -75,12 +80,23 @@ class Middle:
         if isinstance(message, ChunkHeader) and len(frames) == 2:
             return self.alter(message.index, *frames)
         if isinstance(message, Announce):
-            return [[encode(replace(message, tickets=()))]]
+            return [[encode(replace(message, tickets=self._redirect(message.tickets)))]]
         if isinstance(message, Layout):
             (offer,) = message.offers
             self._data_target = offer.address
             return [[encode(replace(message, offers=(replace(offer, address=self._data_address),)))]]
         return [frames]
+
+    def _redirect(self, tickets: tuple[Ticket, ...]) -> tuple[Ticket, ...]:
+        redirected = []
+        for ticket in tickets if self._alter_stream is not None else ():
+            if ticket.kind == "tcp" and self._alter_stream is not None:
+                real = read_ticket(ticket.data)
+                if real.port not in self._forwarders:
+                    self._forwarders[real.port] = tcp_parts.Forwarder(real.port, self._alter_stream)
+                data = pack_ticket(replace(real, port=self._forwarders[real.port].port))
+                redirected.append(replace(ticket, data=data))
+        return tuple(redirected)
 
     def __enter__(self) -> "Middle":
         return self
@@ -90,3 +106,5 @@ class Middle:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        for forwarder in self._forwarders.values():
+            forwarder.__exit__(None, None, None)

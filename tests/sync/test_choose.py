@@ -25,6 +25,7 @@ NEAR = Context(same_host=True, same_uid=True, same_gpu=True)
 HOST = dataclasses.replace(NEAR, same_gpu=False)
 FAR = Context(same_host=False)
 GB = 1e9
+NO_TCP = Offers(tickets=frozenset(KINDS) - {"tcp"})
 
 
 @pytest.mark.parametrize(
@@ -45,26 +46,38 @@ GB = 1e9
         ),
         (
             ALL,
-            dataclasses.replace(HOST, same_uid=False, failed={"cuda_ipc": "no peer access"}),
+            dataclasses.replace(HOST, same_uid=False, failed={"cuda_ipc": "no peer access", "tcp": "refused"}),
             "zmq: same host, no memory of the source to read; not tried yet",
         ),
         (Offers(), NEAR, "zmq: same host, no memory of the source to read; not tried yet"),
         (Offers(), FAR, "zmq: another host; not tried yet"),
-        (ALL, FAR, "zmq: another host; not tried yet"),
-        (ALL, dataclasses.replace(FAR, link="rdma"), "mooncake: another host, RDMA link; not tried yet"),
-        (ALL, dataclasses.replace(FAR, rates={"zmq": 4.2 * GB}), "mooncake: another host; not tried yet"),
+        (ALL, FAR, "tcp: another host; not tried yet"),
+        (ALL, dataclasses.replace(FAR, rates={"tcp": 5 * GB}), "zmq: another host; not tried yet"),
         (
-            ALL,
+            Offers({"tcp"}),
+            dataclasses.replace(FAR, rates={"tcp": 5 * GB, "zmq": 3 * GB}, current="zmq"),
+            "tcp: 1.67 times as fast as zmq: 5 GB/s measured",
+        ),
+        (
+            Offers({"tcp", "shared_memory"}, frozenset({"tcp", "zmq"})),
+            HOST,
+            "tcp: same host, no memory of the source to read; not tried yet",
+        ),
+        (NO_TCP, FAR, "zmq: another host; not tried yet"),
+        (NO_TCP, dataclasses.replace(FAR, link="rdma"), "mooncake: another host, RDMA link; not tried yet"),
+        (NO_TCP, dataclasses.replace(FAR, rates={"zmq": 4.2 * GB}), "mooncake: another host; not tried yet"),
+        (
+            NO_TCP,
             dataclasses.replace(FAR, rates={"zmq": 4.2 * GB, "mooncake": 1.9 * GB}, current="mooncake"),
             "zmq: 2.21 times as fast as mooncake: 4.2 GB/s measured",
         ),
         (
-            ALL,
+            NO_TCP,
             dataclasses.replace(FAR, rates={"zmq": 4.2 * GB, "mooncake": 1.9 * GB}, current="zmq"),
             "zmq: another host; 4.2 GB/s measured, against mooncake 1.9",
         ),
         (
-            ALL,
+            NO_TCP,
             dataclasses.replace(FAR, rates={"zmq": 4 * GB, "mooncake": 4.6 * GB}, current="zmq"),
             "zmq: kept at 4 GB/s; mooncake is 1.15 times as fast, 1.2 would be reason",
         ),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.sync.packed import answer, make_packed
+from tests.sync.packed import CHUNK_BYTES, answer, make_packed
 from tests.sync.parts import PROPERTY, WAIT_S, TensorSource, assert_same_bits, bits, make_model, make_specs, random_bits
 
 from weightcast.sync import HeldRegion, WeightPublisher
@@ -117,6 +117,7 @@ def test_what_lay_on_the_device_is_landed_there_from_any_byte_on() -> None:
         with pytest.raises(WireError, match=f"has 5 bytes, {chunk.num_bytes} were announced"):
             staging.land(0, header, memory[:5], is_hashed=False)
         staging.land(0, header, memory[3 + start : 3 + start + chunk.num_bytes], is_hashed=False)
+    assert staging.open_landing(0, header, layout.chunks[-1].num_bytes, np.zeros(CHUNK_BYTES, np.uint8)) is None
     assert_same_bits(staging.finish(), tensors)
 
 
