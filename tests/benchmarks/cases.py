@@ -64,7 +64,7 @@ CPU_CASES: tuple[Case, ...] = (
         "zmq_vs_sockets",
         "ZeroMQ over tcp loopback, staged and verified: speed against raw sockets doing the same",
         at_least(0.95),
-        partial(moves.race, place="network", baseline="baselines.sockets", options={"verify": True}),
+        partial(moves.race, place="zmq", baseline="baselines.sockets", options={"verify": True}),
         "sockets, staged and verified",
     ),
     Case(

@@ -1,7 +1,7 @@
 """Cases that move a whole model from one process into another: weightcast's transports against each baseline.
 
-"For the place": on one host weightcast has shared memory; between hosts (here the loopback) it has ZeroMQ. A baseline
-is met by the best of what there is for its place.
+"For the place": on one host weightcast has shared memory; between hosts (here the loopback) it has TCP links and
+ZeroMQ. A baseline is met by the best of what there is for its place.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,8 @@ TCP = "tcp://127.0.0.1:0"
 # The transports for each place, as options of both ends.
 PLACES: dict[str, tuple[dict[str, Any], ...]] = {
     "host": ({"transport": "shared_memory"},),
-    "network": ({"transport": "zmq", "address": TCP},),
+    "network": ({"transport": "tcp", "address": TCP}, {"transport": "zmq", "address": TCP}),
+    "zmq": ({"transport": "zmq", "address": TCP},),
 }
 
 
@@ -90,7 +91,7 @@ def measure_checking(settings: Settings) -> Reading:
     """
     checks_s: list[float] = []
     publishes_s: list[float] = []
-    with Link(OURS, model_for(settings), options=PLACES["network"][0]) as link:
+    with Link(OURS, model_for(settings), options=PLACES["zmq"][0]) as link:
         for number in range(settings.rounds + 1):
             move = link.move()
             (engine,) = move.senders[0]["engines"].values()
@@ -109,7 +110,7 @@ def measure_memory(settings: Settings, *, side: str) -> Reading:
     """
     model = model_for(settings)
     extra_bytes: list[float] = []
-    with Link(OURS, model, {"step": "sparse", "density": 0.008}, PLACES["network"][0]) as link:
+    with Link(OURS, model, {"step": "sparse", "density": 0.008}, PLACES["zmq"][0]) as link:
         for number in range(settings.rounds + 1):
             move = link.move()
             if number:
