@@ -27,6 +27,8 @@ from weightcast.sync.transports.zmq_sockets import CurveKeys
 
 MAX_REQUEST_BYTES = 4096
 _HEADER_ROOM_BYTES = 4096
+# The largest block that glibc's malloc learns from; it then keeps up to twice as much that is free.
+_LEARNT_BYTES = 31 << 20
 
 
 class ZmqChunkServer:
@@ -164,6 +166,9 @@ class ZmqChunkClient:
         self._context = context
         self._keys = keys
         self._num_links = num_links
+        # libzmq takes memory for each message. Until a larger block came and went, malloc gives the last one's pages
+        # back to the system each time, and every page of the next is faulted in: half of the receiver's time here.
+        np.empty(_LEARNT_BYTES, np.uint8)
         self._links: dict[tuple[int, str, int], list[zmq.Socket[bytes]]] = {}
         self._ranks: dict[zmq.Socket[bytes], int] = {}
         self._limits: dict[zmq.Socket[bytes], int] = {}
