@@ -10,8 +10,8 @@ and those that lie in strides, come to scratch memory together, and are copied t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +26,7 @@ STEP_BYTES = 1 << 20
 MIN_DIRECT_BYTES = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
+class _Step(NamedTuple):
     """Bytes that are received at once: to their place (`region` of piece `first`), or to scratch (several pieces)."""
 
     target: ByteArray

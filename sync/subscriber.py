@@ -173,8 +173,8 @@ class WeightSubscriber:
     since `publish` waits for it.
 
     `transport` is "auto" (memory that this host may read where a source exposes some, otherwise connections: by where
-    the sources are, and what was measured), "zmq" for connections alone, or one kind of memory; where that cannot be
-    had, versions are refused with the reason.
+    the sources are, and what was measured), "zmq" for ZeroMQ alone, "tcp" for a source's own links, or one kind of
+    memory; where that cannot be had, versions are refused with the reason.
 
     `share` names a group: workers of one host and user that follow one publisher's address under one name receive each
     version once, into memory that all of them read (`sync/host`). Each is a receiver of its own all the same. A
