@@ -102,6 +102,9 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     mtp_num_layers: int | None = None
     """Layers for multi-token prediction; `None` builds none of those that the checkpoint has."""
 
+    autocast_dtype: torch.dtype | None = None
+    """What `enable_autocast` computes in; `finalize()` takes the parameters' dtype where it is None."""
+
     seed: int = 1234
     """Seed of the initial weights and of dropout."""
     pre_wrap_hooks: _Hooks = field(default_factory=_Hooks, repr=False)

@@ -63,7 +63,7 @@ def test_torchs_dtypes_are_taken_by_their_names() -> None:
     record.autocast_dtype = torch.half  # type: ignore[assignment]
     assert record.autocast_dtype == "float16"
     with pytest.raises(AttributeError):
-        record.bf61 = True  # type: ignore[attr-defined]
+        record.bf61 = True
 
 
 def test_records_are_saved_and_read_back(tmp_path: Path) -> None:
