@@ -120,11 +120,11 @@ def test_a_copy_is_left_alone_while_a_worker_loads_it(subscribe: Subscribe, capl
         update = engines[0].wait(WAIT_S)
         assert_same_bits(dict(update), tensors)
         update.commit()
-        second.wait()
         updates[1].commit()
         update = engines[1].wait(WAIT_S)
         assert_same_bits(dict(update), tensors)
         update.commit()
+        second.wait()
     assert "kept version" not in caplog.text
 
 
@@ -175,7 +175,9 @@ def test_a_rejected_version_is_let_go_of(subscribe: Subscribe) -> None:
         updates[1].commit()
         assert publication.wait().serving == ("b",)
         change(tensors, 2)
-        assert sorted(publish(p, 2, tensors, engines).serving) == ["a", "b"]
+        # One is enough to end it: the other may still be on its way then.
+        assert publish(p, 2, tensors, engines).serving
+        assert [engine.serving.number for engine in engines if engine.serving] == [2, 2]
 
 
 def test_what_the_receiver_refuses_the_others_refuse_with_its_reason(subscribe: Subscribe) -> None:
