@@ -6,15 +6,19 @@
     DiskPublisher(source, folder).publish(version)           the same through a store of versions, with no link between
     DiskSubscriber(folder).wait(timeout_s)                   the two sides: a folder, or an object store
 
+    follow(address).wait(timeout_s)                          either kind of subscriber, by its address
+
 It knows torch, zmq and msgpack; no Megatron, no engine.
 """
 
 from weightcast.sync.cut_source import CutSource, cut_source
 from weightcast.sync.disk.materialize import MaterializeReport, materialize
+from weightcast.sync.disk.observer import DiskObserver
 from weightcast.sync.disk.publisher import DiskPublisher
 from weightcast.sync.disk.reports import DiskReport
 from weightcast.sync.disk.subscriber import DiskLimits, DiskSubscriber, DiskUpdate
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
+from weightcast.sync.follow import follow, kind_of
 from weightcast.sync.host.share import HostShare
 from weightcast.sync.limits import Limits
 from weightcast.sync.publication import Publication
@@ -45,6 +49,7 @@ __all__ = [
     "CutSource",
     "DeltaMode",
     "DiskLimits",
+    "DiskObserver",
     "DiskPublisher",
     "DiskReport",
     "DiskSubscriber",
@@ -77,6 +82,8 @@ __all__ = [
     "WeightSubscriber",
     "broadcast_version",
     "cut_source",
+    "follow",
+    "kind_of",
     "materialize",
     "receive_version",
 ]

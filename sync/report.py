@@ -70,8 +70,8 @@ class PublishReport:
 
     @property
     def stall_s(self) -> float:
-        """Seconds for which this rank's training stood still."""
-        return self.phases_s.get("pack", 0.0)
+        """Seconds for which this rank's training stood still: until its bits were safe, in a store until all were."""
+        return sum(self.phases_s.get(phase, 0.0) for phase in ("pack", "write", "meet"))
 
     @property
     def pause_s(self) -> float:

@@ -11,8 +11,9 @@ in `damaged`, and never looked at again.
 import os
 
 from weightcast.sync.checkpoint_files import INDEX_FILE
+from weightcast.sync.disk.fleet_records import FLEET
 from weightcast.sync.disk.manifest_checks import ModelLimits, check_manifest
-from weightcast.sync.disk.naming import MANIFEST, parse_version_folder, version_folder
+from weightcast.sync.disk.naming import MANIFEST, parse_run_folder, parse_version_folder, version_folder
 from weightcast.sync.disk.records import MAX_RECORD_BYTES, MAX_TENSORS, Hashing, Unfinished, VersionManifest, unseal
 from weightcast.sync.disk.routes import VersionInfo
 from weightcast.sync.disk.store import Store, raise_passing, read_file
@@ -40,6 +41,8 @@ class Catalog:
     def __init__(self, store: Store, hashing: Hashing, limits: ModelLimits) -> None:
         self.store = store
         self.damaged: dict[Version, DamagedVersion] = {}
+        self.newest_run = -1
+        """The epoch of the newest publisher's life that `refresh` saw; -1: none."""
         self._hashing = hashing
         self._limits = limits
         self._infos: dict[Version, VersionInfo] = {}
@@ -47,7 +50,9 @@ class Catalog:
 
     def refresh(self) -> tuple[VersionInfo, ...]:
         """All whole versions, rising. New ones are read; those that were removed are forgotten."""
-        found = {version for name in self.store.folders() if (version := parse_version_folder(name)) is not None}
+        names = self.store.folders()
+        self.newest_run = max((run for name in names if (run := parse_run_folder(name)) is not None), default=-1)
+        found = {version for name in names if (version := parse_version_folder(name)) is not None}
         for version in self._infos.keys() - found:
             del self._infos[version]
         for version in self.damaged.keys() - found:
@@ -120,6 +125,7 @@ def describe(manifest: VersionManifest, seal: bytes) -> VersionInfo:
     return VersionInfo(
         *(manifest.version, seal, manifest.is_anchor, manifest.base),
         *(sum(sizes[file] for file in dense), sum(sizes[file] for file in delta), manifest.created_s),
+        is_governed=any(file.name == FLEET for file in manifest.files),
     )
 
 

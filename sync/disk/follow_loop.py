@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
+from weightcast.sync.disk.agreement import Agreement
 from weightcast.sync.disk.catalog import Catalog
 from weightcast.sync.disk.naming import ENGINES, engine_file
 from weightcast.sync.disk.records import EngineStatus, Hashing, seal
-from weightcast.sync.disk.routes import Route, Step, VersionInfo, find_route
+from weightcast.sync.disk.routes import Route, Step, VersionInfo, find_route, route_to
 from weightcast.sync.disk.staged import BitsDiffer, StagedCopy, StageStats, StepFailed
 from weightcast.sync.errors import ModelMismatch, StorageError, VersionError, WeightcastError
+from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version
 
@@ -36,6 +38,7 @@ class FollowLoop:
         serving: Version | None,
         poll_s: float,
         report: bool,
+        agree: bool | None = None,
     ) -> None:
         self.lock = threading.Condition()
         self.serving = serving
@@ -43,6 +46,7 @@ class FollowLoop:
         self.specs: tuple[TensorSpec, ...] | None = None
         self.ready: tuple[Version, StageStats] | None = None
         self.taken: Version | None = None
+        self._awaiting: tuple[Version, StageStats] | None = None  # staged, and not released
         self._above = serving
         self._errors: deque[Exception] = deque()
         self._doing = "the store has not been looked at yet"
@@ -53,6 +57,7 @@ class FollowLoop:
         self._copy = StagedCopy(catalog, hashing, expect, self._keep_going)
         self._status: EngineStatus | None = self._make_status("") if report else None
         self._report = report
+        self.agreement = Agreement(catalog, hashing, engine, agree, serving=serving)
         self._thread = threading.Thread(target=self._run, name=f"weightcast-disk-{engine}", daemon=True)
         self._thread.start()
 
@@ -79,8 +84,14 @@ class FollowLoop:
         self.taken, self.ready = self.ready[0], None
         return self._copy.tensors(), self._copy.specs
 
-    def release(self, version: Version, *, serving: bool, reason: str) -> None:
+    def release(
+        self, version: Version, *, serving: bool, reason: str, pause_s: float = 0.0, spans: Sequence[Span] = ()
+    ) -> None:
         """The version that was taken is served, or refused for a reason."""
+        if serving:
+            self.agreement.member.note_serving(version, pause_s, spans)
+        else:
+            self.agreement.member.note_refused(version, reason)
         with self.lock:
             self.taken, self._above = None, version
             if serving:
@@ -126,33 +137,76 @@ class FollowLoop:
             self.lock.notify_all()
 
     def _advance(self) -> bool:
-        """Look, and stage the newest version that can be reached; whether there may be more to do at once."""
+        """Look, and stage the next version that can be reached; whether there may be more to do at once."""
         infos = self._catalog.refresh()
         self._note(infos)
+        self.agreement.look(infos)
+        self._pass_on(infos)
         with self.lock:
-            above = self._above if self.ready is None else self.ready[0]
-            route = find_route(infos, self._copy.held, above, self._spoiled)
+            before = self.ready, self._awaiting, self.taken, self._above
+        staged = before[0] or before[1]
+        above = before[3] if staged is None else staged[0]
+        route = self._choose_route(infos, above, is_ready=before[0] is not None)
+        with self.lock:
+            if before != (self.ready, self._awaiting, self.taken, self._above):
+                return self.taken is None  # taken or committed meanwhile: where to go must be asked anew
             if route is None or self.taken is not None:
                 self._doing = self._describe_store(infos, above)
                 return False
-            before, self.ready = self.ready, None  # the copy is worked on
+            self.ready = self._awaiting = None  # the copy is worked on
             self._doing = f"version {route.target} is being staged in {len(route.steps)} steps"
         try:
             stats = self._copy.follow(route, infos)
         except Exception as error:
             with self.lock:
                 # A delta whose files are damaged leaves the copy, and what was ready, as it was.
-                if before is not None and self._copy.version == before[0]:
-                    self.ready = before
+                if staged is not None and self._copy.version == staged[0]:
+                    self.ready, self._awaiting = before[0], before[1]
             if self._can_go_on(error, route):
                 return True
+            self._refuse_lost(route.target, infos, error)
             raise
+        self._end_staging(route.target, stats, infos)
+        return True
+
+    def _choose_route(self, infos: Sequence[VersionInfo], above: Version | None, *, is_ready: bool) -> Route | None:
+        """To what the fleet serves first, then to what it has not released yet."""
+        candidates = self.agreement.choose(infos, above, self._copy.version)
+        route = find_route(candidates, self._copy.held, above, self._spoiled)
+        if route is None and len(candidates) < len(infos):  # what is released cannot be reached
+            route = find_route(infos, self._copy.held, above, self._spoiled)
+        if route is not None and is_ready and not self._is_free(route.target, infos):
+            return None  # what may be served is not given up for what may not
+        return route
+
+    def _end_staging(self, version: Version, stats: StageStats, infos: Sequence[VersionInfo]) -> None:
+        self.agreement.member.note_staged(version, stats.stage_s, stats.num_bytes, stats.checksums_checked)
         with self.lock:
-            self.ready = (route.target, stats)
+            self._awaiting = (version, stats)
             # The store is in reach again. Damage is told all the same, once, though there was a way around it.
             self._errors = deque(error for error in self._errors if not isinstance(error, StorageError))
-            self.lock.notify_all()
-        return True
+        self._pass_on(infos)
+
+    def _is_free(self, version: Version, infos: Sequence[VersionInfo]) -> bool:
+        return any(info.version == version and self.agreement.is_free(info) for info in infos)
+
+    def _pass_on(self, infos: Sequence[VersionInfo]) -> None:
+        """Give out what is staged, once it may be served."""
+        awaiting = self._awaiting
+        if awaiting is None:
+            return
+        is_free = self._is_free(awaiting[0], infos)
+        with self.lock:
+            self._doing = self.agreement.describe(awaiting[0], infos)
+            if is_free:
+                self.ready, self._awaiting = awaiting, None
+                self.lock.notify_all()
+
+    def _refuse_lost(self, target: Version, infos: Sequence[VersionInfo], error: Exception) -> None:
+        """Tell the fleet of a version to which no way is left."""
+        by_version = {info.version: info for info in infos}
+        if not isinstance(error, StorageError) and route_to(target, by_version, self._copy.held, self._spoiled) is None:
+            self.agreement.member.note_refused(target, str(error))
 
     def _can_go_on(self, error: Exception, route: Route) -> bool:
         """Mark what is not to be used again; whether there is another way, so that nobody need be told."""
@@ -183,9 +237,12 @@ class FollowLoop:
         for version, error in self._catalog.damaged.items():
             if version not in self._told and (self._above is None or version > self._above):
                 self._told.add(version)
+                self.agreement.member.note_refused(version, str(error))
                 raise error
 
     def _describe_store(self, infos: Sequence[VersionInfo], above: Version | None) -> str:
+        if self._awaiting is not None:
+            return self.agreement.describe(self._awaiting[0], infos)
         if not infos:
             return "it has no whole version yet: start the publisher, and give both the same place"
         newer = "" if above is None else f" newer than {above}"
@@ -206,6 +263,7 @@ class FollowLoop:
             self._closed = True
             self.lock.notify_all()
         self._thread.join()
+        self.agreement.close()
         try:
             self._write_status()
         except StorageError as error:

@@ -11,7 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from weightcast.sync.disk.agreement import read_release
 from weightcast.sync.disk.catalog import Catalog, host_limits, is_hf_folder
+from weightcast.sync.disk.fleet_records import MEMBER_PREFIX, Member
 from weightcast.sync.disk.naming import ENGINES, version_folder
 from weightcast.sync.disk.reading import OpenFiles
 from weightcast.sync.disk.records import MAX_RECORD_BYTES, EngineStatus, Hashing, Unfinished, unseal
@@ -37,6 +39,8 @@ class VersionRow:
     delta_bytes: int
     num_files: int
     created_s: float
+    is_released: bool | None
+    """Whether the fleet released it; None: it needs no release."""
     route: Route | None
     """How an engine that holds nothing gets there; None: it cannot."""
     faults: tuple[str, ...] = ()
@@ -82,13 +86,22 @@ def _list(store: Store, check: bool, hashing: Hashing) -> StoreListing:
                 *(info.version, version_folder(info.version), info.is_anchor),
                 *(None if info.base is None else info.base.version, is_hf_folder(manifest), len(manifest.specs)),
                 *(sum(spec.num_bytes for spec in manifest.specs), info.dense_bytes, info.delta_bytes),
-                *(len(manifest.files), info.created_s, route_to(info.version, by_version)),
+                *(len(manifest.files), info.created_s),
+                _is_released(store, info, hashing),
+                route_to(info.version, by_version),
             )
         )
     if check:
         rows = _check(catalog, hashing, infos, rows)
     damaged = tuple(str(error) for _, error in sorted(catalog.damaged.items()))
     return StoreListing(store.url, tuple(rows), damaged, catalog.unfinished(), _read_engines(store, hashing), check)
+
+
+def _is_released(store: Store, info: VersionInfo, hashing: Hashing) -> bool | None:
+    try:
+        return read_release(store, info, hashing) if info.is_governed else None
+    except (OSError, WireError):
+        return False
 
 
 def _check(
@@ -134,13 +147,19 @@ def _try_step(copy: StagedCopy, step: Step, infos: Sequence[VersionInfo]) -> lis
 
 
 def _read_engines(store: Store, hashing: Hashing) -> tuple[EngineStatus, ...]:
-    engines = []
-    for name in sorted(store.files(ENGINES)):
+    engines: dict[str, EngineStatus] = {}
+    for name in sorted(store.files(ENGINES)):  # those that agree come last, and know best
         try:
-            engines.append(unseal(read_file(store, ENGINES, name, MAX_RECORD_BYTES), EngineStatus, hashing))
+            raw = read_file(store, ENGINES, name, MAX_RECORD_BYTES)
+            if name.startswith(MEMBER_PREFIX):
+                member = unseal(raw, Member, hashing)
+                status = EngineStatus(member.engine, member.serving, member.reason, member.at_s)
+            else:
+                status = unseal(raw, EngineStatus, hashing)
         except (OSError, Unfinished, WireError):
             continue  # another's file, or one that is being replaced: engines are only shown
-    return tuple(sorted(engines, key=lambda status: status.engine))
+        engines[status.engine] = status
+    return tuple(engines[name] for name in sorted(engines))
 
 
 def render(listing: StoreListing) -> RenderableType:
@@ -154,6 +173,7 @@ def render(listing: StoreListing) -> RenderableType:
     for row in listing.versions:
         kind = "anchor" if row.is_anchor else "delta"
         kind += " + delta" if row.is_anchor and row.base is not None else ""
+        kind += ", not released" if row.is_released is False else ""
         share = f"{row.delta_bytes / row.model_bytes:.2%}" if row.base is not None and row.model_bytes else ""
         written = datetime.fromtimestamp(row.created_s, UTC).strftime("%Y-%m-%d %H:%M:%S")
         table.add_row(

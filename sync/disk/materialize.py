@@ -21,6 +21,7 @@ from weightcast.sync.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from weightcast.sync.digest import region_digest
 from weightcast.sync.disk.catalog import Catalog, damage, host_limits
 from weightcast.sync.disk.extra_files import find_extra_files
+from weightcast.sync.disk.fleet_records import FLEET
 from weightcast.sync.disk.naming import MANIFEST
 from weightcast.sync.disk.placing import place_piece
 from weightcast.sync.disk.reading import OpenFiles
@@ -164,6 +165,7 @@ class _Replay:
         with OpenFiles(self.store, manifest, self.hashing, numbers) as files:
             extras = {manifest.files[number].name: files.read_whole(number) for number in numbers}
         extras.pop(INDEX_FILE, None)
+        extras.pop(FLEET, None)
         return extras
 
 

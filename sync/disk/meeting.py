@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from weightcast.sync.assignment import assign_regions
 from weightcast.sync.disk import naming
+from weightcast.sync.disk.fleet_records import FLEET, OUTCOME, FleetTerms, Outcome
 from weightcast.sync.disk.records import (
     FORMAT,
     MAX_RECORD_BYTES,
@@ -52,10 +53,18 @@ _FIRST_POLL_S = 0.005
 
 
 class Meeting:
-    """One source's membership in a run. `join` first; `epoch` is rank 0's wish, or None."""
+    """One source's membership in a run. `join` first; `epoch` is rank 0's wish, or None; `terms` those of its fleet."""
 
-    def __init__(self, source: WeightSource, store: Store, hashing: Hashing, epoch: int | None) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        store: Store,
+        hashing: Hashing,
+        epoch: int | None,
+        terms: FleetTerms | None = None,
+    ) -> None:
         self.epoch = -1
+        self._terms = terms
         self.rank, self.world_size = source.rank, source.world_size
         self._specs = tuple(source.specs())
         self._regions = tuple(item.region for item in source.held())
@@ -76,6 +85,8 @@ class Meeting:
             self._wait(self._try_to_join, deadline_s, lambda: f"rank 0 to open a run for {self.world_size} sources")
             return
         epoch = self._claim()
+        if self._terms is not None:
+            self._write(naming.run_folder(epoch), FLEET, self._terms)  # before what says that the run is there
         self._write(naming.run_folder(epoch), naming.RUN, Run(FORMAT, epoch, self.world_size, self._model))
         self.epoch = epoch
         joined = self._wait(self._find_joined, deadline_s, self._describe_missing)
@@ -199,6 +210,19 @@ class Meeting:
             look, deadline_s, lambda: missing.format(own.version, sorted(set(range(self.world_size)) - parts.keys()))
         )
         return [parts[rank] for rank in range(self.world_size)]
+
+    def has_fleet(self) -> bool:
+        """Whether rank 0 has a policy, so that its versions have an outcome."""
+        return FLEET in self._store.files(naming.run_folder(self.epoch))
+
+    def await_outcome(self, version: Version, deadline_s: float) -> Outcome:
+        """Other ranks: what became of a version in the fleet, after its manifest was written."""
+        folder = naming.version_folder(version)
+
+        def look() -> Outcome | None:
+            return self._read(folder, OUTCOME, Outcome)
+
+        return self._wait(look, deadline_s, lambda: f"rank 0 to say what became of version {version} in the fleet")
 
     def _check_part(self, part: Part, version: Version, rank: int) -> None:
         if (part.version, part.rank, len(part.digests)) != (version, rank, 8 * len(self.shares[rank])):

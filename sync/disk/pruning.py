@@ -4,10 +4,12 @@ A version's manifest goes first, and for good, so that a removal that is cut sho
 """
 
 import logging
+from collections.abc import Sequence
 
 from weightcast.sync.disk.catalog import Catalog
+from weightcast.sync.disk.fleet_records import RELEASE
 from weightcast.sync.disk.naming import BEGIN, MANIFEST, RUN, parse_run_folder, run_folder, version_folder
-from weightcast.sync.disk.routes import find_needed
+from weightcast.sync.disk.routes import VersionInfo, find_needed
 from weightcast.sync.version import Version
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,10 @@ def sweep(catalog: Catalog, epoch: int) -> None:
             _remove(catalog, run_folder(run), RUN)
 
 
-def prune(catalog: Catalog, written: Version, keep: int) -> tuple[Version, ...]:
+def prune(catalog: Catalog, written: Version, keep: int, *, is_governed: bool = False) -> tuple[Version, ...]:
     """Remove the versions that neither are among the `keep` newest nor needed by those, and say which.
+
+    With `is_governed` the newest one that engines may serve stays as well, since `written` may never be released.
 
     Of the version just `written`, the records by which its sources met go. What cannot be removed is logged: the
     version is whole all the same.
@@ -35,12 +39,20 @@ def prune(catalog: Catalog, written: Version, keep: int) -> tuple[Version, ...]:
         met = [name for name in catalog.store.files(folder) if name == BEGIN or name.startswith("part-")]
         catalog.store.remove(folder, met)
         infos = catalog.refresh()
+        also = [version for version in (_find_servable(catalog, infos),) if version is not None] if is_governed else []
     except OSError as error:
         logger.warning("%s could not be tidied up: %s", catalog.store.url, error)
         return ()
-    needed = find_needed(infos, keep)
+    needed = find_needed(infos, keep, also)
     old = [info.version for info in infos if info.version not in needed and info.version < written]
     return tuple(version for version in old if _remove(catalog, version_folder(version), MANIFEST))
+
+
+def _find_servable(catalog: Catalog, infos: Sequence[VersionInfo]) -> Version | None:
+    for info in reversed(infos):
+        if not info.is_governed or RELEASE in catalog.store.files(version_folder(info.version)):
+            return info.version
+    return None
 
 
 def _remove(catalog: Catalog, folder: str, first: str) -> bool:

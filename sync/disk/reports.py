@@ -1,10 +1,14 @@
 """What became of a publish into a store: bytes, seconds and density, of all sources and of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
+from weightcast.sync.disk.fleet_records import Outcome
 from weightcast.sync.disk.records import Begin, Part, VersionManifest
+from weightcast.sync.records import EngineReport, SourceReport, Span
 from weightcast.sync.regions import TensorSpec
+from weightcast.sync.report import PublishReport
 from weightcast.sync.version import Version
 
 
@@ -41,9 +45,17 @@ class DiskReport:
     density: float | None
     """Share of elements that changed since the version before; None where nothing was compared."""
     phases_s: dict[str, float]
-    """Seconds of `pack` (copy, compare, digest), `write` (files of this rank) and `meet` (waiting for other ranks)."""
+    """Seconds of `pack` (copy, compare, digest), `write` (files of this rank) and `meet` (waiting for other ranks).
+
+    With a policy also of `stage` (until it was released) and `commit` (until the fleet served it)."""
     sources: tuple[PartReport, ...]
     removed: tuple[Version, ...]
+    spans: tuple[Span, ...] = ()
+    """When the version was packed and written, and with a policy staged and committed, in seconds since 1970.
+
+    Packing and writing take turns; their spans are drawn one after the other, in their lengths."""
+    engines: tuple[EngineReport, ...] = ()
+    """With a policy: what became of it on each engine."""
 
 
 def make_report(
@@ -55,6 +67,7 @@ def make_report(
     was_compared: bool,
     phases_s: Mapping[str, float],
     removed: tuple[Version, ...],
+    started_at_s: float,
 ) -> DiskReport:
     """The report of rank 0, which has the manifest and all parts, or of another rank, which has its own. Pure."""
     sources = tuple(_report_part(part, was_compared) for part in parts)
@@ -78,6 +91,39 @@ def make_report(
         phases_s=dict(phases_s),
         sources=sources,
         removed=removed,
+        spans=_lay_out_spans(phases_s, started_at_s),
+    )
+
+
+def _lay_out_spans(phases_s: Mapping[str, float], started_at_s: float) -> tuple[Span, ...]:
+    ends_at_s = list(accumulate(phases_s.values(), initial=started_at_s))
+    return tuple(Span(phase, ends_at_s[i], ends_at_s[i + 1]) for i, phase in enumerate(phases_s))
+
+
+def add_outcome(report: DiskReport, outcome: Outcome) -> DiskReport:
+    """The report of a version that the fleet agreed on."""
+    phases_s = report.phases_s | {span.phase: span.end_s - span.start_s for span in outcome.spans}
+    return replace(report, phases_s=phases_s, spans=report.spans + outcome.spans, engines=outcome.engines)
+
+
+def as_publish_report(report: DiskReport, delta: str) -> PublishReport:
+    """The same in the words of `WeightPublisher`, for its log, metrics and traces. `delta`: off, on or zstd."""
+    kind = "an anchor" if report.is_anchor else "a delta"
+    return PublishReport(
+        version=report.version,
+        num_bytes=sum(engine.num_bytes for engine in report.engines),
+        num_tensors=report.num_tensors,
+        num_chunks=0,
+        phases_s=report.phases_s,
+        spans=report.spans,
+        dense_bytes=report.model_bytes,
+        density=report.density,
+        sources=tuple(
+            SourceReport(s.rank, s.pack_s, s.dense_bytes, s.delta_bytes, s.changed_elements) for s in report.sources
+        ),
+        engines=report.engines,
+        delta=delta,
+        why=f"{kind} of {report.num_bytes} bytes in {report.num_files} files at {report.place}"[:1000],
     )
 
 

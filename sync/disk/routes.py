@@ -29,6 +29,8 @@ class VersionInfo:
     delta_bytes: int
     """Bytes of the files of its delta; 0 where it has none."""
     created_s: float = 0.0
+    is_governed: bool = False
+    """Whether a fleet must release it before engines serve it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +122,11 @@ def route_to(
     return None if best is None else Route(target, best[1])
 
 
-def find_needed(infos: Sequence[VersionInfo], keep: int) -> set[Version]:
-    """The newest `keep` versions, and all that is needed to reach each of them from an anchor."""
+def find_needed(infos: Sequence[VersionInfo], keep: int, also: Collection[Version] = ()) -> set[Version]:
+    """The newest `keep` versions and `also`, and all that is needed to reach each of them from an anchor."""
     by_version = {info.version: info for info in infos}
     needed: set[Version] = set()
-    for version in sorted(by_version, reverse=True)[:keep]:
+    for version in (*sorted(by_version, reverse=True)[:keep], *(by_version.keys() & set(also))):
         needed.add(version)
         route = route_to(version, by_version)
         needed.update(step.version for step in (route.steps if route is not None else ()))

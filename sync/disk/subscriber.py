@@ -8,8 +8,10 @@
             update.commit(pause_s=...)
 
 A thread looks for versions and stages them while the engine goes on serving: the first from an anchor and the deltas
-upon it, later ones by deltas alone, in place, in one copy of the model in host memory. There is no fleet: each engine
-takes a version when it is whole. `adapters.EngineFollower` drives an engine with it as with a `WeightSubscriber`.
+upon it, later ones by deltas alone, in place, in one copy of the model in host memory. Where the publisher has a
+policy, the engine says in the store what it has staged, and `wait` gives it out once the fleet has released it;
+otherwise each engine takes a version when it is whole. `adapters.EngineFollower` drives an engine with it as with a
+`WeightSubscriber`.
 """
 
 import logging
@@ -93,16 +95,20 @@ class DiskUpdate:
     def __len__(self) -> int:
         return len(self._open_tensors())
 
+    def check(self) -> None:
+        """Nothing overwrites the tensors of a version that was taken; for symmetry with `sync.Update`."""
+        self._open_tensors()
+
     def release(self) -> None:
         """Say before `commit` that all tensors were read; there are none after it."""
         self._open_tensors()
         self._tensors = {}
 
     def commit(self, pause_s: float = 0.0, spans: Sequence[Span] = ()) -> None:
-        """Say that the engine serves this version. `pause_s` and `spans` are for symmetry with `sync.Update`."""
+        """Say that the engine serves this version; `pause_s` is how long it answered nobody for it."""
         self._open_tensors()
         self._tensors = None
-        self._loop.release(self.version, serving=True, reason="")
+        self._loop.release(self.version, serving=True, reason="", pause_s=pause_s, spans=spans)
 
     def reject(self, reason: str) -> None:
         """Say that the engine cannot take this version, and goes on with the one before; it is not offered again."""
@@ -118,6 +124,10 @@ class DiskSubscriber:
     (`weightcast versions` shows it); without, a subscriber only reads. `expect` lists the tensors that the engine must
     get: a version of another model is refused. `serving` is the version that the engine was started on (an anchor's
     folder, say), so that only newer ones come. `key` as the publisher has it.
+
+    `agree`: whether the engine is one of the fleet. None: where the publisher has a policy. True: it makes itself known
+    at once, and takes nothing but what was released, whatever publisher comes. False: it takes every whole version and
+    is never waited for. An engine of the fleet writes to the store, and must have a name that no other one has.
     """
 
     def __init__(
@@ -130,6 +140,7 @@ class DiskSubscriber:
         report: bool = False,
         limits: DiskLimits | None = None,
         key: bytes | None = None,
+        agree: bool | None = None,
     ) -> None:
         limits = DiskLimits() if limits is None else limits
         self.engine = engine if engine is not None else f"{socket.gethostname()}-{os.getpid()}"
@@ -137,7 +148,7 @@ class DiskSubscriber:
         hashing = Hashing(key)
         catalog = Catalog(self._store, hashing, limits.of_model())
         poll_s = self._store.poll_s if limits.poll_s is None else limits.poll_s
-        self._loop = FollowLoop(catalog, hashing, self.engine, expect, serving, poll_s, report)
+        self._loop = FollowLoop(catalog, hashing, self.engine, expect, serving, poll_s, report, agree)
 
     @property
     def place(self) -> str:
@@ -155,6 +166,17 @@ class DiskSubscriber:
     def newest(self) -> Version | None:
         """The newest whole version that the store was seen to have."""
         return self._loop.newest
+
+    @property
+    def released(self) -> Version | None:
+        """The newest version that the fleet was seen to have released; None where versions need no release."""
+        return self._loop.agreement.released
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether the fleet serves a newer version than this engine: do not send it requests."""
+        released, serving = self.released, self.version
+        return released is not None and (serving is None or serving < released)
 
     @property
     def spoiled(self) -> tuple[Version, ...]:
