@@ -26,6 +26,7 @@ from weightcast.sync.regions import TensorSpec
 from weightcast.sync.subscriber import WeightSubscriber
 from weightcast.sync.transports.zmq_sockets import CurveKeys, parse_address
 from weightcast.sync.version import Version
+from weightcast.sync.wanted import Want
 
 PlaceKind: TypeAlias = Literal["publisher", "store"]
 
@@ -38,6 +39,7 @@ _OF_PUBLISHERS = {
     "transport": "a store has files, and no transports to choose from; leave it out",
     "share": "each worker reads a store by itself, into a copy of its own; leave it out",
     "device": "versions of a store are staged in host memory; leave it out",
+    "want": "versions of a store are read whole; leave it out",
 }
 _OF_STORES = {
     "key": "it unseals a store's files; sockets have CurveZMQ keys (keys=, a file named by --keys)",
@@ -78,6 +80,7 @@ def follow(
     transport: str | None = None,
     share: str | HostShare | None = None,
     device: str | torch.device | None = None,
+    want: Want | None = None,
     key: bytes | None = None,
     serving: Version | None = None,
     report: bool | None = None,
@@ -85,9 +88,9 @@ def follow(
 ) -> WeightSubscriber | DiskSubscriber | DiskObserver:
     """A `WeightSubscriber` of a publisher, a `DiskSubscriber` of a store, or an observer of either.
 
-    `engine`, `expect`, `role` and `limits` are for both; `keys`, `transport`, `share` and `device` for publishers;
-    `key`, `serving`, `report` and `agree` for stores. See the classes. Raises `AddressError`, and `ConfigError` for an
-    option that does not apply.
+    `engine`, `expect`, `role` and `limits` are for both; `keys`, `transport`, `share`, `device` and `want` for
+    publishers; `key`, `serving`, `report` and `agree` for stores. See the classes. Raises `AddressError`, and
+    `ConfigError` for an option that does not apply.
     """
     if kind_of(address) == "publisher":
         _refuse(address, _OF_STORES, {"key": key, "serving": serving, "report": report, "agree": agree})
@@ -103,8 +106,11 @@ def follow(
             transport="auto" if transport is None else transport,
             share=share,
             device=device,
+            want=want,
         )
-    _refuse(address, _OF_PUBLISHERS, {"keys": keys, "transport": transport, "share": share, "device": device})
+    _refuse(
+        address, _OF_PUBLISHERS, {"keys": keys, "transport": transport, "share": share, "device": device, "want": want}
+    )
     if isinstance(limits, Limits):
         raise ConfigError(f"limits: {address} is a store's, which takes sync.DiskLimits, not Limits")
     place: str | Path = address if isinstance(address, str) else Path(address)

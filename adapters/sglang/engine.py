@@ -2,8 +2,9 @@
 
     python -m weightcast.adapters.sglang.engine --engine http://127.0.0.1:30000 --publisher tcp://127.0.0.1:5600
 
-SGLang has no place for a second copy of its weights, so this process holds it. It runs on the trainer's side or beside
-the server; with `--backend nccl` it needs a GPU of its own, with `gloo` none.
+`--publisher` takes a store's folder or URL as well. SGLang has no place for a second copy of its weights, so this
+process holds it. It runs on the trainer's side or beside the server; with `--backend nccl` it needs a GPU of its own,
+with `gloo` none.
 """
 
 import argparse
@@ -17,16 +18,19 @@ import torch
 
 from weightcast.adapters.engine import Completion, PauseMode, check_offer, check_pause_mode, specs_of, version_label
 from weightcast.adapters.follower import EngineFollower
-from weightcast.adapters.keys import read_engine_keys
+from weightcast.adapters.keys import read_engine_keys, read_store_key
 from weightcast.adapters.sglang.client import PauseKind, SGLangClient
 from weightcast.adapters.sglang.updater import SGLangTarget, SGLangUpdater
-from weightcast.sync import CurveKeys, Version, WeightSubscriber
+from weightcast.sync import CurveKeys, Version, kind_of
+from weightcast.sync import follow as follow_versions
 from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, PeerLost
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.transports.collective_rules import SGLANG_BUCKET_BYTES
 
 logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
 
 # SGLang cannot let running requests finish first and keep new ones out; frozen ones would go on with an old cache.
 _PAUSES: dict[PauseMode, PauseKind] = {"abort": "abort", "keep": "retract"}
@@ -121,9 +125,12 @@ def follow(
     model: Path | None = None,
     events: Path | None = None,
     keys: CurveKeys | None = None,
+    key: bytes | None = None,
     timeout_s: float = 300.0,
 ) -> None:
     """Keep the server at `url` in step until `stop` is set; it may come up later, go away and come back.
+
+    `publisher` is an address or a store's folder or URL, with `keys` for the one and `key` for the other.
 
     `model` is the HF folder that the server was started on, whose tensors every version must have.
     """
@@ -137,10 +144,13 @@ def follow(
             bucket_bytes=bucket_bytes,
             timeout_s=timeout_s,
         ) as updater,
-        WeightSubscriber(publisher, engine=name, keys=keys) as subscriber,
+        follow_versions(publisher, engine=name, keys=keys, key=key) as subscriber,
     ):
         engine = SGLangEngine(updater, client, name=name, expect=expect)
         engine.keep_connected()
+        # What a store has is offered once, at the start; a publisher's fleet waits for nobody who is not there yet.
+        while kind_of(publisher) == "store" and not updater.is_connected and not stop.wait(_RETRY_S):
+            engine.keep_connected()
         follower = EngineFollower(engine, subscriber, pause_mode=pause_mode, events=events, process="engine")
         follower.run(stop, when_idle=engine.keep_connected)
 
@@ -149,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Follow until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m weightcast.adapters.sglang.engine", description=__doc__)
     parser.add_argument("--engine", required=True, help="the server, e.g. http://127.0.0.1:30000")
-    parser.add_argument("--publisher", required=True, help="the publisher, e.g. tcp://127.0.0.1:5600")
+    parser.add_argument("--publisher", required=True, help="tcp://HOST:PORT, or a store's folder or URL")
     parser.add_argument("--model", type=Path, help="the HF folder of the server's model: other sets are refused")
     parser.add_argument("--name", default="sglang", help="the engine's name in the fleet")
     parser.add_argument(
@@ -162,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--admin-key-file", type=Path, help="file with the server's --admin-api-key")
     parser.add_argument("--events", type=Path, help="file that gets one JSON line for each phase of an update")
     parser.add_argument("--keys", type=Path, help="key file, for a publisher beyond this host")
+    parser.add_argument("--key-file", type=Path, help="file with the key that a store's versions are sealed with")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
@@ -181,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model=args.model,
         events=args.events,
         keys=read_engine_keys(args.keys),
+        key=read_store_key(args.key_file),
     )
 
 

@@ -1,9 +1,10 @@
-"""Serve a `transformers` model over HTTP and follow a publisher.
+"""Serve a `transformers` model over HTTP and follow a publisher, or a store of versions.
 
     python -m weightcast.adapters.transformers.server --model path/to/hf --port 8000 --publisher tcp://127.0.0.1:5600
 
-Without `--publisher` the server serves the checkpoint and takes no updates. Prints one line with its address when
-it is ready; `--port 0` picks a free port.
+`--publisher` takes a store's folder or URL as well (`/shared/versions`, `s3://bucket/versions`). Without it the server
+serves the checkpoint and takes no updates. Prints one line with its address when it is ready; `--port 0` picks a free
+port.
 """
 
 import argparse
@@ -21,11 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from weightcast.adapters.engine import PauseMode, check_pause_mode
 from weightcast.adapters.follower import EngineFollower
-from weightcast.adapters.keys import read_engine_keys
+from weightcast.adapters.keys import read_engine_keys, read_store_key
 from weightcast.adapters.lifecycle import FollowerState
 from weightcast.adapters.transformers.app import make_app
 from weightcast.adapters.transformers.engine import TransformersEngine
-from weightcast.sync import CurveKeys, WeightSubscriber
+from weightcast.sync import CurveKeys, follow
 from weightcast.sync.errors import AddressError, ConfigError, EngineError
 from weightcast.sync.regions import DTYPES
 
@@ -43,11 +44,12 @@ class FollowerThread(AbstractContextManager["FollowerThread"]):
         pause_mode: PauseMode,
         events: Path | None = None,
         keys: CurveKeys | None = None,
+        key: bytes | None = None,
     ) -> None:
         # A checkpoint that lists a tied tensor twice matches a publisher of either form: see `check_offer`.
         specs = engine.expected_specs()
         expect = None if engine.aliases.keys() & {spec.name for spec in specs} else specs
-        self._subscriber = WeightSubscriber(publisher, engine=engine.name, expect=expect, keys=keys)
+        self._subscriber = follow(publisher, engine=engine.name, expect=expect, keys=keys, key=key)
         self._follower = EngineFollower(engine, self._subscriber, pause_mode=pause_mode, events=events)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="weightcast-follower", daemon=True)
@@ -103,13 +105,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="HF folder with safetensors files")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free port")
-    parser.add_argument("--publisher", help="address of a WeightPublisher, e.g. tcp://127.0.0.1:5600")
+    parser.add_argument("--publisher", help="whom to follow: tcp://HOST:PORT, ipc://, a store's folder or URL")
     parser.add_argument("--engine", default="transformers", help="this engine's name in the fleet")
     parser.add_argument("--dtype", default="auto", help="element type in memory: auto, float32, bfloat16, float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pause-mode", default="wait", help="running requests at an update: abort, wait or keep")
     parser.add_argument("--events", type=Path, help="file that gets one JSON line for each phase of an update")
     parser.add_argument("--keys", type=Path, help="key file, for a publisher beyond this host")
+    parser.add_argument("--key-file", type=Path, help="file with the key that a store's versions are sealed with")
     return parser.parse_args(arguments)
 
 
@@ -126,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.publisher is None:
         serve(listener, engine, tokenizer, None)
         return
-    keys = read_engine_keys(args.keys)
-    with FollowerThread(engine, args.publisher, pause_mode=mode, events=args.events, keys=keys) as follower:
+    keys, key = read_engine_keys(args.keys), read_store_key(args.key_file)
+    with FollowerThread(engine, args.publisher, pause_mode=mode, events=args.events, keys=keys, key=key) as follower:
         serve(listener, engine, tokenizer, follower)
 
 

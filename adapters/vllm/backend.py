@@ -9,11 +9,10 @@ reload begins and ends inside one call: a driver that dies between calls leaves 
     vllm serve path/to/hf --weight-transfer-config '{"backend": "weightcast"}'
 
 Several workers of one host receive each version once, into memory that all of them load from (`WeightSubscriber`'s
-`share`); workers that do not, receive the slices that they keep (`slices.py`). Settings that only the operator of the
-server may give are described in `settings.py`.
+`share`); workers that do not, receive the slices that they keep (`slices.py`). Each reads a store of versions by
+itself. What only the server's operator may set is in `settings.py`.
 """
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +29,17 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from weightcast.adapters.engine import check_offer, version_label
-from weightcast.adapters.keys import read_engine_keys
+from weightcast.adapters.engine import check_offer, parse_label, version_label
+from weightcast.adapters.keys import read_engine_keys, read_store_key
 from weightcast.adapters.timeline import EventLog
-from weightcast.adapters.vllm import NOT_CONNECTED, UNTOUCHED
-from weightcast.adapters.vllm.settings import choose_share, read_settings
+from weightcast.adapters.vllm import NOT_CONNECTED, NOT_STAGED, UNTOUCHED
+from weightcast.adapters.vllm.settings import check_publisher, choose_share, read_settings
 from weightcast.adapters.vllm.slices import check_tied_update, choose_want
-from weightcast.sync import Span, Update, WeightSubscriber
+from weightcast.adapters.vllm.waiting import wait_for_version
+from weightcast.sync import DiskObserver, DiskSubscriber, DiskUpdate, Span, Update, WeightSubscriber, follow
 from weightcast.sync.checkpoint_files import open_checkpoint
-from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, PeerLost, VersionError, WeightcastError
+from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, VersionError, WeightcastError
 from weightcast.sync.regions import TensorSpec
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,8 +51,7 @@ class WeightcastInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.publisher, str) or "://" not in self.publisher:
-            raise ConfigError(f"publisher must be an address such as tcp://127.0.0.1:5600, got {self.publisher!r}")
+        check_publisher(self.publisher)
         if not isinstance(self.timeout_s, int | float) or self.timeout_s <= 0:
             raise ConfigError(f"timeout_s must be a number of seconds above 0, got {self.timeout_s!r}")
 
@@ -63,11 +60,13 @@ class WeightcastInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 class WeightcastUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Body of `update_weights`: the label of the version to load, or how to end a session without a load.
 
+    With `check` nothing is loaded: the worker only says whether that is the version that it has staged.
     `abandon` is `"keep"` (the staged version stays for the next session) or `"drop"` (it is refused).
     """
 
     version: str = ""
     abandon: Literal["", "keep", "drop"] = ""
+    check: bool = False
 
 
 class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
@@ -85,14 +84,14 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self._aliases = find_ties(vllm_config.model_config, self._specs)
         self._settings = read_settings(vllm_config.additional_config)
         self._log = EventLog("engine", self._settings.events)
-        self._subscriber: WeightSubscriber | None = None
+        self._subscriber: WeightSubscriber | DiskSubscriber | None = None
         self._timeout_s = 0.0
-        self._staged: Update | None = None
-        self._loaded: Update | None = None
+        self._staged: Update | DiskUpdate | None = None
+        self._loaded: Update | DiskUpdate | None = None
         self._poisoned = ""
 
     def init_transfer_engine(self, init_info: WeightcastInitInfo) -> None:
-        """Begin to follow a publisher, which may come up later. A second call leaves the first publisher.
+        """Begin to follow a publisher or a store, which may come up later. A second call leaves the first one.
 
         Raises `ConfigError` for a publisher that the operator does not allow, and `AddressError`.
         """
@@ -100,16 +99,19 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         if allowed is not None and init_info.publisher != allowed:
             raise ConfigError(f"this server takes weights from {allowed} only, got {init_info.publisher}")
         self.shutdown()
-        self._subscriber = WeightSubscriber(
+        num_workers = self.parallel_config.world_size_across_dp
+        subscriber = follow(
             init_info.publisher,
             engine=self._worker_name(init_info.engine),
             # A checkpoint that lists a tied tensor twice matches a publisher of either form: see `check_offer`.
             expect=None if self._aliases.keys() & {spec.name for spec in self._specs} else self._specs,
             keys=read_engine_keys(self._settings.keys),
-            share=choose_share(self._settings, init_info.engine, self.parallel_config.world_size_across_dp),
-            want=choose_want(self._settings, self.vllm_config, self._specs, self._aliases),
+            key=read_store_key(self._settings.key_file),
+            share=choose_share(self._settings, init_info.publisher, init_info.engine, num_workers),
+            want=choose_want(self._settings, init_info.publisher, self.vllm_config, self._specs, self._aliases),
         )
-        self._timeout_s = float(init_info.timeout_s)
+        assert not isinstance(subscriber, DiskObserver)
+        self._subscriber, self._timeout_s = subscriber, float(init_info.timeout_s)
 
     def _worker_name(self, engine: str) -> str:
         """Each worker is a receiver of its own; one alone carries the engine's name."""
@@ -136,7 +138,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             self._drop(str(error))
             raise ModelMismatch(f"{UNTOUCHED}: {type(error).__name__}: {error}") from error
 
-    def _newest(self, subscriber: WeightSubscriber) -> Update:
+    def _newest(self, subscriber: WeightSubscriber | DiskSubscriber) -> Update | DiskUpdate:
         """The version that an abandoned session left here, unless the fleet has moved on since."""
         held, released = self._staged, subscriber.released
         if held is not None and released is not None and held.version < released:
@@ -145,13 +147,9 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             self._check(held)
         if self._staged is not None:
             return self._staged
-        try:
-            return subscriber.wait(self._timeout_s)
-        except PeerLost as error:
-            logger.warning("%s; waiting for whoever publishes now", error)
-            return subscriber.wait(self._timeout_s)
+        return wait_for_version(subscriber, self._timeout_s)
 
-    def _check(self, held: Update) -> bool:
+    def _check(self, held: Update | DiskUpdate) -> bool:
         """Whether the staged copy is what it was; it is dropped when the workers' host has overwritten it."""
         try:
             held.check()
@@ -182,6 +180,10 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             self._drop("the driver gave this version up")
         if update_info.abandon or update is None:
             raise ModelMismatch(f"{UNTOUCHED}: the session was ended without a load")
+        asked = parse_label(update_info.version)
+        if update_info.check and asked is not None and update.version < asked:
+            self._drop(f"version {asked} is to be loaded instead")
+            raise ModelMismatch(f"{UNTOUCHED}: {NOT_STAGED}: the worker had version {update.version}")
         if update_info.version != version_label(update.version):
             raise ModelMismatch(
                 f"{UNTOUCHED}: asked for version {update_info.version!r}, the worker has staged "
@@ -191,6 +193,8 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             raise ModelMismatch(
                 f"{UNTOUCHED}: version {update.version} was overwritten before it was loaded; start again"
             )
+        if update_info.check:
+            return
         try:
             with self._log.phase("reload", update.version):
                 self._reload(update)
@@ -201,7 +205,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             raise EngineError(f"this engine's weights are undefined ({self._poisoned}); restart it") from error
         self._staged, self._loaded = None, update
 
-    def _reload(self, update: Update) -> None:
+    def _reload(self, update: Update | DiskUpdate) -> None:
         expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         loaded = self.model.load_weights((name, tensor) for name, tensor in update if name not in self._aliases)

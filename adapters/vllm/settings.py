@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from weightcast.sync import HostShare
-from weightcast.sync.errors import ConfigError
+from weightcast.sync import HostShare, kind_of
+from weightcast.sync.errors import AddressError, ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +20,16 @@ class BackendSettings:
     events: Path | None = None
     """A file for the phases of each update, one JSON line each."""
     publisher: str | None = None
-    """The one publisher from which this server takes weights, whatever is posted to it."""
+    """The one publisher, or store, from which this server takes weights, whatever is posted to it."""
     keys: Path | None = None
-    """A key file (`weightcast.adapters.keys`)."""
+    """A file of CurveZMQ keys, for a publisher (`weightcast.adapters.keys`)."""
+    key_file: Path | None = None
+    """A file with the key that a store's versions are sealed with."""
     share: bool = True
-    """Whether several workers of one host receive each version once: "on" or "off"."""
+    """Whether several workers of one host receive each version once: "on" or "off". Each reads a store by itself."""
     slices: str = "auto"
     """Whether workers of one model ask for their own slices of tensors: "auto", where they do not all read one host's
-    copy (`share` is off, or they are on several hosts), or "off"."""
+    copy (`share` is off, or they are on several hosts), or "off". A store's versions are read whole."""
     lease_s: float = 120.0
     """How long such a worker may go on loading a version when the next one is announced."""
 
@@ -40,10 +42,10 @@ def read_settings(additional_config: Any) -> BackendSettings:
         unknown = ", ".join(sorted(map(str, given.keys() - set(allowed)))) if isinstance(given, dict) else repr(given)
         raise ConfigError(f"--additional-config weightcast: {unknown} unknown; allowed: {', '.join(allowed)}")
     settings: dict[str, Any] = {name: value for name, value in given.items() if value not in ("", None)}
-    for name in ("events", "keys", "publisher"):
+    for name in ("events", "key_file", "keys", "publisher"):
         if name in settings and not isinstance(settings[name], str):
             raise ConfigError(f"--additional-config weightcast: {name} must be a text, got {settings[name]!r}")
-    for name in ("events", "keys"):
+    for name in ("events", "key_file", "keys"):
         if name in settings:
             settings[name] = Path(settings[name])
     if "share" in settings:
@@ -62,15 +64,32 @@ def _read_switch(value: Any) -> bool:
     return value in ("on", True)
 
 
-def choose_share(settings: BackendSettings, engine: str, num_workers: int) -> HostShare | None:
-    """The share of a server's workers on one host, under the engine's name; None for one worker, or where it is off."""
-    return HostShare(engine, lease_s=settings.lease_s) if settings.share and num_workers > 1 else None
+def check_publisher(publisher: Any) -> None:
+    """Raise `ConfigError` unless `publisher`, which anybody may have posted, is an address, a folder or a URL."""
+    if not isinstance(publisher, str):
+        raise ConfigError(f"publisher must be an address such as tcp://127.0.0.1:5600, or a store, got {publisher!r}")
+    try:
+        kind_of(publisher)
+    except AddressError as error:
+        raise ConfigError(f"publisher: {error}") from error
 
 
-def takes_slices(settings: BackendSettings, num_workers: int, num_hosts: int) -> bool:
+def choose_share(settings: BackendSettings, publisher: str, engine: str, num_workers: int) -> HostShare | None:
+    """The share of a server's workers on one host, under the engine's name; None for one worker, or where it is off.
+
+    A store has none: each worker reads it by itself.
+    """
+    if not settings.share or num_workers == 1 or kind_of(publisher) == "store":
+        return None
+    return HostShare(engine, lease_s=settings.lease_s)
+
+
+def takes_slices(settings: BackendSettings, publisher: str, num_workers: int, num_hosts: int) -> bool:
     """Whether each of `num_workers` that hold one model together, on so many hosts, asks for its own slices. Pure.
 
     On one host, workers that share receive everything once and read it where it lies. On several, those of a host that
-    want the same slices share them.
+    want the same slices share them. A store's versions are read whole.
     """
-    return settings.slices == "auto" and num_workers > 1 and (not settings.share or num_hosts > 1)
+    if settings.slices != "auto" or num_workers == 1 or kind_of(publisher) == "store":
+        return False
+    return not settings.share or num_hosts > 1

@@ -14,20 +14,24 @@ from vllm.distributed.parallel_state import get_node_count
 from weightcast.adapters.engine import check_ties
 from weightcast.adapters.vllm.settings import BackendSettings, takes_slices
 from weightcast.adapters.vllm.twin import wanted_of_worker
-from weightcast.sync import Update
+from weightcast.sync import DiskUpdate, Update
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.wanted import Want, WantedRegions, whole
 
 
 def choose_want(
-    settings: BackendSettings, vllm_config: Any, specs: Sequence[TensorSpec], aliases: Mapping[str, str]
+    settings: BackendSettings,
+    publisher: str,
+    vllm_config: Any,
+    specs: Sequence[TensorSpec],
+    aliases: Mapping[str, str],
 ) -> Want | None:
     """What this worker asks for; None for whole tensors. `specs` are those of the checkpoint that it was started on.
 
     Called in a worker, in the thread that runs its model: the twin's making changes vLLM's and torch's globals.
     """
     parallel = vllm_config.parallel_config
-    if not takes_slices(settings, parallel.world_size, get_node_count()):
+    if not takes_slices(settings, publisher, parallel.world_size, get_node_count()):
         return None
     loaded = [spec for spec in specs if spec.name not in aliases]
     wanted = wanted_of_worker(vllm_config, loaded)
@@ -50,9 +54,9 @@ def boxes_of_offer(
     return boxes
 
 
-def check_tied_update(update: Update, aliases: Mapping[str, str]) -> None:
+def check_tied_update(update: Update | DiskUpdate, aliases: Mapping[str, str]) -> None:
     """`check_ties` of what was received; of tensors that came in part, box by box."""
-    if update.wanted is None:
+    if isinstance(update, DiskUpdate) or update.wanted is None:
         check_ties(dict(update) if aliases else {}, aliases)
         return
     names = {spec.name for spec in update.specs}

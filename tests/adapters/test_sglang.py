@@ -19,7 +19,7 @@ from weightcast.adapters.sglang.client import SGLangClient
 from weightcast.adapters.sglang.conformance_server import ConformanceServer
 from weightcast.adapters.sglang.engine import SGLangEngine, follow
 from weightcast.adapters.sglang.updater import SGLangTarget, SGLangUpdater
-from weightcast.sync import ModuleSource, WeightPublisher
+from weightcast.sync import DiskPublisher, FleetPolicy, ModuleSource, WeightPublisher
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, ModelMismatch, PeerLost
 from weightcast.sync.version import Version
 
@@ -226,19 +226,24 @@ def test_tensors_that_are_not_what_was_announced_are_refused_before_they_are_sen
     clients[0].end_weight_update()
 
 
-def test_a_server_follows_a_publisher(first: Checkpoint, second: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["address", "store"])
+def test_a_server_follows_a_publisher(place: str, first: Checkpoint, second: Checkpoint, tmp_path: Path) -> None:
     stop = threading.Event()
     errors: list[BaseException] = []
+    source = ModuleSource(second.model)
     with (
         ConformanceServer(tp_size=2, admin_key=KEY) as server,
         SGLangClient(server.url, admin_key=KEY) as client,
-        WeightPublisher(ModuleSource(second.model), "tcp://127.0.0.1:0", timeout_s=TIMEOUT_S) as publisher,
+        WeightPublisher(source, "tcp://127.0.0.1:0", timeout_s=TIMEOUT_S)
+        if place == "address"
+        else DiskPublisher(source, tmp_path / "store", timeout_s=TIMEOUT_S, policy=FleetPolicy.all()) as publisher,
     ):
+        to = publisher.address if isinstance(publisher, WeightPublisher) else publisher.place
 
         def run() -> None:
             try:
                 follow(
-                    *(server.url, publisher.address, stop),
+                    *(server.url, to, stop),
                     num_workers=2,
                     backend="gloo",
                     bucket_bytes=1 << 16,

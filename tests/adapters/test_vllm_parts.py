@@ -17,6 +17,8 @@ from weightcast.adapters.vllm.settings import BackendSettings, choose_share, rea
 from weightcast.sync import HostShare
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, PeerLost
 
+ADDRESS = "tcp://127.0.0.1:5600"
+
 
 def test_the_command_names_the_backend_and_the_address() -> None:
     command = server_command("folder", "http://127.0.0.1:8123", ["--enforce-eager"])
@@ -74,16 +76,17 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 def test_without_settings_the_workers_of_a_host_share(nothing: object) -> None:
     settings = read_settings(nothing)
     assert settings == BackendSettings()
-    assert choose_share(settings, "vllm", 4) == HostShare("vllm", lease_s=120.0)
-    assert choose_share(settings, "vllm", 1) is None
+    assert choose_share(settings, ADDRESS, "vllm", 4) == HostShare("vllm", lease_s=120.0)
+    assert choose_share(settings, ADDRESS, "vllm", 1) is None
+    assert choose_share(settings, "/shared/versions", "vllm", 4) is None
 
 
 def test_the_operators_settings() -> None:
     given = {"events": "e.jsonl", "keys": "k.json", "publisher": "tcp://a:1", "share": "off", "lease_s": 7}
     settings = read_settings({"weightcast": given})
     assert (settings.events, settings.keys, settings.publisher) == (Path("e.jsonl"), Path("k.json"), "tcp://a:1")
-    assert choose_share(settings, "vllm", 4) is None
-    assert choose_share(read_settings({"weightcast": {"lease_s": 7}}), "v", 2) == HostShare("v", lease_s=7)
+    assert choose_share(settings, ADDRESS, "vllm", 4) is None
+    assert choose_share(read_settings({"weightcast": {"lease_s": 7}}), ADDRESS, "v", 2) == HostShare("v", lease_s=7)
 
 
 @pytest.mark.parametrize(
@@ -101,19 +104,22 @@ def test_the_operators_settings() -> None:
 def test_workers_that_share_no_copy_take_their_slices(
     given: dict[str, str], num_workers: int, num_hosts: int, takes: bool
 ) -> None:
-    assert takes_slices(read_settings({"weightcast": given}), num_workers, num_hosts) is takes
+    settings = read_settings({"weightcast": given})
+    assert takes_slices(settings, ADDRESS, num_workers, num_hosts) is takes
+    assert not takes_slices(settings, "/shared/versions", num_workers, num_hosts)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"evnts": "x"}, "evnts unknown; allowed: events, keys, lease_s, publisher, share, slices"),
+        ({"evnts": "x"}, "evnts unknown; allowed: events, key_file, keys, lease_s, publisher, share, slices"),
         ("on", "'on' unknown"),
         ({"share": "maybe"}, 'share must be "on" or "off", got \'maybe\''),
         ({"slices": "on"}, 'slices must be "auto" or "off", got \'on\''),
         ({"lease_s": 0}, "lease_s must be seconds above 0, got 0"),
         ({"lease_s": "1"}, "lease_s must be seconds above 0, got '1'"),
         ({"publisher": 5600}, "publisher must be a text, got 5600"),
+        ({"key_file": 1}, "key_file must be a text, got 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(given: object, message: str) -> None:
