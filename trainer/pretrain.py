@@ -44,6 +44,7 @@ from weightcast.trainer.run_config import write_run_config
 from weightcast.trainer.run_words import load_run
 from weightcast.trainer.starting import start_from
 from weightcast.trainer.state import TrainState, build_state, make_provider
+from weightcast.trainer.store_publishing import anchor_folder
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ def run_training(
             assert bridge is not None
             source, prepare = make_source(cfg, bridge, state.model)
             source = quantize_source(source, cfg.publish, bridge.hf_config)
-            members.append(stack.enter_context(StepPublisher(source, cfg.publish, events, prepare)))
+            publisher = StepPublisher(source, cfg.publish, events, prepare, anchor_folder(cfg))
+            members.append(stack.enter_context(publisher))
         result = train(
             state,
             forward_step_func,

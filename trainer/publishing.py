@@ -2,8 +2,8 @@
 
 The version's number is the step. Every rank publishes its own regions. Training goes on when the fleet serves the
 version; with `publish.overlap` when the version is packed, or with `publish.hold_next_step` at once, up to the next
-optimizer step. For how long it stood still is in the events. A quantised source (`quantizing.py`) takes its largest
-weights first.
+optimizer step. A store of versions is written to before training goes on (`store_publishing.py`). For how long it stood
+still is in the events. A quantised source (`quantizing.py`) takes its largest weights first.
 
     with StepPublisher(bridge.weight_source(model), cfg.publish, events) as publisher:
         publisher.after_step(report)
@@ -13,24 +13,27 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
-from weightcast.sync import DeltaMode, Publication, PublishReport, WeightPublisher, WeightSource
+from weightcast.sync import DeltaMode, Publication, PublishReport, WeightPublisher, WeightSource, kind_of
 from weightcast.sync.quantized_source import QuantizedSource
 from weightcast.trainer.callbacks import Callback
-from weightcast.trainer.config import PublishConfig, delta_mode
+from weightcast.trainer.config import PublishConfig, delta_mode, parse_policy
 from weightcast.trainer.events import EventLog
 from weightcast.trainer.figures import StepReport
 from weightcast.trainer.reporting import Reporting
 from weightcast.trainer.state import TrainState
+from weightcast.trainer.store_publishing import StorePublisher, WrittenVersion
 
 
 class StepPublisher(Callback):
     """Publishes each `publish.every`-th step. Every rank makes one and calls it alike.
 
-    `prepare` is called before each version. Waits for `publish.wait_for` engines first (rank 0). Raises the errors of
-    `WeightPublisher`, and `DeadlineExceeded` when the engines do not come.
+    `prepare` is called before each version; what `config_from` has besides weights goes into a store's whole versions.
+    Waits for `publish.wait_for` engines first (rank 0). Raises the errors of `WeightPublisher` or `DiskPublisher`, and
+    `DeadlineExceeded` when the engines do not come.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class StepPublisher(Callback):
         publish: PublishConfig,
         events: EventLog,
         prepare: Callable[[], None] | None = None,
+        config_from: Path | None = None,
     ) -> None:
         assert publish.to is not None
         self._config = publish
@@ -46,14 +50,12 @@ class StepPublisher(Callback):
         self._is_first_rank = source.rank == 0
         self._quantized = source if isinstance(source, QuantizedSource) else None
         self._prepare = prepare
-        self._pending: tuple[StepReport, Publication, float] | None = None
+        self._pending: tuple[StepReport, Publication | WrittenVersion, float] | None = None
         with ExitStack() as stack:
             # Reports are alike on all ranks, so one rank tells of them.
             self._reporting = stack.enter_context(Reporting(publish)) if self._is_first_rank else None
-            publisher = WeightPublisher(
-                source, publish.to, timeout_s=publish.timeout_s, delta=cast(DeltaMode, delta_mode(publish))
-            )
-            self._publisher = stack.enter_context(publisher)
+            self._publisher = _make_publisher(source, publish, config_from)
+            stack.enter_context(self._publisher)
             self._publisher.wait_for_subscribers(publish.wait_for, publish.wait_timeout_s)
             self._open = stack.pop_all()
 
@@ -111,7 +113,7 @@ class StepPublisher(Callback):
             publication.wait()
             self._tell(step, publication, stall_s)
 
-    def _tell(self, step: StepReport, publication: Publication, stall_s: float) -> None:
+    def _tell(self, step: StepReport, publication: Publication | WrittenVersion, stall_s: float) -> None:
         """Record this rank's packing, and on the first rank the fleet's staging and commit, alike on all ranks."""
         report = publication.wait()
         fleets = [span for span in report.spans if span.phase != "pack" and self._is_first_rank]
@@ -138,3 +140,19 @@ class StepPublisher(Callback):
         )
         if self._reporting is not None:
             self._reporting.take(report, stall_s)
+
+
+def _make_publisher(
+    source: WeightSource, publish: PublishConfig, config_from: Path | None
+) -> WeightPublisher | StorePublisher:
+    """By where `publish.to` is."""
+    assert publish.to is not None
+    if kind_of(publish.to) == "store":
+        return StorePublisher(source, publish, config_from=config_from)
+    return WeightPublisher(
+        source,
+        publish.to,
+        timeout_s=publish.timeout_s,
+        delta=cast(DeltaMode, delta_mode(publish)),
+        policy=None if publish.policy is None else parse_policy(publish.policy),
+    )

@@ -5,13 +5,14 @@ check_publish(config, world_size=2)
 
 from typing import get_args
 
-from weightcast.sync import DeltaMode
+from weightcast.sync import DeltaMode, kind_of
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.quantize_rules import KINDS
 from weightcast.trainer.checks.common import check_choice, check_positive
-from weightcast.trainer.config import ConfigContainer, delta_mode
+from weightcast.trainer.config import ConfigContainer, PublishConfig, delta_mode, parse_policy
 
 QUANTIZE = ("none", *KINDS)
+OF_STORES = ("anchor_every", "keep", "key_file", "config_from")
 
 
 def check_publish(config: ConfigContainer, world_size: int) -> None:
@@ -24,6 +25,7 @@ def check_publish(config: ConfigContainer, world_size: int) -> None:
         }
     )
     publish = config.publish
+    _check_place(publish)
     if publish.wait_for < 0:
         raise ConfigError(f"publish.wait_for={publish.wait_for} is a number of engines, 0 or more")
     if publish.wait_for and publish.to is None:
@@ -40,7 +42,7 @@ def check_publish(config: ConfigContainer, world_size: int) -> None:
         )
     if publish.hold_next_step and not publish.overlap:
         raise ConfigError("publish.hold_next_step is a way to overlap: set publish.overlap=true too, or leave it out")
-    if publish.to is not None and publish.to.endswith(":0") and world_size > 1:
+    if publish.to is not None and kind_of(publish.to) == "publisher" and publish.to.endswith(":0") and world_size > 1:
         raise ConfigError(f"publish.to={publish.to!r}: all ranks need the same address, so name a port that is free")
     if delta_mode(publish) not in get_args(DeltaMode):
         raise ConfigError(f"publish.delta={publish.delta!r} is not known; use one of {', '.join(get_args(DeltaMode))}")
@@ -50,4 +52,30 @@ def check_publish(config: ConfigContainer, world_size: int) -> None:
     if publish.metrics_port is not None and not 0 <= publish.metrics_port <= 65535:
         raise ConfigError(
             f"publish.metrics_port={publish.metrics_port} is no port; use 1 to 65535, or 0 for a free one"
+        )
+
+
+def _check_place(publish: PublishConfig) -> None:
+    """Settings that belong to the other kind of place are refused by name."""
+    of_stores = [name for name in OF_STORES if getattr(publish, name) is not None]
+    if publish.policy is not None:
+        if publish.to is None:
+            raise ConfigError("publish.policy is set and publish.to is not: say where engines find versions")
+        parse_policy(publish.policy)
+    check_positive({"publish.anchor_every": publish.anchor_every, "publish.keep": publish.keep})
+    if publish.to is None or kind_of(publish.to) == "publisher":
+        if of_stores:
+            raise ConfigError(
+                f"publish.{of_stores[0]} is for a store of versions: set publish.to to a folder or URL, or leave it out"
+            )
+        return
+    if publish.overlap:
+        raise ConfigError(
+            f"publish.overlap does not apply to {publish.to}: a version is written into a store before training goes "
+            "on. Leave it out, or publish to an address such as tcp://127.0.0.1:5600"
+        )
+    if publish.wait_for and publish.policy is None:
+        raise ConfigError(
+            f"publish.wait_for={publish.wait_for}: who follows {publish.to} is not known without a policy. Set "
+            "publish.policy=all, or leave it out"
         )

@@ -22,7 +22,7 @@ from weightcast.trainer.config.optimization import DistributedDataParallelConfig
 from weightcast.trainer.config.peft import PeftConfig
 from weightcast.trainer.config.precision import MixedPrecisionConfig, precision_record
 from weightcast.trainer.config.profiling import ProfilingConfig
-from weightcast.trainer.config.publish import PublishConfig, delta_mode
+from weightcast.trainer.config.publish import PublishConfig, delta_mode, parse_policy
 from weightcast.trainer.config.training import DistributedInitConfig, RNGConfig, TrainConfig
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "delta_mode",
+    "parse_policy",
 ]
 
 

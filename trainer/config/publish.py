@@ -1,9 +1,13 @@
 """Streaming versions to inference engines while training.
 
-cfg.publish.to = "tcp://127.0.0.1:5600"
+cfg.publish.to = "tcp://127.0.0.1:5600"     # or a store: "/shared/versions", "s3://bucket/versions"
 """
 
+import re
 from dataclasses import dataclass, field
+
+from weightcast.sync.errors import ConfigError
+from weightcast.sync.fleet import FleetPolicy
 
 
 @dataclass(slots=True, kw_only=True)
@@ -11,15 +15,28 @@ class PublishConfig:
     """Streaming versions to inference engines while training."""
 
     to: str | None = None
-    """Address that rank 0 binds, such as `tcp://127.0.0.1:5600` or `ipc:///tmp/weights`; null publishes nothing."""
+    """Address that rank 0 binds, such as `tcp://127.0.0.1:5600` or `ipc:///tmp/weights`; or a store of versions that
+    all ranks write to, a folder or a URL such as `s3://bucket/versions`; null publishes nothing."""
     every: int = 1
     """Steps between two versions. A version's number is its step."""
     wait_for: int = 0
-    """Engines that must be connected before the first step."""
+    """Engines that must be connected before the first step. With a store it needs `policy`."""
     wait_timeout_s: float = 600.0
     """Seconds to wait for them."""
     timeout_s: float = 600.0
-    """Seconds that one version may take until the fleet serves it."""
+    """Seconds that one version may take until the fleet serves it; in a store without `policy`, until it is written."""
+    policy: str | None = None
+    """How many engines must have staged a version before any serves it: `all`, `all(2)` (all, and at least two) or
+    `quorum(2)`. Null: `all` at an address; in a store engines then take each version as they find it."""
+    anchor_every: int | None = None
+    """Of a store: at least every so many versions is a whole one; null: 25."""
+    keep: int | None = None
+    """Of a store: how many of the newest versions stay, with all that they need; null: 5."""
+    key_file: str | None = None
+    """Of a store: file with the key that versions are sealed with; engines need the same."""
+    config_from: str | None = None
+    """Of a store: folder whose configuration and tokenizer go into every whole version, which makes it a Hugging Face
+    folder; null: `model.hf_path`, where that is a folder and its weights are published as they are."""
     overlap: bool = False
     """Train on as soon as a version is packed, while engines fetch and load it. Its report, and its failure, come with
     the next version or at the end of the run; otherwise each step waits until the fleet serves."""
@@ -47,6 +64,20 @@ class PublishConfig:
     engine_config: str | None = None
     """File for what an engine must be told to read FP8, as JSON for its `--hf-overrides` or `config.json`; with
     `peft=adapter` for the adapter's `adapter_config.json`."""
+
+
+_POLICY = re.compile(r"(all|quorum)(?:\((\d{1,5})\))?")
+
+
+def parse_policy(text: str) -> FleetPolicy:
+    """`all`, `all(N)` or `quorum(N)` as a policy. Raises `ConfigError`."""
+    match = _POLICY.fullmatch(text)
+    if match is None or (match[1] == "quorum" and match[2] is None):
+        raise ConfigError(
+            f"publish.policy={text!r} is not known; use all, all(2) or quorum(2), with a number of engines"
+        )
+    count = int(match[2] or 0)
+    return FleetPolicy.all(count) if match[1] == "all" else FleetPolicy.quorum(count)
 
 
 def delta_mode(publish: PublishConfig) -> str:
