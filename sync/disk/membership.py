@@ -23,8 +23,8 @@ from weightcast.sync.version import Version
 
 logger = logging.getLogger(__name__)
 
-BEAT_S = 2.0
-_MIN_BEAT_S = 0.02
+BEAT_S = 2.0  # until the publisher's own pace is known
+_MIN_BEAT_S, _MAX_BEAT_S = 0.02, 60.0
 _BEATS_BEFORE_LOST = 4  # how many may be missed before a publisher takes the engine for lost
 _MAX_TEXT = 1000
 
@@ -50,7 +50,9 @@ class Membership:
     def join(self, lost_after_s: float | None = None) -> None:
         """Enter the fleet, or take on the pace of another publisher."""
         if lost_after_s is not None:
-            self._beat_s = max(_MIN_BEAT_S, min(BEAT_S, lost_after_s / _BEATS_BEFORE_LOST))
+            with self._lock:
+                self._beat_s = max(_MIN_BEAT_S, min(_MAX_BEAT_S, lost_after_s / _BEATS_BEFORE_LOST))
+                self._lock.notify_all()  # the beat that it waits for may be too late
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, name=f"weightcast-member-{self._member.engine}", daemon=True
