@@ -18,8 +18,8 @@ from weightcast.trainer.config import ConfigContainer, LoggerConfig
 from weightcast.trainer.figures import EvalReport, StepReport
 from weightcast.trainer.state import TrainState
 
-_FIGURES = ("loss", "grad_norm", "lr", "weight_decay", "step_s", "tokens_per_s", "tflops_per_gpu", "memory_bytes")
-_FIGURES += ("global_batch_size", "consumed_samples")
+_FIGURES: tuple[str, ...] = ("loss", "grad_norm", "lr", "weight_decay", "step_s", "tokens_per_s", "tflops_per_gpu")
+_FIGURES += ("memory_bytes", "global_batch_size", "consumed_samples")
 
 
 def step_figures(report: StepReport) -> dict[str, float]:

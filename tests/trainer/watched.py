@@ -112,7 +112,7 @@ def _train(run: dict[str, Any], forward_step: Any, watch: Watch) -> dict[str, An
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    names = ("loss", "grad_norm", "lr", "weight_decay", "skipped", "num_tokens")
+    names: tuple[str, ...] = ("loss", "grad_norm", "lr", "weight_decay", "skipped", "num_tokens")
     names += ("global_batch_size", "consumed_samples")
     figures = {name: [getattr(report, name) for report in result.reports] for name in names}
     last = result.reports[-1] if result.reports else None

@@ -110,12 +110,17 @@ class MixedPrecisionConfig:
         return self.fp8_param_gather if self.fp8_param is None else self.fp8_param
 
 
-_BF16: Mapping[str, Any] = {"bf16": True}
-_DELAYED = {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+_BF16: dict[str, Any] = {"bf16": True}
+_DELAYED: dict[str, Any] = {
+    "fp8": "hybrid",
+    "fp8_recipe": "delayed",
+    "fp8_amax_history_len": 1024,
+    "fp8_amax_compute_algo": "max",
+}
 
 
 def _tensorwise(layers: int, recipe: str = "tensorwise") -> dict[str, Any]:
-    ends = {"num_layers_at_start_in_bf16": layers, "num_layers_at_end_in_bf16": layers}
+    ends: dict[str, Any] = {"num_layers_at_start_in_bf16": layers, "num_layers_at_end_in_bf16": layers}
     return {"fp8": "hybrid", "fp8_recipe": recipe, "first_last_layers_bf16": True} | ends
 
 
