@@ -12,12 +12,12 @@ from itertools import takewhile
 
 import torch
 
+from weightcast.sync.effects import Effect, Request
 from weightcast.sync.errors import WireError
 from weightcast.sync.host.lease import Lease
-from weightcast.sync.host_bytes import ChunkBytes
-from weightcast.sync.landing import Landing
+from weightcast.sync.landing import Body
 from weightcast.sync.limits import Limits, size_run
-from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Message, Staged
+from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Staged
 from weightcast.sync.model_view import ModelView
 from weightcast.sync.part_staging import open_staging
 from weightcast.sync.records import Span
@@ -28,26 +28,6 @@ from weightcast.sync.version import Version
 
 # What is said to have brought a version that another worker of the host received.
 HOST_TRANSPORT = "host"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Ask the source `rank` at `address` for a chunk; its chunks have at most `chunk_bytes`."""
-
-    rank: int
-    address: str
-    chunk_bytes: int
-    message: ChunkRequest
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a message to the coordinator."""
-
-    message: Message
-
-
-Effect = Request | Tell
 
 
 @dataclass(slots=True)
@@ -166,7 +146,9 @@ class Arrival:
         assert self.staging is not None
         self.asked_s |= dict.fromkeys(((rank, number) for number in range(index, index + count)), now_s)
         base = self.staging.base(rank, index)
-        message = ChunkRequest(self.announce.version, index, base, self.reads(rank, index), count)
+        # The digests vouch for what comes whole; only when one was wrong it matters which chunk it was.
+        hashed = (rank, index) in self._only_sent
+        message = ChunkRequest(self.announce.version, index, base, self.reads(rank, index), count, hashed)
         return Request(rank, self.staging.layouts[rank].address, self.chunk_bytes, message)
 
     def reads(self, rank: int, index: int) -> bool:
@@ -196,7 +178,7 @@ class Arrival:
         return rank in self.staging.layouts and self.staging.is_missing(rank, header.index)
 
     def land(
-        self, rank: int, header: ChunkHeader, body: ChunkBytes | Landing | None, now_s: float, *, is_hashed: bool = True
+        self, rank: int, header: ChunkHeader, body: Body | None, now_s: float, *, is_hashed: bool = True
     ) -> list[Effect]:
         """Take a chunk in; `WireError` when the version cannot be trusted any more."""
         assert self.staging is not None
@@ -254,13 +236,16 @@ class Arrival:
 
     def make_staged(self, wall_offset_s: float) -> Staged:
         """The message that says all is here and checked."""
-        span = Span("stage", self.started_s + wall_offset_s, self.staged_s + wall_offset_s)
+        end_s = self.staged_s + wall_offset_s
+        span = Span("stage", self.started_s + wall_offset_s, end_s)
+        # Passes that do nothing but check, put together; where bytes are copied they are digested in the same pass.
+        check_s = 0.0 if self.staging is None else min(self.staging.checking.seconds, self.staged_s - self.started_s)
         return Staged(
             self.announce.version,
             self.num_bytes,
             self.staged_s - self.started_s,
             self.checksums_checked,
-            (span,),
+            (span, Span("check", end_s - check_s, end_s)),
             self.transport,
             self.num_repeats,
             self.asked_bytes,

@@ -122,6 +122,25 @@ def _join(payloads: Iterable[bytes]) -> bytes:
     return b"".join(part for payload in payloads for part in (_LENGTH.pack(len(payload)), payload))
 
 
+def read_changes(
+    encoding: str,
+    body: ByteArray | None,
+    parts: Sequence[Part],
+    base: Callable[[int], ElementArray | None],
+) -> list[Delta | None]:
+    """`parse_chunk` or `unpack_chunk`, by a header's encoding; nothing changed where it says `same`.
+
+    Raises `WireError` when the body does not go with the encoding, and as they do.
+    """
+    if encoding == "same" and body is None:
+        return [None] * len(parts)
+    if encoding == "delta" and body is not None:
+        return parse_chunk(body, parts)
+    if encoding == "zdelta" and body is not None:
+        return unpack_chunk(body, parts, base)
+    raise WireError(f"is said to be {encoding!r} and has {0 if body is None else len(body)} bytes")
+
+
 def parse_chunk(payload: bytes | memoryview | ByteArray, parts: Sequence[Part]) -> list[Delta | None]:
     """The delta of each part, None where it is unchanged; every one is checked before the first is returned.
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+import xxhash
 
 from weightcast.sync.chunks import Chunk
 from weightcast.sync.delta_codec import as_elements
@@ -22,6 +23,12 @@ def check_size(chunk: Chunk, body: ChunkBytes | None) -> ChunkBytes:
     if body is None or num_bytes != chunk.num_bytes:
         raise WireError(f"has {num_bytes} bytes, {chunk.num_bytes} were announced; it is not used")
     return body
+
+
+def check_hash(body: ByteArray, expected: bytes) -> None:
+    """`WireError` unless `expected` is the xxh3-128 of `body`."""
+    if xxhash.xxh3_128_digest(body.data) != expected:
+        raise WireError("does not have the hash that came with it: its bytes were altered; not used")
 
 
 @lru_cache(maxsize=1 << 14)

@@ -11,15 +11,16 @@ and those that lie in strides, come to scratch memory together, and are copied t
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from weightcast.sync.chunks import Chunk, Piece, split_region
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.digest import add_digests, copy_bytes_with_digest
-from weightcast.sync.host_bytes import find_run
+from weightcast.sync.host_bytes import ChunkBytes, find_run
 from weightcast.sync.regions import Region
+from weightcast.sync.stopwatch import Stopwatch
 
 STEP_BYTES = 1 << 20
 # Below it, to receive a piece by itself costs more than to copy it once more.
@@ -53,6 +54,8 @@ class Landing:
     ) -> None:
         assert len(scratch) >= chunk.num_bytes
         self.owner = owner
+        self.checking = Stopwatch()
+        """Digests of what lies where it belongs."""
         self._chunk = chunk
         self._tensors = tensors
         self._raw_of = raw_of
@@ -87,7 +90,8 @@ class Landing:
 
     def _finish(self, step: _Step) -> None:
         if step.region is not None and step.dtype is not None:
-            digest = copy_bytes_with_digest(step.target, step.target, step.region, step.dtype)
+            with self.checking:
+                digest = copy_bytes_with_digest(step.target, step.target, step.region, step.dtype)
             self._digests[step.first] = add_digests(self._digests[step.first], digest)
             return
         for number in range(step.first, step.last):
@@ -119,6 +123,10 @@ class Landing:
             return None
         tensor = self._tensors[piece.region.name]
         return _cut_run(piece.region, tuple(tensor.shape), tensor.element_size())
+
+
+Body: TypeAlias = ChunkBytes | Landing
+"""A chunk's body: its bytes, or the landing by which they came to their places."""
 
 
 @lru_cache(maxsize=1 << 14)

@@ -12,8 +12,8 @@ import logging
 import time
 from collections.abc import Container
 
-from weightcast.sync.arrival import Effect, Request
 from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.effects import Effect, Request
 from weightcast.sync.errors import ReachError
 from weightcast.sync.landing import Landing
 from weightcast.sync.messages import ChunkHeader

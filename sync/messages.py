@@ -221,7 +221,8 @@ class ChunkRequest:
     """An engine grants credit for one chunk, of which it has the bits of `base`.
 
     With `reached` it reads the chunk's bytes by itself and only asks to be told when they are there. It may then ask
-    for `count` chunks from `index` on at once, all of one `base`, and is told when the last of them is there.
+    for `count` chunks from `index` on at once, all of one `base`, and is told when the last of them is there. Unless
+    `hashed`, a chunk that comes whole needs no hash: the digests of its tensors are checked.
     """
 
     version: Version = checked(VERSION)
@@ -229,11 +230,12 @@ class ChunkRequest:
     base: Version | None = checked(optional(VERSION))
     reached: bool = checked(schema.boolean)
     count: int = checked(_run, default=1)
+    hashed: bool = checked(schema.boolean, default=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """Goes before a chunk's bytes, which are those of `encoding`; `hash` is the xxh3-128 of what follows.
+    """Goes before a chunk's bytes, which are those of `encoding`; `hash` is the xxh3-128 of what follows, or empty.
 
     Nothing follows `same` (the bits of the request's base), `absent` (the source has another version), and what the
     engine reads by itself; then one header may stand for `count` chunks from `index` on.

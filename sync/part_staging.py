@@ -19,7 +19,7 @@ from weightcast.sync.digest_pages import read_page
 from weightcast.sync.digest_torch import as_digests, region_sum
 from weightcast.sync.errors import WireError
 from weightcast.sync.host_bytes import ChunkBytes, check_size, writable
-from weightcast.sync.landing import Landing
+from weightcast.sync.landing import Body, Landing
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.model_view import ModelView
@@ -93,9 +93,7 @@ class PartStaging(Staging):
         """Nowhere: a chunk of which parts are kept comes to scratch memory, whole."""
         self._came_whole.add((rank, header.index))
 
-    def land(
-        self, rank: int, header: ChunkHeader, body: ChunkBytes | Landing | None, *, is_hashed: bool = True
-    ) -> None:
+    def land(self, rank: int, header: ChunkHeader, body: Body | None, *, is_hashed: bool = True) -> None:
         """See `Staging`; also for pages."""
         assert not isinstance(body, Landing), "`open_landing` opens none"
         if (rank, header.index) not in self._plan.pages:

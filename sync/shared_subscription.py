@@ -8,7 +8,8 @@ one's copy is there. To the publisher every worker is a receiver of its own. `ho
 
 from collections.abc import Sequence
 
-from weightcast.sync.arrival import Arrival, Effect
+from weightcast.sync.arrival import Arrival
+from weightcast.sync.effects import Effect
 from weightcast.sync.errors import WeightcastError
 from weightcast.sync.host.lease import Lease
 from weightcast.sync.limits import Limits

@@ -12,21 +12,21 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-import xxhash
 
-from weightcast.sync.chunk_delta import parse_chunk, unpack_chunk
+from weightcast.sync.chunk_delta import read_changes
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_codec import apply_parsed
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.digest import MASK, copy_bytes_with_digest, copy_with_digest, region_digest
 from weightcast.sync.errors import SourceError, WireError
-from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_size, elements_of, find_run, writable
-from weightcast.sync.landing import Landing
+from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_hash, check_size, elements_of, find_run, writable
+from weightcast.sync.landing import Body, Landing
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.packer import view_piece
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
+from weightcast.sync.stopwatch import Stopwatch
 from weightcast.sync.version import Version
 
 
@@ -41,6 +41,7 @@ class Staging:
         self.layouts = layouts
         self.num_bytes = 0
         self.checksums_checked = 0
+        self.checking = Stopwatch()  # passes over bytes that only check them
         self._shadow = shadow
         self.device = shadow.device
         self._tensors = shadow.open(layouts, self._kept_specs())
@@ -112,23 +113,22 @@ class Staging:
         self._shadow.forget([(rank, header.index)])
         return Landing(self, chunk, self._tensors, self._raw_of, self._land_piece, scratch)
 
-    def land(
-        self, rank: int, header: ChunkHeader, body: ChunkBytes | Landing | None, *, is_hashed: bool = True
-    ) -> None:
+    def land(self, rank: int, header: ChunkHeader, body: Body | None, *, is_hashed: bool = True) -> None:
         """Check a chunk's body and bring its pieces to their places; a duplicate is ignored.
 
-        `is_hashed` is false for a body that was read out of a source's memory, for which the tensors' digests vouch.
+        `is_hashed` is false for a body that was read out of a source's memory. For what comes whole, without a hash,
+        the tensors' digests vouch.
         Raises `WireError` when its size, hash or contents are wrong: the chunk is then still missing.
         """
-        index, key = header.index, (rank, header.index)
-        if not self.is_missing(rank, index):
+        key = (rank, header.index)
+        if not self.is_missing(*key):
             return
-        layout = self.layouts[rank]
-        chunk = layout.chunks[index]
+        chunk = self.layouts[rank].chunks[header.index]
         try:
             if isinstance(body, Landing):
                 assert body.owner is self and not is_hashed and header.encoding == "dense"
                 digests = body.digests
+                self.checking.seconds += body.checking.seconds
             else:
                 self._check_hash(header, body, is_hashed)
                 is_dense = header.encoding == "dense"
@@ -152,11 +152,11 @@ class Staging:
             self._check_digest(name)
 
     def _check_hash(self, header: ChunkHeader, body: ChunkBytes | None, is_hashed: bool) -> None:
-        if body is None or not is_hashed:
+        if body is None or not is_hashed or (header.encoding == "dense" and not header.hash):
             return
         assert not isinstance(body, torch.Tensor), "what was read from a device has no hash"
-        if xxhash.xxh3_128_digest(body.data) != header.hash:
-            raise WireError("does not have the hash that came with it: its bytes were altered; not used")
+        with self.checking:
+            check_hash(body, header.hash)
         self.checksums_checked += 1
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
@@ -194,14 +194,9 @@ class Staging:
         parts, places = self.layouts[key[0]].parts[key[1]], self._places(key)
         flats = {number: target.contiguous() for number, (_, target) in places.items()}
         assert not isinstance(body, torch.Tensor), "what changed is sent"
-        if header.encoding == "same" and body is None:
-            changes: list[Delta | None] = [None] * len(parts)
-        elif header.encoding == "delta" and body is not None:
-            changes = parse_chunk(body, parts)
-        elif header.encoding == "zdelta" and body is not None:
-            changes = unpack_chunk(body, parts, lambda n: self._host_elements(flats[n]) if n in flats else None)
-        else:
-            raise WireError(f"is said to be {header.encoding!r} and has {0 if body is None else len(body)} bytes")
+        changes = read_changes(
+            header.encoding, body, parts, lambda n: self._host_elements(flats[n]) if n in flats else None
+        )
         self._shadow.forget([key])
         for number, (_, target) in places.items():
             change, flat = changes[number], flats[number]
@@ -209,7 +204,8 @@ class Staging:
                 self._apply(change, flat)
                 if flat.data_ptr() != target.data_ptr():
                     target.copy_(flat)
-        digests = self._digest_all(list(flats.values()), [piece for piece, _ in places.values()])
+        with self.checking:
+            digests = self._digest_all(list(flats.values()), [piece for piece, _ in places.values()])
         found = dict(zip(places, digests, strict=True))
         return tuple(found.get(number, 0) for number in range(len(parts)))
 

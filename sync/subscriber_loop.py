@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import zmq
 
-from weightcast.sync.arrival import Effect, Request, Tell
 from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.effects import Effect, Request, Tell
 from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
 from weightcast.sync.host.share import HostShare
 from weightcast.sync.host.worker import HostWorker

@@ -9,10 +9,10 @@ method takes the time and returns what to send; a thread elsewhere carries it ou
 
 from collections.abc import Mapping, Sequence
 
-from weightcast.sync.arrival import Arrival, Effect, Tell, open_arrival
+from weightcast.sync.arrival import Arrival, open_arrival
+from weightcast.sync.effects import Effect, Tell
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
-from weightcast.sync.host_bytes import ChunkBytes
-from weightcast.sync.landing import Landing
+from weightcast.sync.landing import Body
 from weightcast.sync.limits import Limits
 from weightcast.sync.messages import (
     PROTOCOL,
@@ -198,7 +198,7 @@ class Subscription:
         return self._tell_staged() if arrival.is_staged else effects
 
     def land(
-        self, rank: int, header: ChunkHeader, body: ChunkBytes | Landing | None, now_s: float, *, is_hashed: bool = True
+        self, rank: int, header: ChunkHeader, body: Body | None, now_s: float, *, is_hashed: bool = True
     ) -> list[Effect]:
         """A chunk of the source `rank` came, with its body; see `Staging.land`."""
         arrival = self.arrival

@@ -34,7 +34,7 @@ from weightcast.adapters.keys import read_engine_keys, read_store_key
 from weightcast.adapters.timeline import EventLog
 from weightcast.adapters.vllm import NOT_CONNECTED, NOT_STAGED, UNTOUCHED
 from weightcast.adapters.vllm.settings import check_publisher, choose_share, read_settings
-from weightcast.adapters.vllm.slices import check_tied_update, choose_want
+from weightcast.adapters.vllm.slices import check_tied_update, choose_want, staged_tensors
 from weightcast.adapters.vllm.waiting import wait_for_version
 from weightcast.sync import DiskObserver, DiskSubscriber, DiskUpdate, Span, Update, WeightSubscriber, follow
 from weightcast.sync.checkpoint_files import open_checkpoint
@@ -212,7 +212,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             refresh_tied_layers(self.model)
-        own_weights(self.model, update if update.wanted is None else update.wanted.staged())
+        own_weights(self.model, staged_tensors(update))
         if loaded is None or self.model_config.quantization is not None:
             return  # vLLM itself tracks loaded names only for unquantised models that report them
         if unfilled := sorted(expected - loaded):

@@ -5,10 +5,11 @@ it: with `"slices": "auto"`, when it receives by itself, or when the workers are
 one host's memory take whole tensors once for all, of which together they need everything.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from vllm.distributed.parallel_state import get_node_count
 
 from weightcast.adapters.engine import check_ties
@@ -64,3 +65,10 @@ def check_tied_update(update: Update | DiskUpdate, aliases: Mapping[str, str]) -
         if alias in names and name in names:
             for (_, part), (_, other) in zip(update.wanted.parts(alias), update.wanted.parts(name), strict=True):
                 check_ties({alias: part, name: other}, {alias: name})
+
+
+def staged_tensors(update: Update | DiskUpdate) -> Iterable[tuple[str, torch.Tensor]]:
+    """The tensors whose memory the next version is staged into: what was received, slices as such."""
+    if isinstance(update, DiskUpdate) or update.wanted is None:
+        return update
+    return update.wanted.staged()

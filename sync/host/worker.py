@@ -11,7 +11,7 @@ are errands. All methods are called under the subscriber's lock.
 import logging
 from collections.abc import Callable
 
-from weightcast.sync.arrival import Effect
+from weightcast.sync.effects import Effect
 from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WeightcastError
 from weightcast.sync.host.errand import Errand
 from weightcast.sync.host.follower import HostFollower

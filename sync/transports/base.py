@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 import zmq
 
-from weightcast.sync.arrival import Request
+from weightcast.sync.effects import Request
 from weightcast.sync.landing import Landing
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.snapshot import Snapshot

@@ -21,8 +21,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from weightcast.sync.arrival import Request
 from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.effects import Request
 from weightcast.sync.errors import ReachError, WireError
 from weightcast.sync.landing import Landing
 from weightcast.sync.messages import ChunkHeader

@@ -16,7 +16,7 @@ from itertools import groupby
 import numpy as np
 import zmq
 
-from weightcast.sync.arrival import Request
+from weightcast.sync.effects import Request
 from weightcast.sync.errors import WireError
 from weightcast.sync.limits import MAX_CREDIT_CHUNKS
 from weightcast.sync.messages import ChunkHeader, ChunkRequest, decode, encode
@@ -137,7 +137,7 @@ class ZmqChunkServer:
             body, body_hash = ABSENT, b""
         else:
             body = snapshot.body(request.index, request.base, reached=request.reached)
-            body_hash = snapshot.hash(request.index, body)
+            body_hash = snapshot.hash(request.index, body) if request.hashed or body.encoding != "dense" else b""
         header = encode(ChunkHeader(request.version, request.index, body.encoding, body.base, body_hash))
         if body.data is None:
             self.socket.send_multipart([peer, header])

@@ -12,9 +12,9 @@ import torch
 from tests.sync.parts import TensorSource, bits, make_specs, split_rows
 
 from weightcast.sync import FleetPolicy, Limits, Region, Version
-from weightcast.sync.arrival import Effect, Request, Tell
 from weightcast.sync.chunks import lay_out_chunks
 from weightcast.sync.coordinator import Coordinator
+from weightcast.sync.effects import Effect, Request, Tell
 from weightcast.sync.messages import (
     PROTOCOL,
     Announce,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from weightcast.sync.arrival import Request
+from weightcast.sync.effects import Request
 from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.transports.base import ReceivedChunk
 from weightcast.sync.transports.tcp import TcpLink, reach

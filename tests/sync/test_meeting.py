@@ -5,8 +5,8 @@ import torch
 from tests.sync.parts import TensorSource
 
 from weightcast.sync import FleetPolicy, Limits
-from weightcast.sync.arrival import Tell
 from weightcast.sync.coordinator import Coordinator
+from weightcast.sync.effects import Tell
 from weightcast.sync.errors import ConfigError, PeerLost
 from weightcast.sync.fleet import EngineStatus, note_serving
 from weightcast.sync.messages import PROTOCOL, Goodbye, Hello, Packed, Packing, Pong, Serving, SourceHello, Welcome

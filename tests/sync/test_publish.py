@@ -60,7 +60,7 @@ def test_engines_follow_versions_bit_for_bit(address: str, num_sources: int, num
     assert report.num_bytes >= num_engines * model_bytes
     assert set(report.phases_s) == {"pack", "stage", "commit"} and min(report.phases_s.values()) >= 0
     for line in report.engines:
-        assert line.pause_s == 0.25 and {span.phase for span in line.spans} == {"stage", "swap"}
+        assert line.pause_s == 0.25 and {span.phase for span in line.spans} == {"stage", "check", "swap"}
         assert line.checksums_checked >= len(tensors) and line.num_repeats == 0 and line.transport
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.sync.packed import CHUNK_BYTES, Packed, make_packed
 
 from weightcast.sync import Limits
-from weightcast.sync.arrival import Arrival, Effect, Request
+from weightcast.sync.arrival import Arrival
+from weightcast.sync.effects import Effect, Request
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.limits import size_run
 from weightcast.sync.messages import MAX_RUN_CHUNKS, Announce, ChunkHeader

@@ -17,7 +17,7 @@ from tests.sync.parts import WAIT_S, make_model
 from tests.sync.tcp_parts import body_of, linked, wait_for
 
 from weightcast.sync import Version
-from weightcast.sync.arrival import Request
+from weightcast.sync.effects import Request
 from weightcast.sync.errors import AddressError, ReachError, WireError
 from weightcast.sync.messages import ChunkHeader, ChunkRequest, Ping, encode
 from weightcast.sync.transports import tcp_wire
@@ -181,7 +181,7 @@ def test_runs_come_in_order_as_they_are_packed(server: TcpChunkServer, packed: P
             received = wait_for(link)
             assert received.header == ChunkHeader(V2, index, "dense", None, b"")
             assert body_of(received) == bytes(snapshot.states[index].bits)
-        assert server.awaited_index is None
+        until(lambda: server.awaited_index is None)
 
 
 def test_a_source_that_packs_slowly_gives_a_sign(server: TcpChunkServer, packed: Packed) -> None:

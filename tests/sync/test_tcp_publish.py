@@ -23,7 +23,7 @@ from tests.sync.parts import (
 from tests.sync.tcp_parts import Alter, linked, wait_for
 
 from weightcast.sync import CurveKeys, PublishReport, Version, WeightPublisher
-from weightcast.sync.arrival import Request
+from weightcast.sync.effects import Request
 from weightcast.sync.errors import ConfigError, EngineError
 from weightcast.sync.messages import ChunkRequest
 from weightcast.sync.transports.servers import choose_kinds

@@ -19,7 +19,7 @@ from tests.sync.parts import WAIT_S, make_model
 from tests.sync.tcp_parts import LinkClient, PolledServer
 
 from weightcast.sync import Version
-from weightcast.sync.arrival import Request
+from weightcast.sync.effects import Request
 from weightcast.sync.landing import Landing
 from weightcast.sync.limits import MAX_CREDIT_CHUNKS
 from weightcast.sync.messages import ChunkHeader, ChunkRequest
