@@ -35,7 +35,8 @@ class Arrival:
     """See the module. An observer's arrival has no staging: there is nothing to fetch.
 
     Nor has one that another worker of the host receives; its tensors are there as long as `lease` is. `reached` names
-    the kind of memory by which each source rank is read without its help; other sources send.
+    the kind of memory by which each source rank is read without its help; other sources send. `waits_for_engine` is
+    for engines that prepare for what is staged (`preview.py`), until they have.
     """
 
     announce: Announce
@@ -48,6 +49,7 @@ class Arrival:
     tensors: Mapping[str, torch.Tensor] | None = None
     specs: tuple[TensorSpec, ...] = ()
     lease: Lease | None = None
+    waits_for_engine: bool = False
     num_repeats: int = 0
     asked_s: dict[ChunkKey, float] = field(default_factory=dict)
     _again: deque[ChunkKey] = field(default_factory=deque)
@@ -67,6 +69,11 @@ class Arrival:
     def is_staged(self) -> bool:
         """Whether every check has passed (an observer has nothing to check)."""
         return self.tensors is not None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it is staged, and the engine ready to take it."""
+        return self.is_staged and not self.waits_for_engine
 
     @property
     def transport(self) -> str:
@@ -254,6 +261,8 @@ class Arrival:
     def describe(self) -> str:
         """In one sentence, where it is."""
         version = self.announce.version
+        if self.is_staged and self.waits_for_engine:
+            return f"version {version} is staged, and the engine prepares for it"
         if self.staging is None or self.is_staged:
             return f"version {version} is staged, and waits for the fleet's policy to release it"
         if not self.staging.num_missing:

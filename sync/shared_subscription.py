@@ -58,7 +58,7 @@ class SharedSubscription(Subscription):
 
     def _begin(self, announce: Announce, now_s: float) -> list[Effect]:
         self.error = None
-        self.arrival = Arrival(announce, None, 0, self._limits, now_s)
+        self.arrival = Arrival(announce, None, 0, self._limits, now_s, waits_for_engine=self.prepares)
         return []
 
     def _refuse(self, version: Version, error: WeightcastError) -> list[Effect]:
@@ -95,7 +95,7 @@ class SharedSubscription(Subscription):
         assert self.model.specs is not None
         arrival.specs, arrival.staged_s = self.model.specs, now_s
         arrival.tensors, arrival.lease = self.model.present(lease.tensors), lease
-        return self._tell_staged()
+        return self.tell_staged()
 
     def drop_void(self) -> str:
         """Drop what is staged here when it was overwritten meanwhile: this worker has not heard of the next version.
@@ -104,6 +104,8 @@ class SharedSubscription(Subscription):
         """
         arrival = self.arrival
         if arrival is None or arrival.lease is None or not arrival.lease.is_void:
+            return ""
+        if arrival.is_prepared and not arrival.tensors:  # the engine has read them
             return ""
         self.arrival = None
         return f"version {arrival.version} was overwritten before engine {self.engine!r} took it"

@@ -21,10 +21,11 @@ from types import TracebackType
 import torch
 
 from weightcast.sync.arrival import Arrival
-from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, VersionError
+from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, PeerLost, VersionError
 from weightcast.sync.fleet import Role
 from weightcast.sync.host.share import HostShare
 from weightcast.sync.limits import Limits
+from weightcast.sync.preview import Preview
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import Shadow
@@ -186,6 +187,9 @@ class WeightSubscriber:
     Where boxes cannot be those of the publisher's model, every version is refused with `ModelMismatch`. With `share`
     all workers that want the same boxes, say those of all of them together, share one copy of these.
 
+    With `prepares` the fleet is told of a staged version only when the engine has looked at it: a thread of the
+    engine's calls `preview`, makes ready for the version while another one serves, and accepts or refuses it.
+
     `device` is where versions are staged instead of host memory: one copy of the model on the engine's GPU, which a
     source on the same host fills from its own (`cuda_ipc`).
     """
@@ -203,6 +207,7 @@ class WeightSubscriber:
         share: str | HostShare | None = None,
         want: Want | None = None,
         device: str | torch.device | None = None,
+        prepares: bool = False,
     ) -> None:
         if share is not None and device is not None:
             raise ConfigError(f"what workers share lies in host memory, not on {device}; leave out share or device")
@@ -223,6 +228,7 @@ class WeightSubscriber:
         self._subscription.model.want = want
         if device is not None:
             self._subscription.shadow = Shadow(device=torch.device(device))
+        self._subscription.prepares = prepares and role == "receiver"
         reaches = Reaches(transport, limits.chunk_timeout_s)
         self._loop = SubscriberLoop(self._subscription, address, keys, reaches, limits.links, share)
 
@@ -271,6 +277,24 @@ class WeightSubscriber:
                     raise error
                 self._sleep_until(deadline_s, timeout_s)
             return Update(self._subscription, self._loop, self._subscription.take(), self._wall_offset_s)
+
+    def preview(self, timeout_s: float) -> Preview:
+        """The version that is staged and waits for the engine to prepare for it; for subscribers that `prepares`.
+
+        While the engine loads a version there is none. Raises `DeadlineExceeded` when none came in `timeout_s`, and
+        `PeerLost` when the subscriber was closed; every other error is left to `wait`.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._loop.lock:
+            while True:
+                raise_ended(self._loop.ended)
+                if self._loop.is_closed:
+                    raise PeerLost("the subscriber was closed; make a new one")
+                arrival = self._subscription.arrival
+                waits = arrival is not None and arrival.is_staged and arrival.waits_for_engine
+                if arrival is not None and waits and self._subscription.taken is None:
+                    return Preview(self._subscription, self._loop, arrival)
+                self._sleep_until(deadline_s, timeout_s)
 
     def _sleep_until(self, deadline_s: float, timeout_s: float) -> None:
         left_s = deadline_s - time.monotonic()

@@ -80,6 +80,11 @@ class SubscriberLoop:
         self._thread = threading.Thread(target=self._run, name=f"weightcast-{subscription.engine}", daemon=True)
         self._thread.start()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._stopping
+
     def submit(self, effects: list[Effect]) -> None:
         """Carry out effects that a call of the engine's caused. Call with `lock` held."""
         raise_ended(self.ended)
@@ -100,6 +105,7 @@ class SubscriberLoop:
             if self._stopping:
                 return
             self._stopping = True
+            self.lock.notify_all()
             if self.ended is None:
                 self._wake_out.send(b"")
         self._thread.join(timeout=10)

@@ -58,18 +58,17 @@ class Subscription:
         """The source ranks whose memory this engine reads by itself, and the kind of it; set before `Announce`."""
         self._waiting: Announce | None = None
         self._sealed: Sealed | None = None
+        self.prepares = False  # see `preview.py`
         self.shadow = Shadow()
         self._heard_s: float | None = None
-        self._pinged_s = -1e9
-        self._greeted_s = -1e9
-        self._is_met = False
-        self.is_dismissed = False
+        self._pinged_s = self._greeted_s = -1e9
+        self._is_met = self.is_dismissed = False
 
     @property
     def is_ready(self) -> bool:
         """Whether a version may be taken."""
         arrival, released = self.arrival, self.released
-        return arrival is not None and arrival.is_staged and released is not None and released >= arrival.version
+        return arrival is not None and arrival.is_prepared and released is not None and released >= arrival.version
 
     @property
     def is_fenced(self) -> bool:
@@ -164,7 +163,7 @@ class Subscription:
             return []
         if self.arrival is not None and self.arrival.version == version:
             # The coordinator met this engine anew: say again what it may have missed.
-            return self._tell_staged() if self.arrival.is_staged else []
+            return self.tell_staged() if self.arrival.is_staged else []
         return self._begin(announce, now_s)
 
     def _begin(self, announce: Announce, now_s: float) -> list[Effect]:
@@ -182,6 +181,7 @@ class Subscription:
             )
         except WireError as error:
             return self._refuse(announce.version, error)
+        self.arrival.waits_for_engine = self.prepares
         effects = self.arrival.begin(now_s)
         return effects + (self._seal(self._sealed, now_s) if self._sealed is not None else [])
 
@@ -195,7 +195,7 @@ class Subscription:
             effects = arrival.seal(sealed.digests, now_s)
         except WireError as error:
             return self._refuse(sealed.version, error)
-        return self._tell_staged() if arrival.is_staged else effects
+        return self.tell_staged() if arrival.is_staged else effects
 
     def land(
         self, rank: int, header: ChunkHeader, body: Body | None, now_s: float, *, is_hashed: bool = True
@@ -212,15 +212,16 @@ class Subscription:
             effects = arrival.land(rank, header, body, now_s, is_hashed=is_hashed)
         except WireError as error:
             return self._refuse(arrival.version, error)
-        return self._tell_staged() if arrival.is_staged else effects
+        return self.tell_staged() if arrival.is_staged else effects
 
     def stop_reaching(self, rank: int, now_s: float) -> list[Effect]:
         """The memory of the source `rank` cannot be read any more."""
         self.reached = {other: kind for other, kind in self.reached.items() if other != rank}
         return [] if self.arrival is None else self.arrival.send_again(rank, now_s)
 
-    def _tell_staged(self) -> list[Effect]:
-        if self.arrival is None or self.role == "observer":
+    def tell_staged(self) -> list[Effect]:
+        """Say that a version is staged, once the engine is prepared for it."""
+        if self.arrival is None or self.role == "observer" or not self.arrival.is_prepared:
             return []
         return [Tell(self.arrival.make_staged(self._wall_offset_s))]
 

@@ -24,7 +24,8 @@ from weightcast.sync.trace_input import Phase, Scalar
 from weightcast.sync.trace_merge import FLEET, PACK, STAGE, plain_name
 
 Event: TypeAlias = dict[str, Any]
-COMMITS = ("commit", "load", "reload")  # what engines call the part that serves the new version; see the adapters
+# What engines call the part that serves the new version; see the adapters.
+COMMITS = ("commit", "load", "reload", "swap")
 
 
 @dataclass(frozen=True, slots=True)
