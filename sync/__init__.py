@@ -30,7 +30,7 @@ from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.report import PublishReport
 from weightcast.sync.report_log import ReportLog
 from weightcast.sync.source import ModuleSource, WeightSource
-from weightcast.sync.subscriber import Update, UpdateStats, WeightSubscriber
+from weightcast.sync.subscriber import WeightSubscriber
 from weightcast.sync.transports.collective import (
     CollectiveReceiver,
     CollectiveSource,
@@ -38,6 +38,7 @@ from weightcast.sync.transports.collective import (
     receive_version,
 )
 from weightcast.sync.transports.zmq_sockets import CurveKeys
+from weightcast.sync.update import Update, UpdateStats
 from weightcast.sync.version import Manifest, Version
 from weightcast.sync.wanted import WantedRegions
 from weightcast.sync.wanted_tensors import WantedTensors

@@ -40,6 +40,7 @@ _OF_PUBLISHERS = {
     "share": "each worker reads a store by itself, into a copy of its own; leave it out",
     "device": "versions of a store are staged in host memory; leave it out",
     "want": "versions of a store are read whole; leave it out",
+    "prepares": "versions of a store are not looked at before they are taken; leave it out",
 }
 _OF_STORES = {
     "key": "it unseals a store's files; sockets have CurveZMQ keys (keys=, a file named by --keys)",
@@ -81,6 +82,7 @@ def follow(
     share: str | HostShare | None = None,
     device: str | torch.device | None = None,
     want: Want | None = None,
+    prepares: bool = False,
     key: bytes | None = None,
     serving: Version | None = None,
     report: bool | None = None,
@@ -88,8 +90,8 @@ def follow(
 ) -> WeightSubscriber | DiskSubscriber | DiskObserver:
     """A `WeightSubscriber` of a publisher, a `DiskSubscriber` of a store, or an observer of either.
 
-    `engine`, `expect`, `role` and `limits` are for both; `keys`, `transport`, `share`, `device` and `want` for
-    publishers; `key`, `serving`, `report` and `agree` for stores. See the classes. Raises `AddressError`, and
+    `engine`, `expect`, `role` and `limits` are for both; `keys`, `transport`, `share`, `device`, `want` and `prepares`
+    for publishers; `key`, `serving`, `report` and `agree` for stores. See the classes. Raises `AddressError`, and
     `ConfigError` for an option that does not apply.
     """
     if kind_of(address) == "publisher":
@@ -107,10 +109,10 @@ def follow(
             share=share,
             device=device,
             want=want,
+            prepares=prepares,
         )
-    _refuse(
-        address, _OF_PUBLISHERS, {"keys": keys, "transport": transport, "share": share, "device": device, "want": want}
-    )
+    given = {"keys": keys, "transport": transport, "share": share, "device": device, "want": want}
+    _refuse(address, _OF_PUBLISHERS, given | {"prepares": prepares or None})
     if isinstance(limits, Limits):
         raise ConfigError(f"limits: {address} is a store's, which takes sync.DiskLimits, not Limits")
     place: str | Path = address if isinstance(address, str) else Path(address)

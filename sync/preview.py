@@ -10,17 +10,19 @@ Until `accept` or `refuse` the version counts as on its way, so the fleet's poli
 preparation takes, and what it meets is known before any engine of the fleet pauses.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from weightcast.sync.arrival import Arrival, Tell
+from weightcast.sync.arrival import Arrival
+from weightcast.sync.effects import Tell
 from weightcast.sync.errors import VersionError
 from weightcast.sync.messages import Failed
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.subscriber_loop import SubscriberLoop
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.version import Version
+from weightcast.sync.wanted_tensors import WantedTensors
 
 
 class Preview:
@@ -30,16 +32,21 @@ class Preview:
         assert arrival.tensors is not None
         self.version: Version = arrival.version
         self.specs: tuple[TensorSpec, ...] = arrival.specs
-        self._tensors = dict(arrival.tensors)
+        self._tensors: Mapping[str, torch.Tensor] = arrival.tensors
         self._subscription = subscription
         self._loop = loop
         self._arrival: Arrival | None = arrival
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(list(self._tensors.items()))
+        return iter(self._tensors.items())
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    @property
+    def wanted(self) -> WantedTensors | None:
+        """See `Update`."""
+        return self._tensors if isinstance(self._tensors, WantedTensors) else None
 
     def accept(self, *, read: bool) -> bool:
         """Tell the fleet that the version is staged. False when it is gone: a newer one came, or the publisher left.

@@ -7,9 +7,8 @@ subscription under `lock`, which is notified after every step.
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -152,7 +151,7 @@ class SubscriberLoop:
     def _brought_news(self, ready: Mapping[Any, int]) -> bool:
         """Whether the engine's threads may find what they wait for; that some chunk came is not worth waking them."""
         state = self._subscription
-        return self._control in ready or self._wake_in in ready or state.is_ready or state.error is not None
+        return self._control in ready or self._wake_in in ready or state.awaits_engine or state.error is not None
 
     def _step(self, ready: Mapping[Any, int]) -> None:
         if self._wake_in in ready:
@@ -205,7 +204,7 @@ class SubscriberLoop:
                 return
             if received is None:
                 return
-            for one in _one_by_one(received):
+            for one in received.one_by_one():
                 self._carry_out(self._land(one))
             num_chunks += received.header.count
             if socket not in self._client.sockets():
@@ -284,16 +283,6 @@ class SubscriberLoop:
             self._carry_out(self._subscription.give_up(reason))
             return False
         return True
-
-
-def _one_by_one(received: ReceivedChunk) -> Iterator[ReceivedChunk]:
-    """The chunks that a header stands for."""
-    if received.header.count == 1:
-        yield received
-        return
-    for number in range(received.header.count):
-        header = replace(received.header, index=received.header.index + number, count=1)
-        yield ReceivedChunk(received.rank, header, None)
 
 
 def raise_ended(ended: Exception | None) -> None:

@@ -71,6 +71,12 @@ class Subscription:
         return arrival is not None and arrival.is_prepared and released is not None and released >= arrival.version
 
     @property
+    def awaits_engine(self) -> bool:
+        """Whether a version may be taken, or looked at before the fleet hears of it."""
+        arrival = self.arrival
+        return self.is_ready or (arrival is not None and arrival.is_staged and arrival.waits_for_engine)
+
+    @property
     def is_fenced(self) -> bool:
         """Whether the fleet has moved on to a version that this engine does not serve."""
         return self.released is not None and (self.serving is None or self.serving < self.released)

@@ -5,6 +5,8 @@
 | `plugin`, `backend` | the vLLM worker; loaded by vLLM itself through the entry point `vllm.general_plugins` |
 | `waiting` | the same: a version from a publisher or a store |
 | `recording`, `twin` | the same: which slices the worker's loader reads |
+| `reload` | the same: what a load in the pause leaves to be done |
+| `preparer`, `spare`, `object_graph` | the same: versions loaded beside the one that serves, and swapped in |
 | `client`, `driver` | any process that reaches the server's development routes |
 | `server` | any process that wants a vLLM server of its own |
 """

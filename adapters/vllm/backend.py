@@ -1,7 +1,8 @@
 """The weight-transfer backend `weightcast`, inside each vLLM worker.
 
 vLLM's three calls become: `start_weight_update` waits until a version is staged, complete and verified in local
-memory and fits the model; `update_weights` loads it in one piece; `finish_weight_update` reports it. Stock vLLM
+memory and fits the model; `update_weights` swaps it in where it was prepared beside the weights that serve
+(`preparer.py`), or else loads it in one piece; `finish_weight_update` reports it. Stock vLLM
 takes an update that lacks tensors, publishes its label and serves nonsense (seen on 0.32: without a `gate_proj` not
 even a later full update heals it), so everything that can be refused is refused before its reload begins, and the
 reload begins and ends inside one call: a driver that dies between calls leaves an engine with whole weights.
@@ -13,7 +14,6 @@ Several workers of one host receive each version once, into memory that all of t
 itself. What only the server's operator may set is in `settings.py`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,12 +33,16 @@ from weightcast.adapters.engine import check_offer, parse_label, version_label
 from weightcast.adapters.keys import read_engine_keys, read_store_key
 from weightcast.adapters.timeline import EventLog
 from weightcast.adapters.vllm import NOT_CONNECTED, NOT_STAGED, UNTOUCHED
+from weightcast.adapters.vllm.preparer import Preparer, make_spare
+from weightcast.adapters.vllm.reload import own_weights, refresh_tied_layers
 from weightcast.adapters.vllm.settings import check_publisher, choose_share, read_settings
 from weightcast.adapters.vllm.slices import check_tied_update, choose_want, staged_tensors
+from weightcast.adapters.vllm.spare import CannotSwapError
 from weightcast.adapters.vllm.waiting import wait_for_version
-from weightcast.sync import DiskObserver, DiskSubscriber, DiskUpdate, Span, Update, WeightSubscriber, follow
+from weightcast.sync import DiskSubscriber, DiskUpdate, Span, Update, WeightSubscriber, follow
 from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.errors import ConfigError, EngineError, ModelMismatch, VersionError, WeightcastError
+from weightcast.sync.preview import Preview
 from weightcast.sync.regions import TensorSpec
 
 
@@ -85,6 +89,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self._settings = read_settings(vllm_config.additional_config)
         self._log = EventLog("engine", self._settings.events)
         self._subscriber: WeightSubscriber | DiskSubscriber | None = None
+        self._preparer: Preparer | None = None
         self._timeout_s = 0.0
         self._staged: Update | DiskUpdate | None = None
         self._loaded: Update | DiskUpdate | None = None
@@ -100,6 +105,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             raise ConfigError(f"this server takes weights from {allowed} only, got {init_info.publisher}")
         self.shutdown()
         num_workers = self.parallel_config.world_size_across_dp
+        spare = make_spare(self.vllm_config, self.model, self.device, self._settings.prepare, init_info.publisher)
         subscriber = follow(
             init_info.publisher,
             engine=self._worker_name(init_info.engine),
@@ -109,8 +115,13 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             key=read_store_key(self._settings.key_file),
             share=choose_share(self._settings, init_info.publisher, init_info.engine, num_workers),
             want=choose_want(self._settings, init_info.publisher, self.vllm_config, self._specs, self._aliases),
+            prepares=spare is not None,
         )
-        assert not isinstance(subscriber, DiskObserver)
+        assert isinstance(subscriber, WeightSubscriber | DiskSubscriber)
+        if spare is not None:
+            assert isinstance(subscriber, WeightSubscriber)
+            mode = self._settings.prepare
+            self._preparer = Preparer(subscriber, spare, mode, self._check_fit, self._log).start()
         self._subscriber, self._timeout_s = subscriber, float(init_info.timeout_s)
 
     def _worker_name(self, engine: str) -> str:
@@ -132,11 +143,18 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self._loaded = None
         try:
             update = self._staged = self._newest(self._subscriber)
-            check_offer(self._specs, update.specs, self._aliases)
-            check_tied_update(update, self._aliases)
+            if not self._is_prepared(update):
+                self._check_fit(update)
         except WeightcastError as error:
             self._drop(str(error))
             raise ModelMismatch(f"{UNTOUCHED}: {type(error).__name__}: {error}") from error
+
+    def _check_fit(self, offer: Update | DiskUpdate | Preview) -> None:
+        check_offer(self._specs, offer.specs, self._aliases)
+        check_tied_update(offer, self._aliases)
+
+    def _is_prepared(self, update: Update | DiskUpdate) -> bool:
+        return self._preparer is not None and self._preparer.holds(update.version)
 
     def _newest(self, subscriber: WeightSubscriber | DiskSubscriber) -> Update | DiskUpdate:
         """The version that an abandoned session left here, unless the fleet has moved on since."""
@@ -152,13 +170,16 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
     def _check(self, held: Update | DiskUpdate) -> bool:
         """Whether the staged copy is what it was; it is dropped when the workers' host has overwritten it."""
         try:
-            held.check()
+            if not self._is_prepared(held):  # which needs it no more
+                held.check()
         except VersionError as error:
             self._drop(str(error))
         return self._staged is not None
 
     def _drop(self, reason: str) -> None:
         if self._staged is not None:
+            if self._preparer is not None:
+                self._preparer.forget()
             self._staged.reject(reason)
             self._staged = None
 
@@ -170,7 +191,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: WeightcastUpdateInfo) -> None:
-        """Reload every layer from local memory, in one piece.
+        """Swap in what was prepared; or reload every layer from local memory, in one piece.
 
         Raises `ModelMismatch` with engine memory untouched, `EngineError` when the load broke off: the engine
         must then be restarted (vLLM cannot reload a model that is half on the meta device).
@@ -196,9 +217,16 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         if update_info.check:
             return
         try:
-            with self._log.phase("reload", update.version):
-                self._reload(update)
-                update.release()
+            if self._preparer is not None and self._is_prepared(update):
+                with self._log.phase("swap", update.version):
+                    self._preparer.swap()
+            else:
+                with self._log.phase("reload", update.version):
+                    self._reload(update)
+                    update.release()
+        except CannotSwapError as error:
+            self._drop(str(error))
+            raise ModelMismatch(f"{UNTOUCHED}: {error}") from error
         except BaseException as error:
             self._poisoned = f"loading version {update.version} broke off: {error!r}"
             self._drop(self._poisoned)
@@ -236,6 +264,9 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         if self._subscriber is not None:
             self._subscriber.close()
             self._subscriber = None
+        if self._preparer is not None:
+            self._preparer.close()
+            self._preparer = None
 
 
 def find_checkpoint(model_config: Any) -> Path:
@@ -252,36 +283,3 @@ def find_ties(model_config: Any, specs: tuple[TensorSpec, ...]) -> dict[str, str
         return {}
     embeddings = [spec.name for spec in specs if spec.name.endswith("embed_tokens.weight")]
     return {"lm_head.weight": embeddings[0]} if embeddings else {}
-
-
-def refresh_tied_layers(model: torch.nn.Module) -> None:
-    """Let layers that share their weight with another one process it anew.
-
-    On a CPU an output layer keeps a packed copy of its weight (vLLM 0.32, layers/utils.py,
-    `dispatch_cpu_unquantized_gemm`). The reload processes only layers that were given tensors, and a tied output
-    layer is given none: without this it goes on with the old embedding, and nothing says so.
-    """
-    sharing: dict[int, list[torch.nn.Module]] = {}
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.numel() > 0:
-            sharing.setdefault(id(weight), []).append(module)
-    for modules in sharing.values():
-        for module in modules if len(modules) > 1 else ():
-            method = getattr(module, "quant_method", None)
-            if method is not None:
-                method.process_weights_after_loading(module)
-
-
-def own_weights(model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Copy what a model's loader kept of the tensors that it was given, instead of copying it; the names.
-
-    What several workers read is overwritten by the next version, and an engine must not serve out of it.
-    """
-    staged = {tensor.untyped_storage().data_ptr() for _, tensor in tensors if tensor.numel()}
-    kept = []
-    for name, held in (*model.named_parameters(), *model.named_buffers()):
-        if held.numel() and held.device.type == "cpu" and held.untyped_storage().data_ptr() in staged:
-            held.data = held.data.clone()
-            kept.append(name)
-    return kept

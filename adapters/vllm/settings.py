@@ -1,16 +1,19 @@
 """What only the operator of a vLLM server may say to the backend, in `--additional-config '{"weightcast": {…}}'`.
 
-    {"events": "events.jsonl", "publisher": "tcp://…", "keys": "keys.json", "share": "off", "slices": "auto"}
+    {"events": "events.jsonl", "publisher": "tcp://…", "keys": "keys.json", "share": "off", "prepare": "auto"}
 
 Its update routes take no password, so none of this can be posted to them.
 """
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from weightcast.sync import HostShare, kind_of
 from weightcast.sync.errors import AddressError, ConfigError
+
+PrepareMode: TypeAlias = Literal["auto", "on", "off"]
+"""Whether versions are prepared while the engine serves: where it can be done, or else they are refused, or never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,9 @@ class BackendSettings:
     copy (`share` is off, or they are on several hosts), or "off". A store's versions are read whole."""
     lease_s: float = 120.0
     """How long such a worker may go on loading a version when the next one is announced."""
+    prepare: PrepareMode = "auto"
+    """Whether a version is loaded beside the one that serves, for a short pause: "auto", "on" or "off". What comes from
+    a store is loaded in the pause."""
 
 
 def read_settings(additional_config: Any) -> BackendSettings:
@@ -52,6 +58,11 @@ def read_settings(additional_config: Any) -> BackendSettings:
         settings["share"] = _read_switch(settings["share"])
     if settings.get("slices", "auto") not in ("auto", "off"):
         raise ConfigError(f'--additional-config weightcast: slices must be "auto" or "off", got {settings["slices"]!r}')
+    if settings.get("prepare", "auto") not in get_args(PrepareMode):
+        allowed_modes = ", ".join(get_args(PrepareMode))
+        raise ConfigError(
+            f"--additional-config weightcast: prepare must be one of {allowed_modes}, got {settings['prepare']!r}"
+        )
     lease_s = settings.get("lease_s", 1.0)
     if isinstance(lease_s, bool) or not isinstance(lease_s, int | float) or not lease_s > 0:
         raise ConfigError(f"--additional-config weightcast: lease_s must be seconds above 0, got {lease_s!r}")

@@ -16,6 +16,7 @@ from weightcast.adapters.engine import check_ties
 from weightcast.adapters.vllm.settings import BackendSettings, takes_slices
 from weightcast.adapters.vllm.twin import wanted_of_worker
 from weightcast.sync import DiskUpdate, Update
+from weightcast.sync.preview import Preview
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.wanted import Want, WantedRegions, whole
 
@@ -55,7 +56,7 @@ def boxes_of_offer(
     return boxes
 
 
-def check_tied_update(update: Update | DiskUpdate, aliases: Mapping[str, str]) -> None:
+def check_tied_update(update: Update | DiskUpdate | Preview, aliases: Mapping[str, str]) -> None:
     """`check_ties` of what was received; of tensors that came in part, box by box."""
     if isinstance(update, DiskUpdate) or update.wanted is None:
         check_ties(dict(update) if aliases else {}, aliases)

@@ -54,21 +54,31 @@ def wanted_of_worker(
 
 def record_twin(vllm_config: VllmConfig, specs: Sequence[TensorSpec]) -> LoadRecord:
     """Build the twin and watch it load. Raises `EngineError`."""
-    model_config = vllm_config.model_config
     twin_config = without_layers(vllm_config)
-    try:
-        with (
-            set_current_vllm_config(twin_config),
-            set_default_torch_dtype(model_config.dtype),
-            torch.device("meta"),
-        ):
-            model = initialize_model(twin_config, model_config=model_config)
-    except Exception as error:
-        raise EngineError(
-            f"{model_config.model} cannot be built on the meta device: {type(error).__name__}: {error}"
-        ) from error
+    model = build_twin(twin_config, "meta")
     with set_current_vllm_config(twin_config):
         return record_load(model, specs)
+
+
+def build_twin(twin_config: VllmConfig, device: str) -> torch.nn.Module:
+    """The model of a configuration `without_layers`, before a load, on `device`. Raises `EngineError`.
+
+    In the worker's own thread, between steps: torch's default dtype and vLLM's configuration are the process's.
+    """
+    model_config = twin_config.model_config
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            set_current_vllm_config(twin_config),
+            set_default_torch_dtype(model_config.dtype),
+            torch.device(device),
+        ):
+            model: torch.nn.Module = initialize_model(twin_config, model_config=model_config)
+    except Exception as error:
+        raise EngineError(
+            f"{model_config.model} cannot be built on the device {device!r}: {type(error).__name__}: {error}"
+        ) from error
+    return model
 
 
 def without_layers(vllm_config: VllmConfig) -> VllmConfig:

@@ -8,7 +8,8 @@ Some memory can be read without its owner's help: on the same host, by RDMA, on 
 `Exposed` memory, gives out tickets to it, and only says when a chunk is there; an engine that has a `Reach` reads.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -34,6 +35,15 @@ class ReceivedChunk:
     rank: int
     header: ChunkHeader
     buffer: ByteArray | Landing | None
+
+    def one_by_one(self) -> "Iterator[ReceivedChunk]":
+        """The chunks that a header stands for."""
+        if self.header.count == 1:
+            yield self
+            return
+        for number in range(self.header.count):
+            header = replace(self.header, index=self.header.index + number, count=1)
+            yield ReceivedChunk(self.rank, header, None)
 
 
 class ChunkServer(Protocol):

@@ -88,7 +88,7 @@ def test_conformance(rig: Rig, first: Checkpoint, second: Checkpoint, tmp_path: 
     lines = [json.loads(line) for line in (tmp_path / "driver.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["prepare", "pause", "load", "resume", "serving"] * 2
     worker = [json.loads(line) for line in rig.events.read_text().splitlines()]
-    assert [line["phase"] for line in worker][-4:] == ["reload", "stage"] * 2
+    assert [line["phase"] for line in worker][-6:] == ["prepare", "swap", "stage"] * 2
 
 
 def test_the_report_of_a_version(rig: Rig, second: Checkpoint, tmp_path: Path) -> None:

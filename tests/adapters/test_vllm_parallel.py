@@ -56,4 +56,4 @@ def test_every_worker_receives_and_the_version_is_one(
         shares = [worker.num_bytes / publisher.num_bytes for worker in workers]
         assert all(0.5 < share < 0.75 for share in shares), f"each received its slices: {shares}"
     phases = [json.loads(line)["phase"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert sorted(phases) == ["reload", "reload", "stage", "stage"]
+    assert sorted(phases) == ["prepare", "prepare", "stage", "stage", "swap", "swap"]

@@ -86,6 +86,7 @@ def test_the_operators_settings() -> None:
     settings = read_settings({"weightcast": given})
     assert (settings.events, settings.keys, settings.publisher) == (Path("e.jsonl"), Path("k.json"), "tcp://a:1")
     assert choose_share(settings, ADDRESS, "vllm", 4) is None
+    assert read_settings({"weightcast": {"prepare": "off"}}).prepare == "off"
     assert choose_share(read_settings({"weightcast": {"lease_s": 7}}), ADDRESS, "v", 2) == HostShare("v", lease_s=7)
 
 
@@ -112,10 +113,12 @@ def test_workers_that_share_no_copy_take_their_slices(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"evnts": "x"}, "evnts unknown; allowed: events, key_file, keys, lease_s, publisher, share, slices"),
+        ({"evnts": "x"}, "evnts unknown; allowed: events, key_file, keys, lease_s, prepare, publisher, share, slices"),
         ("on", "'on' unknown"),
         ({"share": "maybe"}, 'share must be "on" or "off", got \'maybe\''),
         ({"slices": "on"}, 'slices must be "auto" or "off", got \'on\''),
+        ({"prepare": "yes"}, "prepare must be one of auto, on, off, got 'yes'"),
+        ({"prepare": ["on"]}, r"prepare must be one of auto, on, off, got \['on'\]"),
         ({"lease_s": 0}, "lease_s must be seconds above 0, got 0"),
         ({"lease_s": "1"}, "lease_s must be seconds above 0, got '1'"),
         ({"publisher": 5600}, "publisher must be a text, got 5600"),
