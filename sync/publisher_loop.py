@@ -106,7 +106,7 @@ class PublisherLoop:
             if self._stopping:
                 raise SourceError("the publisher was closed; make a new one")
             self._inbox.append(work)
-            self._wake_out.send(b"")
+            zmq_sockets.wake(self._wake_out)
 
     def watch(self, ready: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
         """Wait until `ready()`; `DeadlineExceeded` names `what()` was waited for."""
@@ -149,7 +149,7 @@ class PublisherLoop:
             if self.failure is not None:
                 raise self.failure
             if not self._wake_out.closed:
-                self._wake_out.send(b"")
+                zmq_sockets.wake(self._wake_out)
 
     def seal(self, part: Packed) -> None:
         """Tell the coordinator that all of the snapshot is packed."""
@@ -171,7 +171,7 @@ class PublisherLoop:
         with self._lock:
             self._stopping = True
             if not self._wake_out.closed:  # the thread closes it, under this lock
-                self._wake_out.send(b"")
+                zmq_sockets.wake(self._wake_out)
         self._thread.join(timeout=10)
 
     # The loop

@@ -90,13 +90,13 @@ class SubscriberLoop:
         if self._stopping:
             raise PeerLost("the subscriber was closed; make a new one")
         self._outbox += effects
-        self._wake_out.send(b"")
+        zmq_sockets.wake(self._wake_out)
 
     def _awake(self) -> None:
         """From any thread: look again at what there is to do."""
         with self.lock:
             if not self._stopping and self.ended is None:
-                self._wake_out.send(b"")
+                zmq_sockets.wake(self._wake_out)
 
     def close(self) -> None:
         """Send what is due, say goodbye, and close every socket."""
@@ -106,7 +106,7 @@ class SubscriberLoop:
             self._stopping = True
             self.lock.notify_all()
             if self.ended is None:
-                self._wake_out.send(b"")
+                zmq_sockets.wake(self._wake_out)
         self._thread.join(timeout=10)
 
     def _run(self) -> None:

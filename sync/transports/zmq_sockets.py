@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import socket as os_socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,15 @@ def connect(
         socket.curve_serverkey = keys.server
     socket.connect(str(parsed))
     return socket
+
+
+def wake(socket: zmq.Socket[bytes]) -> None:
+    """Wake the thread that polls the other end of a pair, unless it has closed that end or is woken already.
+
+    A plain send would then wait for the thread, which may need a lock that the caller holds.
+    """
+    with suppress(zmq.Again):
+        socket.send(b"", zmq.NOBLOCK)
 
 
 def _set_options(socket: zmq.Socket[bytes], address: Address) -> None:

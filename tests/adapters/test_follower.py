@@ -73,7 +73,7 @@ def test_a_version_is_served_reported_and_drawn(
     (engine,) = report.engines
     assert (engine.engine, engine.state) == ("engine-0", "serving")
     assert 0 < engine.pause_s < SHORT_S
-    assert [span.phase for span in engine.spans] == ["stage", "prepare", "pause", "load", "resume"]
+    assert [span.phase for span in engine.spans] == ["stage", "check", "prepare", "pause", "load", "resume"]
     wait_until(lambda: "serving" in following.phases(), "the last line", 5)
     assert following.phases() == ["stage", "prepare", "pause", "load", "resume", "serving"]
     for line in following.events.read_text().splitlines():

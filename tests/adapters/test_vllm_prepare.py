@@ -205,7 +205,8 @@ def worker(config: Any, model: torch.nn.Module, mode: str) -> Iterator[Callable[
             engine.update_weights({"version": version_label(Version(EPOCH, number))})
             engine.finish_weight_update()
         report = publication.wait()
-        return " ".join(span.phase for one in report.engines for span in one.spans if span.phase != "stage")
+        phases = [span.phase for one in report.engines for span in one.spans]
+        return " ".join(phase for phase in phases if phase not in ("stage", "check"))
 
     with WeightPublisher(TensorSource(source), address, epoch=EPOCH) as publisher:
         engine.init_transfer_engine(engine.parse_init_info({"publisher": address, "timeout_s": 2}))

@@ -24,6 +24,7 @@ from weightcast.sync.landing import Landing
 from weightcast.sync.limits import MAX_CREDIT_CHUNKS
 from weightcast.sync.messages import ChunkHeader, ChunkRequest
 from weightcast.sync.snapshot import Snapshot
+from weightcast.sync.transports import zmq_sockets
 from weightcast.sync.transports.base import ChunkClient, ChunkServer
 from weightcast.sync.transports.zmq_chunks import ZmqChunkClient, ZmqChunkServer
 from weightcast.sync.transports.zmq_sockets import make_context
@@ -240,3 +241,20 @@ def test_memory_may_be_written_once_nothing_is_under_way(link: Link) -> None:
     while link.server.is_sending:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
+
+
+def test_a_thread_that_has_closed_its_end_is_not_waited_for_to_wake_it() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        mine, theirs = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        theirs.bind("inproc://wake")
+        mine.connect("inproc://wake")
+        zmq_sockets.wake(mine)
+        assert theirs.poll(1000)
+        theirs.close(0)
+        mine.sndtimeo = 2000  # of a plain send
+        start_s = time.monotonic()
+        zmq_sockets.wake(mine)
+        assert time.monotonic() - start_s < 1.0
+    finally:
+        context.destroy(linger=0)

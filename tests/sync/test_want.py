@@ -245,10 +245,10 @@ def test_an_observer_wants_nothing() -> None:
         WeightSubscriber("tcp://127.0.0.1:1", role="observer", want=whole)
 
 
-def test_workers_of_a_host_that_want_the_same_share_one_copy_of_it(address: str, tmp_path: Path) -> None:
+def test_workers_of_a_host_that_want_the_same_share_one_copy_of_it(address: str, base: Path) -> None:
     tensors = make_layers(5)
     specs = tuple(make_specs(tensors))
-    share = HostShare("workers", base=tmp_path)
+    share = HostShare("workers", base=base)
     # Two workers of one half, and one of the other, which therefore has a share of its own.
     halves = (0, 0, 1)
     with ExitStack() as stack:
