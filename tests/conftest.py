@@ -1,5 +1,8 @@
 """Fixtures that more than one folder of tests needs."""
 
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,3 +13,15 @@ from tests.assets.gemma import gemma_270m_folder
 def gemma_270m() -> Path:
     """The Hugging Face folder of the real Gemma 3 270M. Fails, never skips, where it cannot be had."""
     return gemma_270m_folder()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_group_for_the_next_file(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several files run in one process, in an order of pytest-xdist's: none finds a process group of another's."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        warnings.warn(f"{request.node.nodeid} left a process group", stacklevel=1)
+        from weightcast.bridges.process_groups import destroy_distributed
+
+        destroy_distributed()
