@@ -1,7 +1,6 @@
 """Fixtures that more than one folder of tests needs."""
 
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +15,14 @@ def gemma_270m() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_group_for_the_next_file(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Several files run in one process, in an order of pytest-xdist's: none finds a process group of another's."""
+def no_group_for_the_next_file() -> Iterator[None]:
+    """Several files run in one process, in an order of pytest-xdist's: none finds a process group of another's.
+
+    Groups of one are made by whatever first builds a model in a process (Megatron's, and vLLM's), and stay.
+    """
     yield
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        warnings.warn(f"{request.node.nodeid} left a process group", stacklevel=1)
         from weightcast.bridges.process_groups import destroy_distributed
 
         destroy_distributed()
