@@ -1,12 +1,16 @@
-"""The delta codec on a tensor's own device, in torch operations alone: the same bytes as `delta_codec` writes.
+"""The delta codec on a tensor's own device: the same bytes as `delta_codec` writes.
 
 A trainer's GPU finds what changed before anything is copied to the host; an engine's GPU takes the change in place.
-Encoding waits for the device twice (how many changes, how many gap bytes), so many tensors of one dtype are best
-encoded as one flat bucket.
+Encoding waits for the device (how many changes, how many gap bytes), so many tensors of one dtype are best encoded as
+one flat bucket. On a GPU the kernels of `delta_triton` do it where there is Triton, which torch for CUDA brings;
+otherwise in torch operations alone.
 
     delta = encode_on_device(last_published, now)       # None when it would take more than max_bytes
     apply_on_device(delta, weights)
 """
+
+from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -25,22 +29,48 @@ def encode_on_device(base: torch.Tensor, new: torch.Tensor, max_bytes: int | Non
     None when it takes more than `max_bytes` (default: no limit).
     """
     limit = max_bytes if max_bytes is not None else _NO_LIMIT
-    found = _find(base, new, limit)
-    if found is None:
-        return None
-    gaps, old, changed = found
-    delta = _make(gaps, old, changed, len(new))
-    return delta if delta.num_bytes <= limit else None
+    found = _find_deltas(base, new, limit, both=False)
+    return None if found is None else found[0]
 
 
 def encode_both_on_device(base: torch.Tensor, new: torch.Tensor, max_bytes: int) -> tuple[Delta, Delta] | None:
     """The same, and the delta from `new` back to `base`, which `delta_codec.reverse_delta` would make of it."""
+    found = _find_deltas(base, new, max_bytes, both=True)
+    if found is None:
+        return None
+    there, back = found
+    assert back is not None
+    return there, back
+
+
+def _find_deltas(
+    base: torch.Tensor, new: torch.Tensor, max_bytes: int, *, both: bool
+) -> tuple[Delta, Delta | None] | None:
+    if base.device.type == "cuda" and _has_triton():
+        from weightcast.sync.delta_triton import find_deltas
+
+        assert base.dtype == new.dtype and base.shape == new.shape and base.ndim == 1, (base.shape, new.shape)
+        return find_deltas(_as_integers(base), _as_integers(new), max_bytes, both=both)
+    return encode_in_torch(base, new, max_bytes, both=both)
+
+
+def encode_in_torch(
+    base: torch.Tensor, new: torch.Tensor, max_bytes: int = _NO_LIMIT, *, both: bool = False
+) -> tuple[Delta, Delta | None] | None:
+    """What `encode_on_device` and `encode_both_on_device` do without Triton."""
     found = _find(base, new, max_bytes)
     if found is None:
         return None
     gaps, old, changed = found
     delta = _make(gaps, old, changed, len(new))
-    return (delta, _make(gaps, changed, old, len(new))) if delta.num_bytes <= max_bytes else None
+    if delta.num_bytes > max_bytes:
+        return None
+    return delta, _make(gaps, changed, old, len(new)) if both else None
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _find(

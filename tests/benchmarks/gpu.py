@@ -5,6 +5,7 @@ Imports without a GPU; measures only with one.
 
 import time
 from contextlib import ExitStack
+from statistics import median
 
 import torch
 from measure import take_turns
@@ -14,7 +15,7 @@ from records import CaseError, Reading, Settings
 
 from weightcast.sync.chunks import MAX_CHUNK_BYTES
 from weightcast.sync.delta_format import Delta
-from weightcast.sync.delta_torch import apply_on_device, encode_on_device
+from weightcast.sync.delta_torch import apply_on_device, encode_in_torch, encode_on_device
 
 # Elements encoded at once: a bucket of 256 MiB of bf16.
 BUCKET_ELEMENTS = 1 << 27
@@ -67,15 +68,23 @@ def measure_encode(settings: Settings, *, device: str = "cuda") -> Reading:
         target.copy_(before)
         return dense_gb / (_now(device) - start_s)
 
-    gbps = take_turns({"encode": encode, "copy": copy}, settings.rounds)
+    def encode_by_torch() -> float:
+        start_s = _now(device)
+        for pair in zip(before, after, strict=True):
+            encode_in_torch(*pair)
+        return dense_gb / (_now(device) - start_s)
+
+    contestants = {"encode": encode, "copy": copy, "torch": encode_by_torch}
+    gbps = take_turns(contestants, settings.rounds)
     target.copy_(before)
     for delta, current in zip(deltas, target, strict=True):
         apply_on_device(delta, current)
     if not torch.equal(target, after):
         raise CaseError("the delta codec on the device: what was applied is not what was encoded")
-    return Reading(
-        gbps["encode"], gbps["copy"], "GB/s", f"buckets of {before[0].nbytes / 2**20:.0f} MiB, 0.8 % changed"
+    note = (
+        f"buckets of {before[0].nbytes / 2**20:.0f} MiB, 0.8 % changed; in torch operations {median(gbps['torch']):.0f}"
     )
+    return Reading(gbps["encode"], gbps["copy"], "GB/s", note, {"torch_gbps": median(gbps["torch"])})
 
 
 def make_states(num_buckets: int, num_elements: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
