@@ -150,11 +150,12 @@ MENDS: tuple[Mend, ...] = (
 
 def _mended() -> bool:
     """Whether the process-wide mends are in place; read off the mends themselves, so there is no flag to go stale."""
-    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     present: Any = torch.cuda.current_device
     cuda_mended = has_cuda() or present is stand_ins.cpu_device
-    return cuda_mended and (has_transformer_engine() or multi_latent_attention.HAVE_TE is False)
+    # Of those for Transformer Engine's absence the last one; a release of Megatron may have others of itself.
+    return cuda_mended and (has_transformer_engine() or hasattr(CheckpointWithoutOutput.__init__, "__wrapped__"))
 
 
 class _EndOfThread:

@@ -48,6 +48,8 @@ class AmaxPool:
         self._pooled = {name: tensor for name, tensor in plan.quantized.items() if tensor.group in self._groups}
         self._grids: dict[str, torch.Tensor] = {}
         self._own: dict[Region, torch.Tensor] = {}
+        self.device = torch.device("cpu")
+        """Where this rank's weights lie, once `take` has seen them; published scales lie there too."""
         self._has_warned = False
         if reduce_amax is None:
             self._check_complete()
@@ -111,6 +113,8 @@ class AmaxPool:
         """
         own = [item for item in self._held if item.region.name in self._pooled]
         amax = [self.measure(item.region, item.live()) for item in own]
+        if amax:
+            self.device = amax[0].device
         self._own = dict(zip((item.region for item in own), _to_host(amax), strict=True))
         grids = {name: torch.zeros(tensor.grid) for name, tensor in self._pooled.items()}
         for region, found in self._own.items():

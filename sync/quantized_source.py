@@ -110,7 +110,8 @@ class QuantizedSource:
         return self._as_published(self._scales(amax))
 
     def _shared_scales(self, tensor: Quantized, first: Shape, shape: Shape) -> torch.Tensor:
-        return self._as_published(self._scales(_cut(self._pool.amax(tensor.source.name), first, shape)))
+        amax = _cut(self._pool.amax(tensor.source.name), first, shape).to(self._pool.device)
+        return self._as_published(self._scales(amax))
 
     def _scales(self, amax: torch.Tensor) -> torch.Tensor:
         scheme = self.plan.scheme
