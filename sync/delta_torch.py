@@ -1,16 +1,18 @@
 """The delta codec on a tensor's own device: the same bytes as `delta_codec` writes.
 
 A trainer's GPU finds what changed before anything is copied to the host; an engine's GPU takes the change in place.
-Encoding waits for the device (how many changes, how many gap bytes), so many tensors of one dtype are best encoded as
-one flat bucket. On a GPU the kernels of `delta_triton` do it where there is Triton, which torch for CUDA brings;
-otherwise in torch operations alone.
+Encoding waits for the device (how many changes, how many bytes), so tensors are best encoded many at a time:
+`encode_many_on_device` waits twice for all, where it has the kernels of `delta_triton`: on a GPU with Triton, which
+torch for CUDA brings. Elsewhere it is torch operations alone.
 
     delta = encode_on_device(last_published, now)       # None when it would take more than max_bytes
     apply_on_device(delta, weights)
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,10 @@ from weightcast.sync.delta_format import ELEMENT_TYPES, HEADER_BYTES, SKIP, Delt
 # Torch compares and subtracts signed integers on every device; the bits are the same.
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NO_LIMIT = 1 << 62
+Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""What was and what is."""
+Found: TypeAlias = tuple[Delta, Delta | None]
+"""A delta, and the one back."""
 
 
 def encode_on_device(base: torch.Tensor, new: torch.Tensor, max_bytes: int | None = None) -> Delta | None:
@@ -28,36 +34,35 @@ def encode_on_device(base: torch.Tensor, new: torch.Tensor, max_bytes: int | Non
 
     None when it takes more than `max_bytes` (default: no limit).
     """
-    limit = max_bytes if max_bytes is not None else _NO_LIMIT
-    found = _find_deltas(base, new, limit, both=False)
+    (found,) = encode_many_on_device([(base, new)], _NO_LIMIT if max_bytes is None else max_bytes, both=False)
     return None if found is None else found[0]
 
 
-def encode_both_on_device(base: torch.Tensor, new: torch.Tensor, max_bytes: int) -> tuple[Delta, Delta] | None:
-    """The same, and the delta from `new` back to `base`, which `delta_codec.reverse_delta` would make of it."""
-    found = _find_deltas(base, new, max_bytes, both=True)
-    if found is None:
-        return None
-    there, back = found
-    assert back is not None
-    return there, back
+def encode_many_on_device(pairs: Sequence[Pair], max_bytes: int = _NO_LIMIT, *, both: bool) -> list[Found | None]:
+    """The same of many pairs on one device, which is waited for once or twice in all.
 
-
-def _find_deltas(
-    base: torch.Tensor, new: torch.Tensor, max_bytes: int, *, both: bool
-) -> tuple[Delta, Delta | None] | None:
-    if base.device.type == "cuda" and _has_triton():
+    With `both` also the delta from `new` back to `base`, which `delta_codec.reverse_delta` would make of the other.
+    """
+    for base, new in pairs:
+        assert base.dtype == new.dtype and base.shape == new.shape and base.ndim == 1, (base.shape, new.shape)
+    if pairs and pairs[0][0].device.type == "cuda" and _has_triton():
         from weightcast.sync.delta_triton import find_deltas
 
-        assert base.dtype == new.dtype and base.shape == new.shape and base.ndim == 1, (base.shape, new.shape)
-        return find_deltas(_as_integers(base), _as_integers(new), max_bytes, both=both)
-    return encode_in_torch(base, new, max_bytes, both=both)
+        return find_deltas([(_as_integers(base), _as_integers(new)) for base, new in pairs], max_bytes, both=both)
+    return encode_in_torch(pairs, max_bytes, both=both)
 
 
-def encode_in_torch(
-    base: torch.Tensor, new: torch.Tensor, max_bytes: int = _NO_LIMIT, *, both: bool = False
-) -> tuple[Delta, Delta | None] | None:
-    """What `encode_on_device` and `encode_both_on_device` do without Triton."""
+def encode_in_torch(pairs: Sequence[Pair], max_bytes: int = _NO_LIMIT, *, both: bool) -> list[Found | None]:
+    """What `encode_many_on_device` does without Triton; waits for the device several times a pair."""
+    return [_encode_in_torch(base, new, max_bytes, both) for base, new in pairs]
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _encode_in_torch(base: torch.Tensor, new: torch.Tensor, max_bytes: int, both: bool) -> Found | None:
     found = _find(base, new, max_bytes)
     if found is None:
         return None
@@ -68,16 +73,10 @@ def encode_in_torch(
     return delta, _make(gaps, changed, old, len(new)) if both else None
 
 
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _find(
     base: torch.Tensor, new: torch.Tensor, max_bytes: int
 ) -> tuple[npt.NDArray[np.uint8], torch.Tensor, torch.Tensor] | None:
     """The gap bytes, on the host, and what lay and lies at the places that they lead to; None beyond `max_bytes`."""
-    assert base.dtype == new.dtype and base.shape == new.shape and base.ndim == 1, (base.shape, new.shape)
     before, after = _as_integers(base), _as_integers(new)
     positions = torch.nonzero(before != after).squeeze(1)
     if HEADER_BYTES + 2 * len(positions) > max_bytes:

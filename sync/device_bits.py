@@ -9,8 +9,8 @@ import torch
 
 from weightcast.sync.chunk_delta import ChunkDelta, Part, join_changes
 from weightcast.sync.chunks import ALIGNMENT_BYTES, Piece
-from weightcast.sync.delta_format import Delta, ElementArray
-from weightcast.sync.delta_torch import SIGNED, encode_both_on_device
+from weightcast.sync.delta_format import HEADER_BYTES, Delta, ElementArray
+from weightcast.sync.delta_torch import SIGNED, encode_many_on_device
 
 
 def aligned(raw: torch.Tensor) -> torch.Tensor:
@@ -35,8 +35,12 @@ def encode_chunk_on_device(
     `old_elements` are those of each part on the host, for the entropy-coded form; without them there is none.
     """
 
+    pairs = [(_elements(part, base), _elements(part, new)) for part in parts]
+    found = dict(zip(parts, encode_many_on_device(pairs, max(max_bytes, HEADER_BYTES), both=True), strict=True))
+
     def find(part: Part, limit_bytes: int) -> tuple[Delta, Delta] | None:
-        return encode_both_on_device(_elements(part, base), _elements(part, new), limit_bytes)
+        there, back = found[part] or (None, None)
+        return (there, back) if there is not None and back is not None and there.num_bytes <= limit_bytes else None
 
     return join_changes(parts, find, max_bytes, old_elements)
 

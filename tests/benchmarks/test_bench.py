@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench
+import model_state
 import network
 import pytest
 import results
+import torch
 from cases import CPU_CASES, TABLES
 from machine import find_lack
 from page import render
@@ -247,3 +249,15 @@ def test_gpu_cases_import_and_plan_without_a_gpu() -> None:
 def test_the_gpu_codec_case_compares_bits_wherever_it_runs() -> None:
     reading = gpu.measure_encode(QUICK, device="cpu")
     assert len(reading.values) == 1 and reading.values[0] > 0
+
+
+@pytest.mark.parametrize("size", [3, 8, 8003])
+def test_every_bit_changes_the_sums_that_a_gpus_bits_are_hashed_by(size: int) -> None:
+    raw = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    sums = {model_state.sum_slabs(raw).numpy().tobytes()}
+    for place in {0, size // 2, size - 1}:
+        for bit in range(8):
+            other = raw.clone()
+            other[place] ^= 1 << bit
+            sums.add(model_state.sum_slabs(other).numpy().tobytes())
+    assert len(sums) == 1 + 8 * len({0, size // 2, size - 1})

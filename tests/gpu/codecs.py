@@ -11,7 +11,7 @@ from tests.sync.parts import TensorSource, bits, random_bits
 from weightcast.sync import Region
 from weightcast.sync.delta_codec import as_elements, encode_delta
 from weightcast.sync.delta_format import parse_delta
-from weightcast.sync.delta_torch import apply_on_device, encode_both_on_device, encode_in_torch, encode_on_device
+from weightcast.sync.delta_torch import apply_on_device, encode_in_torch, encode_many_on_device, encode_on_device
 from weightcast.sync.digest import region_digest
 from weightcast.sync.digest_torch import as_digest, region_sum
 from weightcast.sync.quantize import DIVIDE_ON_CPU, DIVIDE_ON_GPU, MAX_CODE, scales_of
@@ -66,9 +66,12 @@ def check_deltas(scale: Scale) -> dict[str, Any]:
 
 def _compare_both_ways(old: torch.Tensor, new: torch.Tensor, where: str) -> None:
     """The way there and the way back, by kernels where there are any and in torch operations."""
-    found, wanted = encode_both_on_device(old, new, 1 << 40), encode_in_torch(old, new, both=True)
-    assert found is not None and wanted is not None and wanted[1] is not None
-    alike = [one.to_bytes() == other.to_bytes() for one, other in zip(found, wanted, strict=True) if other is not None]
+    (found,) = encode_many_on_device([(old, new)], both=True)
+    (wanted,) = encode_in_torch([(old, new)], both=True)
+    assert found is not None and wanted is not None
+    alike = [
+        bool(one and other and one.to_bytes() == other.to_bytes()) for one, other in zip(found, wanted, strict=True)
+    ]
     require(alike == [True, True], f"{where}: the kernels' deltas are those of torch's operations: {alike}")
 
 

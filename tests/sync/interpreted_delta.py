@@ -5,11 +5,13 @@
 Prints how many deltas were compared. The interpreter is chosen when Triton is imported, hence the process of its own.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from weightcast.sync.delta_codec import find_delta, reverse_delta
-from weightcast.sync.delta_format import ELEMENT_TYPES, HEADER_BYTES
+from weightcast.sync.delta_format import ELEMENT_TYPES, HEADER_BYTES, ElementArray
 from weightcast.sync.delta_triton import find_deltas
 
 DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -31,36 +33,38 @@ def make_states(dtype: torch.dtype, size: int, density: float, seed: int) -> tup
     return old, torch.where(is_changed, torch.where(is_other, other, old + steps), old)
 
 
-def compare(old: torch.Tensor, new: torch.Tensor) -> int:
-    """Both directions, one alone, and a limit that is a byte too low: as the codec has it; how many were compared."""
-    before, after = (tensor.numpy().view(ELEMENT_TYPES[tensor.element_size()]) for tensor in (old, new))
-    wanted = find_delta(before, after, 1 << 40)
-    found = find_deltas(old, new, 1 << 40, both=True)
-    assert wanted is not None and found is not None
-    there, back = found
-    assert back is not None
-    assert there.to_bytes() == wanted.to_bytes(), "another delta"
-    reverse = reverse_delta(wanted, before, after) if wanted.num_changes else wanted
-    assert back.to_bytes() == reverse.to_bytes(), "another delta back"
-    (alone, nothing) = find_deltas(old, new, wanted.num_bytes, both=False) or (None, None)
-    assert alone is not None and nothing is None and alone.to_bytes() == wanted.to_bytes()
-    for limit in (wanted.num_bytes - 1, HEADER_BYTES - 1):
-        assert find_deltas(old, new, limit, both=True) is None, f"{wanted.num_bytes} bytes passed for {limit}"
-    return 5
+def compare(states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    """Both directions, one alone, and limits that are too low: as the codec has it; how many were compared."""
+    wanted = [find_delta(_as_elements(old), _as_elements(new), 1 << 40) for old, new in states]
+    found = find_deltas(states, 1 << 40, both=True)
+    for pair, there, deltas in zip(states, wanted, found, strict=True):
+        assert there is not None and deltas is not None and deltas[1] is not None
+        assert deltas[0].to_bytes() == there.to_bytes(), "another delta"
+        reverse = reverse_delta(there, *(_as_elements(state) for state in pair)) if there.num_changes else there
+        assert deltas[1].to_bytes() == reverse.to_bytes(), "another delta back"
+        (alone,) = find_deltas([pair], there.num_bytes, both=False)
+        assert alone is not None and alone[1] is None and alone[0].to_bytes() == there.to_bytes()
+        for limit in (there.num_bytes - 1, HEADER_BYTES - 1):
+            assert find_deltas([pair], limit, both=True) == [None], f"{there.num_bytes} bytes passed for {limit}"
+    return len(states)
+
+
+def _as_elements(tensor: torch.Tensor) -> ElementArray:
+    return tensor.numpy().view(ELEMENT_TYPES[tensor.element_size()])
 
 
 def main() -> None:
     """All of the table; and gaps longer than a gap byte."""
-    compared = sum(
-        compare(*make_states(dtype, size, density, seed))
+    states = [
+        make_states(dtype, size, density, seed)
         for dtype in DTYPES
         for seed, size in enumerate(SIZES)
         for density in DENSITIES
-    )
+    ]
     sparse = torch.zeros(3 * 4096, dtype=torch.int16)
     changed = sparse.clone()
     changed[np.cumsum([0, 254, 255, 256, 257, 510, 511, 5000])] = 1
-    print(compared + compare(sparse, changed))
+    print(compare([*states, (sparse, changed)]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tests.sync.parts import PROPERTY, WAIT_S, TensorSource, assert_same_bits, b
 
 from weightcast.sync import HeldRegion, WeightPublisher
 from weightcast.sync.delta_codec import as_elements, find_delta, reverse_delta
-from weightcast.sync.delta_torch import encode_both_on_device
+from weightcast.sync.delta_torch import encode_many_on_device
 from weightcast.sync.device_packer import DevicePacker, find_room, has_room
 from weightcast.sync.device_pool import DevicePool
 from weightcast.sync.errors import SourceError, WireError
@@ -39,10 +39,11 @@ def test_changes_are_found_forward_and_back_as_on_the_host(
     is_changed = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < density
     new = torch.where(is_changed, other.view(_signed(dtype)), old.view(_signed(dtype))).view(dtype)
     before, after = (as_elements(bits(tensor).numpy(), dtype.itemsize) for tensor in (old, new))
-    wanted, found = find_delta(before, after, max_bytes), encode_both_on_device(old, new, max_bytes)
+    wanted = find_delta(before, after, max_bytes)
+    (found,) = encode_many_on_device([(old, new)], max_bytes, both=True)
     assert (wanted is None) == (found is None)
     if wanted is not None and found is not None:
-        assert found[0].to_bytes() == wanted.to_bytes()
+        assert found[0].to_bytes() == wanted.to_bytes() and found[1] is not None
         assert found[1].to_bytes() == reverse_delta(wanted, before, after).to_bytes()
 
 
