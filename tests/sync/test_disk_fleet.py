@@ -1,21 +1,19 @@
-"""Engines that agree over a store: released together or not at all, fenced when they fall silent, caught up later."""
+"""Engines that agree over a store: released together or not at all, each told why."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tests.ranks import ROOT
+from tests.sync.disk_fleet_parts import (
+    LOST_AFTER_S,
+    Publishing,
+    has_staged,
+    make_publisher,
+    wait_until,
+)
 from tests.sync.disk_job import cut_columns
 from tests.sync.disk_parts import QUICK, clone, disk_publishers, folder_of, publish_all, read_manifest, step, take
 from tests.sync.parts import WAIT_S, TensorSource, assert_same_bits, make_model
@@ -24,7 +22,6 @@ from weightcast.sync import (
     DiskLimits,
     DiskObserver,
     DiskPublisher,
-    DiskReport,
     DiskSubscriber,
     FleetPolicy,
     materialize,
@@ -32,60 +29,8 @@ from weightcast.sync import (
 from weightcast.sync.disk.fleet_records import FLEET, RELEASE, Member, Release, member_file
 from weightcast.sync.disk.listing import list_versions
 from weightcast.sync.disk.records import Hashing, seal, unseal
-from weightcast.sync.errors import ConfigError, DamagedVersion, DeadlineExceeded, EngineError, WeightcastError
+from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, WeightcastError
 from weightcast.sync.version import Version
-
-# Quick enough for a test, patient enough for a busy machine.
-LOST_AFTER_S = 2.0
-
-Tensors = dict[str, torch.Tensor]
-
-
-def make_publisher(tensors: Tensors, place: Path, policy: FleetPolicy | None = None, **more: Any) -> DiskPublisher:
-    policy = FleetPolicy.all() if policy is None else policy
-    options = {"anchor_every": 4, "lost_after_s": LOST_AFTER_S, "timeout_s": WAIT_S} | more
-    return DiskPublisher(TensorSource(tensors), place, policy=policy, **options)
-
-
-class Publishing(threading.Thread):
-    """A publish that goes on beside the test; `join` it for its report, or the error that it raised."""
-
-    def __init__(self, publisher: DiskPublisher, number: int, **more: float) -> None:
-        super().__init__()
-        self._publish = partial(publisher.publish, number, **more)
-        self._result: DiskReport | WeightcastError | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._result = self._publish()
-        except WeightcastError as error:
-            self._result = error
-
-    def end(self) -> DiskReport:
-        """The report; raises what the publish raised."""
-        self.join(3 * WAIT_S)
-        assert self._result is not None, "the publish still runs"
-        if isinstance(self._result, WeightcastError):
-            raise self._result
-        return self._result
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {WAIT_S} s for {what}"
-        time.sleep(0.01)
-
-
-def read_member(root: Path, engine: str) -> Member:
-    return unseal((root / "engines" / member_file(engine)).read_bytes(), Member, Hashing())
-
-
-def has_staged(root: Path, engine: str, number: int) -> bool:
-    file = root / "engines" / member_file(engine)
-    staged = read_member(root, engine).staged if file.exists() else None
-    return staged is not None and staged.number == number
 
 
 def test_nobody_is_given_a_version_before_all_have_it(tmp_path: Path) -> None:
@@ -305,104 +250,3 @@ def test_without_a_policy_nothing_is_written_and_nobody_waits(tmp_path: Path) ->
             strict.wait(0.1)
         with pytest.raises(ConfigError, match="give it a policy"):
             publisher.wait_for_subscribers(1)
-
-
-@pytest.fixture
-def engines(tmp_path: Path) -> Iterator[Callable[[str], "EngineProcess"]]:
-    """Starts engines that are processes, and ends them."""
-    made: list[EngineProcess] = []
-
-    def start(name: str) -> EngineProcess:
-        made.append(EngineProcess(tmp_path / "store", name))
-        return made[-1]
-
-    yield start
-    for engine in made:
-        engine.process.kill()
-        engine.process.communicate()
-
-
-class EngineProcess:
-    """`tests/sync/store_engine.py` as a process."""
-
-    def __init__(self, root: Path, name: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.sync.store_engine", str(root), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def read(self) -> Any:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
-
-    def ask(self, word: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(word) + "\n")
-        self.process.stdin.flush()
-
-
-@contextmanager
-def stopped(engine: EngineProcess) -> Iterator[None]:
-    engine.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        engine.process.send_signal(signal.SIGCONT)
-
-
-def test_a_silent_engine_is_fenced_and_catches_up_and_a_dead_one_holds_nobody_up(
-    engines: Callable[[str], EngineProcess], tmp_path: Path
-) -> None:
-    tensors = make_model(1, 200)
-    root = tmp_path / "store"
-    with (
-        make_publisher(tensors, root) as publisher,
-        DiskSubscriber(root, engine="one", limits=QUICK, agree=True) as one,
-    ):
-        other = engines("other")
-        assert other.read() == "ready"
-        publisher.wait_for_subscribers(2)
-        other.ask("take")
-        publishing = Publishing(publisher, 1)
-        take(one, tensors, 1)
-        assert other.read() == 1
-        assert {engine.state for engine in publishing.end().engines} == {"serving"}
-        with stopped(other):
-            step(tensors, 1)
-            publishing = Publishing(publisher, 2)
-            take(one, tensors, 2)
-            report = publishing.end()
-            states = {engine.engine: (engine.state, engine.reason) for engine in report.engines}
-            assert states["one"] == ("serving", "") and states["other"] == ("lost", f"silent for {LOST_AFTER_S:g} s")
-        other.ask("take")
-        assert other.read() == 2  # what the fleet serves, before anything that is not released
-        wait_until(lambda: read_member(root, "other").serving == report.version, "the engine to say so")
-        os.kill(other.process.pid, signal.SIGKILL)
-        step(tensors, 2)
-        publishing = Publishing(publisher, 3)
-        take(one, tensors, 3)
-        assert {engine.engine: engine.state for engine in publishing.end().engines} == {
-            "one": "serving",
-            "other": "lost",
-        }
-
-
-def test_a_damaged_file_is_a_refusal(tmp_path: Path) -> None:
-    tensors = make_model(1, 200)
-    with make_publisher(tensors, tmp_path, FleetPolicy.all(minimum=1), anchor_every=1) as publisher:
-        with pytest.raises(DeadlineExceeded):
-            publisher.publish(1, timeout_s=0.2)
-        (data,) = folder_of(tmp_path, 1).glob("model-*.safetensors")
-        data.write_bytes(data.read_bytes()[:-1])
-        with DiskSubscriber(tmp_path, engine="one", limits=QUICK) as one:
-            with pytest.raises(DamagedVersion):
-                one.wait(WAIT_S)
-            wait_until(lambda: any(engine.refused for engine in publisher.fleet()), "the refusal")
-            assert publisher.fleet()[0].reason.startswith(str(tmp_path))
-            publishing = Publishing(publisher, 2)
-            take(one, tensors, 2)
-            assert [engine.state for engine in publishing.end().engines] == ["serving"]
