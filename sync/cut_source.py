@@ -38,7 +38,7 @@ class CutSource:
     def held(self) -> Sequence[HeldRegion]:
         """The same elements in smaller regions."""
         return [
-            held if part == held.region else HeldRegion(part, partial(_view, held, part))
+            held if part == held.region else HeldRegion(part, partial(_view, held, part), held.is_made)
             for held in self._source.held()
             for part in cut_for([held.region], self._wanted)
         ]

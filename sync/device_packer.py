@@ -16,15 +16,20 @@ bringing the new ones down, and saves nothing.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from weightcast.sync.chunk_delta import ChunkDelta, Part, apply_chunk, list_parts
-from weightcast.sync.chunks import ALIGNMENT_BYTES, Chunk
+from weightcast.sync.chunks import ALIGNMENT_BYTES, Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_bits import aligned, count_changes_on_device, encode_chunk_on_device, view_on_device
-from weightcast.sync.digest_torch import as_digests, region_sum
+from weightcast.sync.device_passes import ChunkPasses, RunningPass
+from weightcast.sync.digest import add_digests
+from weightcast.sync.limits import size_device_run
 from weightcast.sync.packer import Packer, PackMode, slices_within
+from weightcast.sync.pass_plan import PLACE_FIELDS, find_stride
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.snapshot import MAX_DELTA_SHARE, ChunkState, Snapshot
 from weightcast.sync.version import Version
@@ -33,20 +38,20 @@ logger = logging.getLogger(__name__)
 
 # Of a device's memory, what is left to the trainer when the last bits are kept there.
 RESERVE_SHARE = 0.1
+# Of weights that are made when they are asked for, about so much is made at a time.
+MAX_MADE_BYTES = 256 << 20
 
 
 class DeviceChunkState(ChunkState):
     """A chunk whose bits are `there`, on a device; the host's copy is made when it is looked at."""
 
-    __slots__ = ("_host", "is_stale", "sums", "there")
+    __slots__ = ("_host", "is_stale", "there")
 
     def __init__(
         self, chunk: Chunk, parts: tuple[Part, ...], host: ByteArray, there: torch.Tensor, history: int
     ) -> None:
         self.there = there
         self.is_stale = False
-        self.sums: torch.Tensor | None = None
-        """Its pieces' digests, there."""
         super().__init__(chunk, parts, host, history)
 
     @property
@@ -61,16 +66,20 @@ class DeviceChunkState(ChunkState):
     def bits(self, host: ByteArray) -> None:
         self._host = host
 
-    def piece_digests(self) -> Sequence[int]:
-        """See `ChunkState`; waits for the device."""
-        return () if self.sums is None else as_digests(list(self.sums))
-
     def follow(self, delta: ChunkDelta | None) -> None:
         """The bits on the device went on by `delta`; None for more than that says."""
         if delta is None:
             self.is_stale = True
         elif not delta.is_same and not self.is_stale:
             apply_chunk(delta.forward, self.parts, self._host)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Chunks that are being packed at once."""
+
+    count: int
+    running: RunningPass
 
 
 class DevicePacker(Packer):
@@ -90,10 +99,8 @@ class DevicePacker(Packer):
     ) -> None:
         super().__init__(held, specs, regions, chunks, arena, history)
         self._host_is_read = host_is_read
-        self._fresh = torch.zeros(
-            max((chunk.num_bytes for chunk in chunks), default=0), dtype=torch.uint8, device=there.device
-        )
-        self._sums: dict[Region, torch.Tensor] = {}
+        self._chunk_bytes = max((chunk.num_bytes for chunk in chunks), default=0)
+        self._fresh = torch.zeros(self._chunk_bytes, dtype=torch.uint8, device=there.device)
         states: list[ChunkState] = []
         start = 0
         for state in self._states:
@@ -102,39 +109,104 @@ class DevicePacker(Packer):
             states.append(DeviceChunkState(state.chunk, parts, state.bits, there[start:end], history))
             start = end
         self._states = states
+        self._passes = ChunkPasses(chunks, self._dtypes, there.device)
+        self._owners_of = _find_owners(chunks, regions)
+        self._made_bytes = [
+            sum(piece.num_bytes for piece, n in zip(chunk.pieces, owners, strict=True) if held[regions[n]].is_made)
+            for chunk, owners in zip(chunks, self._owners_of, strict=True)
+        ]
+        self._totals = [0] * len(regions)
+        self._ahead: _Run | None = None
 
     def begin(self, version: Version, mode: PackMode, *, rereads: bool = True) -> Snapshot:
         """See `Packer.begin`."""
-        self._sums.clear()
+        self._ahead = None
+        self._totals = [0] * len(self._regions)
         return super().begin(version, mode, rereads=rereads)
 
     def pack_next(self, snapshot: Snapshot) -> None:
         """See `Packer.pack_next`; when it returns, the device is done with the chunk."""
-        state = self._states[snapshot.num_ready]
-        assert isinstance(state, DeviceChunkState)
-        if self._mode == "off" or state.version is None:
-            state.version = None
-            whole = self._fill_there(state, state.there)
-            if whole is not state.there:
-                state.there.copy_(whole)
-            state.follow(None)
-            state.advance(snapshot.version, None)
-            self.delta_bytes += state.chunk.num_bytes
+        assert self._ahead is None, "a version is packed in runs, or chunk by chunk"
+        if self._count_run(snapshot.num_ready):
+            self._end_run(snapshot, self._begin_run(snapshot.num_ready, 1))
         else:
-            self._pack_change_there(state, snapshot.version)
-        if self._host_is_read:
-            _ = state.bits
-        if state.there.device.type == "cuda":
-            torch.cuda.current_stream(state.there.device).synchronize()
-        snapshot.num_ready += 1
+            self._pack_alone(snapshot)
+
+    def pack_run(self, snapshot: Snapshot) -> None:
+        """See `Packer.pack_run`. The run after it is begun before this one has ended, so that the device never waits."""
+        first = snapshot.num_ready
+        run, self._ahead = self._ahead, None
+        if run is None:
+            count = self._count_run(first)
+            if not count:
+                self._pack_alone(snapshot)
+                return
+            run = self._begin_run(first, count)
+        after = first + run.count
+        if following := self._count_run(after):
+            self._ahead = self._begin_run(after, following)
+        self._end_run(snapshot, run)
 
     def digests(self) -> tuple[int, ...]:
         """See `Packer.digests`."""
-        found = dict(zip(self._sums, as_digests(list(self._sums.values())), strict=True))
-        return tuple(found.get(region, 0) for region in self._regions)
+        return tuple(add_digests(total) for total in self._totals)
 
-    def _pack_change_there(self, state: DeviceChunkState, version: Version) -> None:
-        fresh = self._fill_there(state, self._fresh)
+    # Whole chunks, many at once
+
+    def _count_run(self, first: int) -> int:
+        """How many chunks from `first` on are packed at once; 0 where that one goes alone."""
+        num_left = len(self._states) - first
+        limit = size_device_run(first, num_left, self._chunk_bytes) if num_left > 0 else 0
+        made_bytes = 0
+        for index in range(first, first + limit):
+            state, made_bytes = self._state(index), made_bytes + self._made_bytes[index]
+            if not self._is_whole(state) or not _is_aligned(state) or (made_bytes > MAX_MADE_BYTES and index > first):
+                return index - first
+        return limit
+
+    def _begin_run(self, first: int, count: int) -> _Run:
+        for state in self._states[first : first + count]:
+            # Should the copy break off, these bits are no version's.
+            state.version = None
+        return _Run(count, self._launch(first, count, None))
+
+    def _end_run(self, snapshot: Snapshot, run: _Run) -> None:
+        first = snapshot.num_ready
+        self._note_digests(first, run.count, run.running)
+        for index in range(first, first + run.count):
+            self._note_whole(self._state(index), snapshot.version)
+        snapshot.num_ready += run.count
+
+    def _note_whole(self, state: DeviceChunkState, version: Version) -> None:
+        state.follow(None)
+        state.advance(version, None)
+        self.delta_bytes += state.chunk.num_bytes
+        if self._host_is_read:
+            _ = state.bits
+
+    # One chunk: what changed of it, or one that begins where nothing can be viewed in place
+
+    def _pack_alone(self, snapshot: Snapshot) -> None:
+        index = snapshot.num_ready
+        state, fresh = self._state(index), self._fresh[: self._states[index].chunk.num_bytes]
+        is_whole = self._is_whole(state)
+        if is_whole:
+            state.version = None
+        running = self._launch(index, 1, fresh)
+        if is_whole:
+            state.there.copy_(fresh)
+            self._note_digests(index, 1, running)
+            self._note_whole(state, snapshot.version)
+        else:
+            self._pack_change_there(state, fresh, snapshot.version)
+            self._note_digests(index, 1, running)
+            if self._host_is_read:
+                _ = state.bits
+        if fresh.device.type == "cuda":
+            torch.cuda.current_stream(fresh.device).synchronize()
+        snapshot.num_ready += 1
+
+    def _pack_change_there(self, state: DeviceChunkState, fresh: torch.Tensor, version: Version) -> None:
         base = aligned(state.there)
         old = [part.elements(state.bits) for part in state.parts] if self._mode == "zstd" else None
         delta = encode_chunk_on_device(base, fresh, state.parts, int(MAX_DELTA_SHARE * state.chunk.num_bytes), old)
@@ -144,27 +216,88 @@ class DevicePacker(Packer):
         state.follow(delta)
         state.advance(version, delta)
 
-    def _fill_there(self, state: DeviceChunkState, buffer: torch.Tensor) -> torch.Tensor:
-        """Copy a chunk's pieces into `buffer`, or where that begins at an odd byte into memory of this packer's own.
+    # Both
 
-        Returns the memory that has the bytes, and adds the pieces' digests to those of their regions.
-        """
-        if buffer.storage_offset() % ALIGNMENT_BYTES:
-            buffer = self._fresh
-        buffer = buffer if buffer.numel() == state.chunk.num_bytes else buffer[: state.chunk.num_bytes]
-        end, totals = 0, []
-        for piece in state.chunk.pieces:
-            if end < piece.start_byte:
-                buffer[end : piece.start_byte] = 0
-            end = piece.start_byte + piece.num_bytes
-            region, live = self._find(piece.region)
-            target = view_on_device(piece, self._dtypes[region.name], buffer)
-            target.copy_(live.detach()[slices_within(piece.region, region)])
-            total = region_sum(target, piece.region)
-            self._sums[region] = total if region not in self._sums else self._sums[region] + total
-            totals.append(total)
-        state.sums = torch.stack(totals)
-        return buffer
+    def _is_whole(self, state: ChunkState) -> bool:
+        """Whether a chunk is packed without a look at what it was."""
+        return self._mode == "off" or state.version is None
+
+    def _state(self, index: int) -> DeviceChunkState:
+        state = self._states[index]
+        assert isinstance(state, DeviceChunkState)
+        return state
+
+    def _launch(self, first: int, count: int, fresh: torch.Tensor | None) -> RunningPass:
+        """Begin to copy chunks from their live views to where they lie on the device, or one of them into `fresh`."""
+        found: list[tuple[Piece, Region, torch.Tensor, torch.Tensor]] = []
+        rows: list[tuple[int, int, int, int]] = []
+        row_lanes = iter(self._passes.row_lanes[self._passes.span(first, count)])
+        for state in map(self._state, range(first, first + count)):
+            buffer = state.there if fresh is None else fresh
+            address, end = buffer.data_ptr(), 0
+            for piece in state.chunk.pieces:
+                if fresh is not None and end < piece.start_byte:
+                    buffer[end : piece.start_byte] = 0  # it had other chunks before
+                end = piece.start_byte + piece.num_bytes
+                region, live = self._find(piece.region)
+                found.append((piece, region, live, buffer))
+                source = _place_within(piece.region, region, live, self._dtypes[region.name], buffer.device)
+                rows.append((*source, address + piece.start_byte, next(row_lanes)))
+
+        def find_source(number: int) -> torch.Tensor:
+            piece, region, live, _ = found[number]
+            return live.detach()[slices_within(piece.region, region)]
+
+        def find_target(number: int) -> torch.Tensor:
+            piece, region, _, buffer = found[number]
+            return view_on_device(piece, self._dtypes[region.name], buffer)
+
+        places = np.array(rows, np.int64).reshape(-1, PLACE_FIELDS)
+        return self._passes.launch(first, count, places, find_source, find_target, found)
+
+    def _note_digests(self, first: int, count: int, running: RunningPass) -> None:
+        """Add up what a pass found; waits for it."""
+        found = iter(running.digests())
+        for index in range(first, first + count):
+            owners = self._owners_of[index]
+            digests = self._states[index].digests = [next(found) for _ in owners]
+            for number, digest in zip(owners, digests, strict=True):
+                self._totals[number] += digest
+
+
+def _find_owners(chunks: Sequence[Chunk], regions: Sequence[Region]) -> list[tuple[int, ...]]:
+    """Of each chunk, by piece, the number of the region around it: pieces come in the order of regions."""
+    found: list[tuple[int, ...]] = []
+    number, left = -1, 0
+    for chunk in chunks:
+        owners = []
+        for piece in chunk.pieces:
+            while not left:
+                number += 1
+                left = regions[number].numel
+            left -= piece.region.numel
+            owners.append(number)
+        found.append(tuple(owners))
+    return found
+
+
+def _is_aligned(state: DeviceChunkState) -> bool:
+    """Whether pieces of every dtype may be viewed where the chunk lies."""
+    return not state.there.storage_offset() % ALIGNMENT_BYTES
+
+
+def _place_within(
+    piece: Region, region: Region, live: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """As `place_of`, of a piece within the live view of its region; zeros where it is cast, or comes from elsewhere."""
+    if live.dtype != dtype or live.device != device:
+        return 0, 0
+    strides = live.stride()
+    stride = find_stride(piece.shape, strides, dtype.itemsize)
+    if stride is None:
+        return 0, 0
+    start = sum((at - base) * step for at, base, step in zip(piece.offset, region.offset, strides, strict=True))
+    return live.data_ptr() + start * dtype.itemsize, stride
 
 
 def has_room(free_bytes: int, total_bytes: int, num_bytes: int) -> bool:

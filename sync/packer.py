@@ -2,8 +2,8 @@
 
     packer = Packer(held, specs, regions, chunks, arena, history=4)
     snapshot = packer.begin(version, "on")
-    for index in range(len(snapshot)):
-        packer.pack_next(snapshot)          # from here on chunk `index` may be served, and the rest goes on
+    while snapshot.num_ready < len(snapshot):
+        packer.pack_run(snapshot)           # from here on chunks below `num_ready` may be served, and the rest goes on
     packer.digests()                        # one a region: their sums over the sources vouch for whole tensors
 
 The arena always holds the bits of the version that was packed last, so it is also what the next version is compared
@@ -95,6 +95,10 @@ class Packer:
         else:
             self._pack_change(state, snapshot.version)
         snapshot.num_ready += 1
+
+    def pack_run(self, snapshot: Snapshot) -> None:
+        """Pack the next chunk, and as many after it as are best packed together."""
+        self.pack_next(snapshot)
 
     def digests(self) -> tuple[int, ...]:
         """The digest of each region, once all chunks are packed."""

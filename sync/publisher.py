@@ -238,9 +238,9 @@ class WeightPublisher:
 
     def _pack_all(self, packer: Packer, snapshot: Snapshot) -> None:
         """Pack every chunk. To wake the thread that serves them takes longer than to pack one: only when it waits."""
-        for index in range(len(snapshot)):
-            packer.pack_next(snapshot)
-            if self._loop.server.notify(index) or index + 1 == len(snapshot):
+        while snapshot.num_ready < len(snapshot):
+            packer.pack_run(snapshot)
+            if self._loop.server.notify(snapshot.num_ready - 1) or snapshot.num_ready == len(snapshot):
                 self._loop.nudge()
 
     def _choose_mode(self) -> PackMode:

@@ -74,7 +74,7 @@ class QuantizedSource:
             if tensor is None:
                 yield item
                 continue
-            yield HeldRegion(item.region, partial(self._codes, item))
+            yield HeldRegion(item.region, partial(self._codes, item), is_made=True)
             if item.region.name not in self._pool:
                 box = grid_box(item.region.offset, item.region.shape, tensor.block)
                 yield HeldRegion(_scale_region(tensor, *box), partial(self._own_scales, item))

@@ -37,8 +37,8 @@ class Packed:
     def pack(self, number: int, mode: PackMode = "on") -> Snapshot:
         """A version of the tensors as they are."""
         snapshot = self.packer.begin(Version(1, number), mode)
-        for _ in range(len(snapshot)):
-            self.packer.pack_next(snapshot)
+        while snapshot.num_ready < len(snapshot):
+            self.packer.pack_run(snapshot)
         return snapshot
 
     def digests(self) -> bytes:
