@@ -16,16 +16,16 @@ from weightcast.sync.effects import Effect, Request
 from weightcast.sync.errors import WireError
 from weightcast.sync.host.lease import Lease
 from weightcast.sync.landing import Body
-from weightcast.sync.limits import Limits, size_run
-from weightcast.sync.messages import Announce, ChunkHeader, ChunkRequest, Staged
-from weightcast.sync.model_view import ModelView
-from weightcast.sync.part_staging import open_staging
+from weightcast.sync.limits import Limits, size_device_run, size_run
+from weightcast.sync.messages import MAX_RUN_CHUNKS, Announce, ChunkHeader, ChunkRequest, Staged
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
-from weightcast.sync.shadow import ChunkKey, Shadow
+from weightcast.sync.shadow import ChunkKey
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
+# The kind of memory from which whole runs of chunks are landed at once, where the staged tensors lie on a device as well.
+ON_DEVICE = "cuda_ipc"
 # What is said to have brought a version that another worker of the host received.
 HOST_TRANSPORT = "host"
 
@@ -103,11 +103,11 @@ class Arrival:
         """Grant credit in turn to the sources that have more chunks and room, up to what may be under way."""
         assert self.staging is not None
         requests: list[Effect] = []
-        while self._again and len(self.asked_s) < self.limits.under_way_chunks:
+        while self._again and len(self.asked_s) < self._max_under_way:
             rank, index = self._again.popleft()
             self._under_way[rank] = self._under_way.get(rank, 0) + 1
             requests.append(self._request(rank, index, now_s))
-        while self._askable and len(self.asked_s) < self.limits.under_way_chunks:
+        while self._askable and len(self.asked_s) < self._max_under_way:
             rank = self._askable.popleft()
             place = self._next_place.get(rank, 0)
             count = self._find_run(rank, place)
@@ -132,7 +132,18 @@ class Arrival:
         assert self.staging is not None
         num_asked = self._next_place.get(rank, 0)
         num_left = len(self.staging.order[rank]) - num_asked
-        return size_run(num_asked, num_left, self.chunk_bytes) if rank in self.reached else 1
+        if rank not in self.reached:
+            return 1
+        return (size_device_run if self._lands_runs(rank) else size_run)(num_asked, num_left, self.chunk_bytes)
+
+    def _lands_runs(self, rank: int) -> bool:
+        return self.staging is not None and self.staging.lands_runs and self.reached.get(rank) == ON_DEVICE
+
+    @property
+    def _max_under_way(self) -> int:
+        """How many chunks may be asked for; of those that are read on a device, nothing is on its way."""
+        limit = self.limits.under_way_chunks
+        return max(limit, 2 * MAX_RUN_CHUNKS) if any(map(self._lands_runs, self.reached)) else limit
 
     def _find_run(self, rank: int, place: int) -> int:
         """How many chunks from a place in the order on, read neighbours of one base, are asked for in one message."""
@@ -140,7 +151,7 @@ class Arrival:
         assert staging is not None
         order = staging.order[rank]
         end = min(place + self._max_run(rank), len(order))
-        end = min(end, place + max(1, self.limits.under_way_chunks - len(self.asked_s)))
+        end = min(end, place + max(1, self._max_under_way - len(self.asked_s)))
         index, base = order[place], staging.base(rank, order[place])
 
         def is_alike(other: int) -> bool:
@@ -167,12 +178,22 @@ class Arrival:
         """See `Staging`; 0 where another worker receives."""
         return 0 if self.staging is None else self.staging.asked_bytes
 
-    def find_bytes(self, rank: int, index: int) -> tuple[int, int] | None:
-        """(first byte, number of bytes) of a chunk in its source's memory."""
+    def find_bytes(self, rank: int, index: int, count: int = 1) -> tuple[int, int] | None:
+        """(first byte, number of bytes) of neighbouring chunks in their source's memory."""
         layout = None if self.staging is None else self.staging.layouts.get(rank)
-        if layout is None or index >= len(layout.chunks):
+        if layout is None or index + count > len(layout.chunks):
             return None
-        return layout.start_bytes[index], layout.chunks[index].num_bytes
+        return layout.start_bytes[index], layout.start_bytes[index + count] - layout.start_bytes[index]
+
+    def lands_run(self, rank: int, header: ChunkHeader) -> bool:
+        """Whether the chunks that a header stands for may be landed at once: read, whole, and all of them missing."""
+        indices = range(header.index, header.index + header.count)
+        return (
+            header.encoding == "dense"
+            and self._lands_runs(rank)
+            and self.wants(rank, header)
+            and all(self.reads(rank, index) and self.staging.is_missing(rank, index) for index in indices)  # type: ignore[union-attr]
+        )
 
     def _repeat(self, rank: int, index: int, now_s: float) -> Request:
         self.num_repeats += 1
@@ -187,20 +208,20 @@ class Arrival:
     def land(
         self, rank: int, header: ChunkHeader, body: Body | None, now_s: float, *, is_hashed: bool = True
     ) -> list[Effect]:
-        """Take a chunk in; `WireError` when the version cannot be trusted any more."""
+        """Take chunks in, all that `header` stands for; `WireError` when the version cannot be trusted any more."""
         assert self.staging is not None
-        key = (rank, header.index)
+        keys = [(rank, index) for index in range(header.index, header.index + header.count)]
         try:
             self.staging.land(rank, header, body, is_hashed=is_hashed)
         except WireError:
-            attempts = self._damaged.get(key, 0) + 1
-            self._damaged[key] = attempts
+            attempts = 1 + max(self._damaged.get(key, 0) for key in keys)
+            self._damaged |= dict.fromkeys(keys, attempts)
             if attempts >= self.limits.chunk_attempts:
                 raise
-            self._only_sent.add(key)
-            return [self._repeat(*key, now_s)]
-        if self.asked_s.pop(key, None) is not None:
-            self._under_way[rank] -= 1
+            self._only_sent.update(keys)
+            return [self._repeat(*key, now_s) for key in keys]
+        if num_asked := sum(self.asked_s.pop(key, None) is not None for key in keys):
+            self._under_way[rank] -= num_asked
             self._queue(rank)
         return self._advance(now_s)
 
@@ -269,27 +290,3 @@ class Arrival:
             return f"version {version} has come whole, and waits for the digests of the publisher's rank 0"
         silent = sorted({rank for rank, _ in self.asked_s})
         return f"version {version} lacks {self.staging.num_missing} chunks, asked of the source ranks {silent}"
-
-
-def open_arrival(
-    engine: str,
-    announce: Announce,
-    model: ModelView,
-    shadow: Shadow,
-    limits: Limits,
-    reached: Mapping[int, str],
-    started_s: float,
-) -> Arrival:
-    """An arrival of a version that this engine fetches, whose memory is taken here.
-
-    Raises `WireError` when there is too little of it, or when the publisher's layout cannot be.
-    """
-    assert model.specs is not None
-    try:
-        staging = open_staging(announce.version, model, shadow)
-    except MemoryError:
-        num_bytes = sum(spec.num_bytes for spec in model.staged_specs or ())
-        raise WireError(
-            f"engine {engine!r} has no memory for the {num_bytes} bytes of version {announce.version}"
-        ) from None
-    return Arrival(announce, staging, model.chunk_bytes, limits, started_s, dict(reached), specs=model.specs)

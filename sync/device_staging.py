@@ -2,22 +2,26 @@
 
     staging = make_staging(version, specs, layouts, shadow)     # on the shadow's device, or in host memory
 
-A chunk that a source exposes on a GPU is copied from device to device. One that came over a connection is hashed on the
+Chunks that a source exposes on a GPU are copied from device to device, many in one pass (`device_passes`). One that came over a connection is hashed on the
 host, as always, and copied up in one piece; a delta is checked on the host and applied on the device.
 """
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.delta_torch import apply_on_device
 from weightcast.sync.device_bits import aligned, view_on_device
+from weightcast.sync.device_landing import LandingPasses
 from weightcast.sync.digest_torch import as_digests, region_sum
 from weightcast.sync.host_bytes import ChunkBytes, check_size, elements_of, writable
+from weightcast.sync.landing import Body
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
+from weightcast.sync.pass_plan import Int64Array
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.staging import Staging
@@ -27,20 +31,58 @@ from weightcast.sync.version import Version
 class DeviceStaging(Staging):
     """See the module. Every method waits for the device, so that a source may overwrite what was read of it."""
 
+    lands_runs = True
+    _addresses: Int64Array | None = None
+
     def open_landing(self, rank: int, header: ChunkHeader, num_bytes: int, scratch: ByteArray) -> None:
         """Nowhere: what is received comes to host memory first."""
+
+    def land(self, rank: int, header: ChunkHeader, body: Body | None, *, is_hashed: bool = True) -> None:
+        """See `Staging`. Whole chunks that were read of a source's device may come many at once, all of them missing."""
+        if header.count == 1:
+            super().land(rank, header, body, is_hashed=is_hashed)
+            return
+        assert isinstance(body, torch.Tensor) and not is_hashed and header.encoding == "dense"
+        keys = [(rank, index) for index in range(header.index, header.index + header.count)]
+        chunks = self.layouts[rank].chunks[header.index : header.index + header.count]
+        assert all(key in self._missing for key in keys) and len(body) == sum(chunk.num_bytes for chunk in chunks)
+        self._shadow.forget(keys)
+        digests = iter(self._copy(rank, header.index, header.count, body))
+        for key, chunk in zip(keys, chunks, strict=True):
+            self._shadow.note(key, self.version)
+            self._add(key, tuple((piece.region.name, next(digests)) for piece in chunk.pieces))
+        self.num_bytes += len(body)
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)
         self._shadow.forget([key])
         came = body if isinstance(body, torch.Tensor) else torch.from_numpy(writable(body))
-        came = aligned(came.to(self.device))
-        sums = []
-        for piece in chunk.pieces:
-            target = self._target(piece)
-            target.copy_(view_on_device(piece, target.dtype, came))
-            sums.append(region_sum(target, piece.region))
-        return tuple(as_digests(sums))
+        return tuple(self._copy(*key, 1, came.to(self.device)))
+
+    def _copy(self, rank: int, first: int, count: int, came: torch.Tensor) -> list[int]:
+        """Bring the pieces of chunks whose bytes lie on the device to their places; the digest of each."""
+        landing = self._shadow.landings.get(rank)
+        if landing is None:
+            assert self.device is not None
+            landing = LandingPasses(self.layouts[rank], self.specs, self.device)
+            self._shadow.landings[rank] = landing
+        if self._addresses is None:
+            self._addresses = np.array([self._tensors[spec.name].data_ptr() for spec in self.specs], np.int64)
+        span = landing.passes.span(first, count)
+        starts = self.layouts[rank].start_bytes
+        opened: dict[int, torch.Tensor] = {}
+
+        def find_source(number: int) -> torch.Tensor:
+            index, piece = landing.pieces[span.start + number]
+            if index not in opened:
+                opened[index] = aligned(came[starts[index] - starts[first] : starts[index + 1] - starts[first]])
+            return view_on_device(piece, self._tensors[piece.region.name].dtype, opened[index])
+
+        def find_target(number: int) -> torch.Tensor:
+            return self._target(landing.pieces[span.start + number][1])
+
+        places = landing.places(first, count, came.data_ptr(), self._addresses)
+        return landing.passes.launch(first, count, places, find_source, find_target, (came,)).digests()
 
     def _host_elements(self, flat: torch.Tensor) -> ElementArray:
         return elements_of(flat.cpu())

@@ -191,7 +191,9 @@ class PartStaging(Staging):
 
 
 class DevicePartStaging(PartStaging, DeviceStaging):
-    """The same in a device's memory."""
+    """The same in a device's memory; chunk by chunk, of which parts are kept."""
+
+    lands_runs = False
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)

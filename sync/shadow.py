@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from weightcast.sync.device_landing import LandingPasses
 from weightcast.sync.device_pool import DevicePool
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.regions import TensorSpec
@@ -91,6 +92,8 @@ class Shadow:
         self.rests: dict[tuple[ChunkKey, int], list[torch.Tensor]] = {}
         """What no engine takes of a piece of a chunk, kept so that a delta can be applied to all of it."""
         self.keeps_rests = False
+        self.landings: dict[int, LandingPasses] = {}
+        """By source rank, how chunks come to tensors on a device."""
 
     def open(self, layouts: Mapping[int, SourceLayout], specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
         """The model's tensors, in HF order. Where an engine still holds one, its bits are copied to other memory."""
@@ -98,6 +101,7 @@ class Shadow:
             # The same index now means other bytes.
             self._versions.clear()
             self.rests.clear()
+            self.landings.clear()
             self._layouts, self._specs = layouts, specs
         if self._whole is not None:
             for layout in layouts.values():

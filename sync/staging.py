@@ -33,6 +33,8 @@ from weightcast.sync.version import Version
 class Staging:
     """See the module; `device_staging` has the one whose tensors are on a device."""
 
+    lands_runs = False  # whether `land` takes a header of many chunks
+
     def __init__(
         self, version: Version, specs: Sequence[TensorSpec], layouts: Mapping[int, SourceLayout], shadow: Shadow
     ) -> None:

@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import zmq
 
-from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.chunk_reading import ChunkReader
 from weightcast.sync.effects import Effect, Request, Tell
 from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
 from weightcast.sync.host.share import HostShare
 from weightcast.sync.host.worker import HostWorker
-from weightcast.sync.host_bytes import ChunkBytes
 from weightcast.sync.landing import Landing
 from weightcast.sync.link_taking import LinkTaker
 from weightcast.sync.messages import Announce, Staged, decode, encode
@@ -58,7 +56,7 @@ class SubscriberLoop:
         self._outbox: list[Effect] = []
         self._address, self._keys = address, keys
         self._reaches = reaches
-        self._scratch: ByteArray = np.empty(0, np.uint8)
+        self._reader = ChunkReader(subscription, reaches)
         self._context, _ = zmq_sockets.make_context(None)
         try:
             self._wake_in = self._context.socket(zmq.PAIR)
@@ -204,8 +202,13 @@ class SubscriberLoop:
                 return
             if received is None:
                 return
-            for one in received.one_by_one():
-                self._carry_out(self._land(one))
+            run = self._reader.read_run(received.rank, received.header) if received.header.count > 1 else None
+            if run is not None:
+                now_s = time.monotonic()
+                self._carry_out(self._subscription.land(received.rank, received.header, run, now_s, is_hashed=False))
+            else:
+                for one in received.one_by_one():
+                    self._carry_out(self._land(one))
             num_chunks += received.header.count
             if socket not in self._client.sockets():
                 return
@@ -213,39 +216,16 @@ class SubscriberLoop:
     def _land(self, received: ReceivedChunk) -> list[Effect]:
         rank, header, body = received.rank, received.header, received.buffer
         assert not isinstance(body, Landing), "ZeroMQ gives whole chunks"
-        if body is not None or header.encoding != "dense" or not self._reads(rank, header.index):
+        if body is not None or header.encoding != "dense" or not self._reader.reads(rank, header.index):
             return self._subscription.land(rank, header, body, time.monotonic())
         try:
-            read = self._read(rank, header.index)
+            read = self._reader.read(rank, header.index)
         except (OSError, WeightcastError) as error:
             engine = self._subscription.engine
             logger.warning("engine %s cannot read from source rank %d any more: %s", engine, rank, error)
             self._reaches.give_up(rank, str(error))
             return self._subscription.stop_reaching(rank, time.monotonic())
         return self._subscription.land(rank, header, read, time.monotonic(), is_hashed=False)
-
-    def _reads(self, rank: int, index: int) -> bool:
-        """Whether this engine reads the chunk by itself, and so waits for no bytes of it."""
-        arrival = self._subscription.arrival
-        return arrival is not None and arrival.reads(rank, index)
-
-    def _read(self, rank: int, index: int) -> ChunkBytes:
-        """A chunk's bytes out of its source's memory; valid until the next one is read."""
-        arrival, reach = self._subscription.arrival, self._reaches.get(rank)
-        span = None if arrival is None else arrival.find_bytes(rank, index)
-        if arrival is None or reach is None or span is None or span[0] + span[1] > reach.num_bytes:
-            raise WireError(f"chunk {index} of source rank {rank} does not lie in memory that this engine reads")
-        start_byte, num_bytes = span
-        assert arrival.staging is not None
-        if arrival.staging.device is not None and (there := reach.device_view(start_byte, num_bytes)) is not None:
-            return there
-        if (view := reach.view(start_byte, num_bytes)) is not None:
-            return view
-        if len(self._scratch) < num_bytes:
-            self._scratch = np.empty(num_bytes, np.uint8)
-        for start, end in arrival.staging.find_spans(rank, index):
-            reach.read(start_byte + start, self._scratch[start:end])
-        return self._scratch[:num_bytes]
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:

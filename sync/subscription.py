@@ -9,7 +9,7 @@ method takes the time and returns what to send; a thread elsewhere carries it ou
 
 from collections.abc import Mapping, Sequence
 
-from weightcast.sync.arrival import Arrival, open_arrival
+from weightcast.sync.arrival import Arrival
 from weightcast.sync.effects import Effect, Tell
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
 from weightcast.sync.landing import Body
@@ -32,6 +32,7 @@ from weightcast.sync.messages import (
     Welcome,
 )
 from weightcast.sync.model_view import ModelView
+from weightcast.sync.opening import open_arrival
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import Shadow

@@ -14,8 +14,9 @@ import torch
 from tests.ranks import ROOT
 from tests.sync.host_driver import UUID, HostDriver
 from tests.sync.parts import WAIT_S, Engine, TensorSource, assert_same_bits, make_model, running
+from tests.sync.table_runner import run_by_numpy
 
-from weightcast.sync import DeltaMode, WeightPublisher, WeightSubscriber
+from weightcast.sync import DeltaMode, WeightPublisher, WeightSubscriber, device_passes
 from weightcast.sync.errors import ConfigError, EngineError, ReachError, WireError
 from weightcast.sync.host import folders
 from weightcast.sync.schema import pack
@@ -165,9 +166,10 @@ def test_a_reader_that_is_killed_has_left(exposed: ExposedDeviceMemory, driver: 
 # Versions
 
 
-@pytest.fixture
-def as_gpu(driver: HostDriver, monkeypatch: pytest.MonkeyPatch) -> HostDriver:
-    """Publishers and subscribers of this process find the stand-in where they look for the driver."""
+@pytest.fixture(params=[None, run_by_numpy], ids=["by-torch", "by-tables"])
+def as_gpu(driver: HostDriver, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> HostDriver:
+    """Publishers and subscribers of this process find the stand-in where they look for the driver, and for the kernel."""
+    monkeypatch.setattr(device_passes, "find_runner", lambda device: request.param)
     monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
     return driver
 

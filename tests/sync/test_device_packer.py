@@ -1,5 +1,6 @@
 """A source and an engine that work on a device do what those on the host do, byte by byte. The device is a CPU here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.sync.packed import CHUNK_BYTES, answer, make_packed
 from tests.sync.parts import PROPERTY, WAIT_S, TensorSource, assert_same_bits, bits, make_model, make_specs, random_bits
+from tests.sync.table_runner import run_by_numpy
 
-from weightcast.sync import HeldRegion, WeightPublisher
+from weightcast.sync import HeldRegion, WeightPublisher, device_passes
 from weightcast.sync.delta_codec import as_elements, find_delta, reverse_delta
 from weightcast.sync.delta_torch import encode_many_on_device
 from weightcast.sync.device_packer import DevicePacker, find_room, has_room
@@ -22,6 +24,14 @@ from weightcast.sync.share import Share
 
 CPU = torch.device("cpu")
 MODES: tuple[PackMode, ...] = ("off", "on", "zstd")
+
+
+@pytest.fixture(scope="module", autouse=True, params=[None, run_by_numpy], ids=["by-torch", "by-tables"])
+def runner(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything is done by torch, and as a kernel does what it can of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_passes, "find_runner", lambda device: request.param)
+        yield
 
 
 @PROPERTY

@@ -1,0 +1,59 @@
+"""Chunks that an engine reads by itself, out of memory that a source exposes: one by one, or many at once on a device.
+
+reader = ChunkReader(subscription, reaches)
+reader.reads(rank, index)              # whether it waits for no bytes of that chunk
+reader.read(rank, index)               # they are, valid until the next one is read
+reader.read_run(rank, header)          # those of all chunks that a header stands for, or None
+"""
+
+import numpy as np
+import torch
+
+from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.errors import WireError
+from weightcast.sync.host_bytes import ChunkBytes
+from weightcast.sync.messages import ChunkHeader
+from weightcast.sync.subscription import Subscription
+from weightcast.sync.transports.reaches import Reaches
+
+
+class ChunkReader:
+    """See the module. Used by the subscriber's thread."""
+
+    def __init__(self, subscription: Subscription, reaches: Reaches) -> None:
+        self._subscription = subscription
+        self._reaches = reaches
+        self._scratch: ByteArray = np.empty(0, np.uint8)
+
+    def reads(self, rank: int, index: int) -> bool:
+        """Whether this engine reads the chunk by itself, and so waits for no bytes of it."""
+        arrival = self._subscription.arrival
+        return arrival is not None and arrival.reads(rank, index)
+
+    def read(self, rank: int, index: int) -> ChunkBytes:
+        """A chunk's bytes out of its source's memory. `WireError` when they are not all there."""
+        arrival, reach = self._subscription.arrival, self._reaches.get(rank)
+        span = None if arrival is None else arrival.find_bytes(rank, index)
+        if arrival is None or reach is None or span is None or span[0] + span[1] > reach.num_bytes:
+            raise WireError(f"chunk {index} of source rank {rank} does not lie in memory that this engine reads")
+        start_byte, num_bytes = span
+        assert arrival.staging is not None
+        if arrival.staging.device is not None and (there := reach.device_view(start_byte, num_bytes)) is not None:
+            return there
+        if (view := reach.view(start_byte, num_bytes)) is not None:
+            return view
+        if len(self._scratch) < num_bytes:
+            self._scratch = np.empty(num_bytes, np.uint8)
+        for start, end in arrival.staging.find_spans(rank, index):
+            reach.read(start_byte + start, self._scratch[start:end])
+        return self._scratch[:num_bytes]
+
+    def read_run(self, rank: int, header: ChunkHeader) -> torch.Tensor | None:
+        """The bytes of a run of whole chunks, on this engine's device; None where they are to be read one by one."""
+        arrival, reach = self._subscription.arrival, self._reaches.get(rank)
+        if arrival is None or reach is None or not arrival.lands_run(rank, header):
+            return None
+        span = arrival.find_bytes(rank, header.index, header.count)
+        if span is None or span[0] + span[1] > reach.num_bytes:
+            return None
+        return reach.device_view(*span)

@@ -1,0 +1,54 @@
+"""How the chunks of one source come to the tensors of an engine's GPU: tables that stay the same from version to version.
+
+landing = LandingPasses(layout, specs, device)
+places = landing.places(first, count, came.data_ptr(), addresses)      # of tensors, in the order of specs
+landing.passes.launch(first, count, places, find_source, find_target)
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from weightcast.sync.chunks import Piece
+from weightcast.sync.device_passes import ChunkPasses
+from weightcast.sync.layout import SourceLayout
+from weightcast.sync.pass_plan import PLACE_FIELDS, Int64Array, find_stride
+from weightcast.sync.regions import TensorSpec
+
+
+class LandingPasses:
+    """See the module. `specs` are those of the staged tensors, which are contiguous."""
+
+    def __init__(self, layout: SourceLayout, specs: Sequence[TensorSpec], device: torch.device) -> None:
+        self._start_bytes = layout.start_bytes
+        self.pieces = tuple((chunk.index, piece) for chunk in layout.chunks for piece in chunk.pieces)
+        """(chunk, piece), in order."""
+        self.passes = ChunkPasses(layout.chunks, {spec.name: spec.dtype for spec in specs}, device)
+        numbers = {spec.name: number for number, spec in enumerate(specs)}
+        self._tensors = np.array([numbers[piece.region.name] for _, piece in self.pieces], np.int64)
+        rows = [
+            (layout.start_bytes[index] + piece.start_byte, lanes, *_place_in(specs[number], piece))
+            for (index, piece), lanes, number in zip(self.pieces, self.passes.row_lanes, self._tensors, strict=True)
+        ]
+        # (first byte in the source's memory, lanes of a row there, first byte in the tensor, lanes from row to row)
+        self._offsets = np.array(rows, np.int64).reshape(-1, PLACE_FIELDS)
+
+    def places(self, first: int, count: int, address: int, addresses: Int64Array) -> Int64Array:
+        """Of the pieces of a run whose bytes begin at `address`, into tensors at `addresses`, for `launch`."""
+        span = self.passes.span(first, count)
+        places = self._offsets[span].copy()
+        is_placed = places[:, 3] >= 0
+        places[:, 0] += address - self._start_bytes[first]
+        places[:, 2] += addresses[self._tensors[span]]
+        places[~is_placed] = 0
+        return places
+
+
+def _place_in(spec: TensorSpec, piece: Piece) -> tuple[int, int]:
+    """(first byte, lanes from row to row) of a piece in its tensor; lanes of -1 where there is no such number."""
+    steps = tuple(math.prod(spec.shape[dim + 1 :]) for dim in range(len(spec.shape)))
+    start = sum(at * step for at, step in zip(piece.region.offset, steps, strict=True))
+    stride = find_stride(piece.region.shape, steps, spec.dtype.itemsize)
+    return start * spec.dtype.itemsize, -1 if stride is None else stride
