@@ -24,7 +24,7 @@ from weightcast.sync.shadow import ChunkKey
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
-# The kind of memory from which whole runs of chunks are landed at once, where the staged tensors lie on a device as well.
+# The kind of memory of which runs of chunks are landed at once, where the staged tensors lie on a device as well.
 ON_DEVICE = "cuda_ipc"
 # What is said to have brought a version that another worker of the host received.
 HOST_TRANSPORT = "host"

@@ -1,4 +1,4 @@
-"""How the chunks of one source come to the tensors of an engine's GPU: tables that stay the same from version to version.
+"""How the chunks of one source come to the tensors of an engine's GPU: tables that stay from version to version.
 
 landing = LandingPasses(layout, specs, device)
 places = landing.places(first, count, came.data_ptr(), addresses)      # of tensors, in the order of specs

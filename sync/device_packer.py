@@ -9,12 +9,11 @@ found before anything is copied to the host, and is the same, byte by byte, as `
 The host's arena follows: a delta is applied to it, and a chunk that changed too much is copied down when somebody asks
 for it. Where engines read the arena by themselves (`host_is_read`) it is always up to date.
 
-Keeping the last bits on the device costs this rank's share of its memory once more. Without that (`find_room`) the
+Keeping the last bits on the device costs this rank's share of its memory once more. Without that (`device_room`) the
 host's arena is compared with, by `Packer`: sending that up to the device, chunk by chunk, would move as many bytes as
 bringing the new ones down, and saves nothing.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,10 +33,6 @@ from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.snapshot import MAX_DELTA_SHARE, ChunkState, Snapshot
 from weightcast.sync.version import Version
 
-logger = logging.getLogger(__name__)
-
-# Of a device's memory, what is left to the trainer when the last bits are kept there.
-RESERVE_SHARE = 0.1
 # Of weights that are made when they are asked for, about so much is made at a time.
 MAX_MADE_BYTES = 256 << 20
 
@@ -133,7 +128,7 @@ class DevicePacker(Packer):
             self._pack_alone(snapshot)
 
     def pack_run(self, snapshot: Snapshot) -> None:
-        """See `Packer.pack_run`. The run after it is begun before this one has ended, so that the device never waits."""
+        """See `Packer.pack_run`. The run after it is begun before this one has ended: the device never waits."""
         first = snapshot.num_ready
         run, self._ahead = self._ahead, None
         if run is None:
@@ -298,26 +293,3 @@ def _place_within(
         return 0, 0
     start = sum((at - base) * step for at, base, step in zip(piece.offset, region.offset, strides, strict=True))
     return live.data_ptr() + start * dtype.itemsize, stride
-
-
-def has_room(free_bytes: int, total_bytes: int, num_bytes: int) -> bool:
-    """Whether a device may keep `num_bytes` more and leave the trainer its reserve. Pure."""
-    return num_bytes + RESERVE_SHARE * total_bytes <= free_bytes
-
-
-def find_room(regions: Sequence[Region], held: Mapping[Region, HeldRegion], num_bytes: int) -> torch.Tensor | None:
-    """Memory for the last bits on the GPU that holds these weights; None on a CPU, and where it has too little."""
-    first = next((region for region in regions if region.numel), None)
-    if first is None:
-        return None
-    device = held[first].live().device
-    if device.type != "cuda":
-        return None
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    if not has_room(free_bytes, total_bytes, num_bytes):
-        logger.info(
-            "what changed is found on the host: %s has %d bytes free, and %d are needed besides a reserve of %d",
-            *(device, free_bytes, num_bytes, int(RESERVE_SHARE * total_bytes)),
-        )
-        return None
-    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)

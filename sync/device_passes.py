@@ -4,9 +4,9 @@
     run = passes.launch(first, count, places, find_source, find_target)
     run.digests()                                              # of each piece, in order; waits for the device
 
-`places` say where each piece lies just now (`pass_plan`); bits and digests are those of `copy_` and `region_sum`. Pieces
-that the kernel cannot take (rows that are no multiples of 16 bytes, strides within a row, another dtype than announced)
-go that way one by one, and so does everything where there is no Triton, no compiler for it, or no CUDA.
+`places` say where each piece lies just now (`pass_plan`); bits and digests are those of `copy_` and `region_sum`.
+Pieces that the kernel cannot take (rows that are no multiples of 16 bytes, strides within a row, another dtype than was
+announced) go that way one by one, and so does everything where there is no Triton, no compiler for it, or no CUDA.
 """
 
 import logging
@@ -26,6 +26,7 @@ from weightcast.sync.digest_torch import region_sum
 from weightcast.sync.pass_plan import (
     NARROW,
     PLACE_FIELDS,
+    TILES,
     WIDE,
     Int64Array,
     PassPlan,
@@ -92,7 +93,7 @@ class _Tables:
 
 
 class ChunkPasses:
-    """See the module. `runner` is for tests; by default it is the kernel where there is one."""
+    """See the module. `runner` and `tiles` are for tests; by default the kernel is taken where there is one."""
 
     def __init__(
         self,
@@ -100,8 +101,10 @@ class ChunkPasses:
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
         runner: Runner | None = None,
+        tiles: Sequence[Tile] = TILES,
     ) -> None:
         self.device = device
+        self._tiles = tiles
         self.shapes = [
             PieceShape(piece.region, dtypes[piece.region.name].itemsize) for chunk in chunks for piece in chunk.pieces
         ]
@@ -146,7 +149,7 @@ class ChunkPasses:
         return self._read_back(span, sums, len(shapes) - len(left), held)
 
     def _read_back(self, span: slice, sums: torch.Tensor, taken: int, held: Sequence[object]) -> RunningPass:
-        """Send the sums after the pass, to be there when it has ended: to ask for them then would wait for later ones."""
+        """Send the sums home after the pass: to ask for them once it has ended would be to wait for later ones."""
         if self.device.type != "cuda":
             return RunningPass(taken, sums.clone(), held, None)
         if self._host_sums is None:
@@ -166,7 +169,7 @@ class ChunkPasses:
         return tables.sums[span]
 
     def _make_tables(self) -> _Tables:
-        plan = plan_passes(self.shapes)
+        plan = plan_passes(self.shapes, self._tiles)
 
         def put(table: npt.NDArray[np.int64]) -> torch.Tensor:
             return torch.from_numpy(table).to(self.device)

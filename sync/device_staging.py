@@ -2,8 +2,9 @@
 
     staging = make_staging(version, specs, layouts, shadow)     # on the shadow's device, or in host memory
 
-Chunks that a source exposes on a GPU are copied from device to device, many in one pass (`device_passes`). One that came over a connection is hashed on the
-host, as always, and copied up in one piece; a delta is checked on the host and applied on the device.
+Chunks that a source exposes on a GPU are copied from device to device, many in one pass (`device_passes`). One that
+came over a connection is hashed on the host, as always, and copied up in one piece; a delta is checked on the host and
+applied on the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ class DeviceStaging(Staging):
         """Nowhere: what is received comes to host memory first."""
 
     def land(self, rank: int, header: ChunkHeader, body: Body | None, *, is_hashed: bool = True) -> None:
-        """See `Staging`. Whole chunks that were read of a source's device may come many at once, all of them missing."""
+        """See `Staging`. Whole chunks that were read of a source's device may come many at once, all missing."""
         if header.count == 1:
             super().land(rank, header, body, is_hashed=is_hashed)
             return

@@ -1,9 +1,9 @@
 """The Triton kernel of `device_passes`: pieces are copied and digested in one pass over a device's memory.
 
 Imported inside the function that needs it, where Triton is installed. A program takes one item of `pass_plan`: so many
-rows of so many lanes of one piece. Of each lane (8 bytes) it adds up the products with the rows' weights, which costs one
-multiplication a lane; the sums are multiplied with the lanes' weights once an item. All wraps around modulo 2**64, as a
-digest does, so that neither the order of programs nor that of the additions matters.
+rows of so many lanes of one piece. Of each lane (8 bytes) it adds up the products with the rows' weights, which costs
+one multiplication a lane; the sums are multiplied with the lanes' weights once an item. All wraps around modulo 2**64,
+as a digest does, so that neither the order of programs nor that of the additions matters.
 """
 
 import torch

@@ -24,25 +24,33 @@ from weightcast.sync.regions import Region
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
 ITEM_FIELDS = 8
-"""Piece, its first row, rows, first lane in the piece's rows, lanes, place of the first row's weight, place of the first
-lane's weight in a block's, weight of the block."""
+"""Piece, its first row, rows, first lane in the piece's rows, lanes, place of the first row's weight, place of the
+first lane's weight in a block's, weight of the block."""
 PLACE_FIELDS = 4
 """Of a piece: address of its source, lanes from row to row there, the same of its target. Address 0: it is left out."""
 # Loads are of 16 bytes.
 ALIGNMENT_BYTES = 16
 # The largest stride with which a tile's offsets, and an item's, are far from any limit.
 MAX_STRIDE_LANES = 1 << 40
-# Of an item: enough to make its reading of tables nothing, and so little that all of a GPU works to the end.
-MAX_ITEM_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program takes at once, powers of two: rows of lanes, by so many warps."""
+    """What a program takes at once, powers of two: rows of lanes, by so many warps.
+
+    An item is of `item_bytes` at most: enough to make its reading of tables nothing, and so little that all of a GPU
+    works to the end.
+    """
 
     lanes: int
     rows: int
     warps: int
+    item_bytes: int = 256 << 10
+
+    @property
+    def item_rows(self) -> int:
+        """Of an item, at most."""
+        return max(self.rows, self.item_bytes // (self.lanes * LANE_BYTES) // self.rows * self.rows)
 
 
 WIDE = Tile(lanes=256, rows=8, warps=4)
@@ -126,11 +134,10 @@ def _choose_tile(num_lanes: int, tiles: Sequence[Tile]) -> Tile:
 def _list_items(num_rows: int, row_bytes: int, start_byte: int, tile: Tile) -> Int64Array:
     """Row by row of tiles, so that programs beside each other read what lies beside each other."""
     columns = np.array(list(_cut_columns(row_bytes, start_byte, tile.lanes)), np.int64)
-    step = max(tile.rows, MAX_ITEM_BYTES // (tile.lanes * LANE_BYTES) // tile.rows * tile.rows)
-    first_rows = np.arange(0, num_rows, step, dtype=np.int64)
+    first_rows = np.arange(0, num_rows, tile.item_rows, dtype=np.int64)
     items = np.zeros((len(first_rows), len(columns), ITEM_FIELDS), np.int64)
     items[:, :, 1] = first_rows[:, None]
-    items[:, :, 2] = np.minimum(step, num_rows - first_rows)[:, None]
+    items[:, :, 2] = np.minimum(tile.item_rows, num_rows - first_rows)[:, None]
     items[:, :, 5] = first_rows[:, None]
     items[:, :, (3, 4, 6, 7)] = columns[None]
     return items.reshape(-1, ITEM_FIELDS)

@@ -97,8 +97,8 @@ class HeldRegion:
     `live` returns the parameter's values, of the region's shape, at the moment of the call: distributed optimizers
     re-point `param.data` into buffers of their own, so a tensor must never be kept. It is a view of the parameter, or
     a new tensor where no view has the region's layout. It may be strided, on any device, and of another floating dtype
-    than the tensor's spec; whoever packs it casts. `is_made` says that each call makes a new tensor, of much memory: few
-    are asked for at a time.
+    than the tensor's spec; whoever packs it casts. `is_made` says that each call makes a new tensor, of much memory:
+    few are asked for at a time.
     """
 
     region: Region

@@ -8,7 +8,8 @@ share.tickets                                                   # how engines ma
 from collections.abc import Sequence
 
 from weightcast.sync.chunks import Chunk, lay_out_chunks
-from weightcast.sync.device_packer import DevicePacker, find_room
+from weightcast.sync.device_packer import DevicePacker
+from weightcast.sync.device_room import find_room
 from weightcast.sync.packer import Packer
 from weightcast.sync.records import Ticket
 from weightcast.sync.regions import Region, check_unique_names

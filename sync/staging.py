@@ -38,9 +38,7 @@ class Staging:
     def __init__(
         self, version: Version, specs: Sequence[TensorSpec], layouts: Mapping[int, SourceLayout], shadow: Shadow
     ) -> None:
-        self.version = version
-        self.specs = tuple(specs)
-        self.layouts = layouts
+        self.version, self.specs, self.layouts = version, tuple(specs), layouts
         self.num_bytes = 0
         self.checksums_checked = 0
         self.checking = Stopwatch()  # passes over bytes that only check them

@@ -208,9 +208,25 @@ CPU_CASES: tuple[Case, ...] = (
 GPU_CASES: tuple[Case, ...] = (
     Case(
         "gpu_ipc_vs_copy",
-        "trainer parameters into engine parameters over CUDA IPC, 16.4 GB: speed against a copy on the device",
+        "trainer parameters into engine parameters over CUDA IPC, 16.4 GB, where they lie: speed against a device copy",
         at_least(0.5),
         partial(gpu.race_ipc, baseline=None),
+        "device copy",
+        needs=("cuda",),
+    ),
+    Case(
+        "gpu_ipc_pointers_vs_copy",
+        "the same, and then the engine's parameters point to what was staged: speed against a device copy",
+        None,
+        partial(gpu.race_ipc, baseline=None, points=True),
+        "device copy",
+        needs=("cuda",),
+    ),
+    Case(
+        "gpu_pass_gbps",
+        "the pass that copies and digests a model on the device, alone: speed against a copy",
+        None,
+        gpu.measure_pass,
         "device copy",
         needs=("cuda",),
     ),

@@ -1,21 +1,27 @@
-"""Cases on one GPU: parameters into parameters of another process, and the delta codec on the device.
+"""Cases on one GPU: parameters into parameters of another process, the pass that this is made of, and the delta codec.
 
 Imports without a GPU; measures only with one.
 """
 
 import time
 from contextlib import ExitStack
+from itertools import accumulate
 from statistics import median
 
+import numpy as np
 import torch
 from measure import take_turns
+from model_state import allocate, fill_normal
 from moves import OURS, num_bytes
-from peers import Link
+from peers import Link, Move
 from records import CaseError, Reading, Settings
+from shapes import MODELS
 
-from weightcast.sync.chunks import MAX_CHUNK_BYTES
+from weightcast.sync.chunks import MAX_CHUNK_BYTES, lay_out_chunks
 from weightcast.sync.delta_format import Delta
 from weightcast.sync.delta_torch import Pair, apply_on_device, encode_in_torch, encode_many_on_device
+from weightcast.sync.device_passes import ChunkPasses, place_of
+from weightcast.sync.digest_torch import as_digests, region_sum
 
 # Elements encoded at once: a bucket of 256 MiB of bf16.
 BUCKET_ELEMENTS = 1 << 27
@@ -27,15 +33,28 @@ def model_for(settings: Settings) -> str:
     return "tiny" if settings.quick else "qwen3-8b"
 
 
-def race_ipc(settings: Settings, *, baseline: str | None) -> Reading:
-    """GB/s from trainer parameters into engine parameters over CUDA IPC; None is a copy on the device."""
+def race_ipc(
+    settings: Settings, *, baseline: str | None, points: bool = False, device: str = "cuda", mover: str = OURS
+) -> Reading:
+    """GB/s from trainer parameters into engine parameters over CUDA IPC; None is a copy on the device.
+
+    With `points` the engine's parameters point to what was staged; otherwise it is copied into them, where they lie.
+    """
     model = model_for(settings)
     # The largest chunks: each costs a message, and nothing waits for a page of host memory.
     options = {"transport": "cuda_ipc", "expose": ["cuda_ipc"], "chunk_bytes": MAX_CHUNK_BYTES}
-    state = {"device": "cuda"}
+    state = {"device": device}
+    phases: list[dict[str, float]] = []
     with ExitStack() as stack:
-        ours = stack.enter_context(Link(OURS, model, state, options, receiver_options=[{"device": "cuda"}]))
-        contestants = {"ours": lambda: ours.move().seconds}
+        receiver = {"device": device, "points": points}
+        ours = stack.enter_context(Link(mover, model, state, options, receiver_options=[receiver]))
+
+        def move() -> float:
+            moved = ours.move()
+            phases.append(_list_phases(moved))
+            return moved.seconds
+
+        contestants = {"ours": move}
         if baseline is None:
             contestants["theirs"] = ours.copy
         else:
@@ -44,7 +63,73 @@ def race_ipc(settings: Settings, *, baseline: str | None) -> Reading:
         times_s = take_turns(contestants, settings.rounds)
         note = f"carried by {', '.join(ours.transports())}, {num_bytes(model) / 1e9:.1f} GB"
     gbps = {name: [num_bytes(model) / 1e9 / s for s in values] for name, values in times_s.items()}
-    return Reading(gbps["ours"], gbps["theirs"], "GB/s", note)
+    details = {name: median(found[name] for found in phases[1:]) for name in phases[0]}
+    details |= {f"{name}_s": median(values) for name, values in times_s.items()}
+    return Reading(gbps["ours"], gbps["theirs"], "GB/s", note, details)
+
+
+def _list_phases(move: Move) -> dict[str, float]:
+    """Seconds of one version: `pack` at the source, `stage` and `check` of the engine, `load` into its parameters.
+
+    `publish` is all of it as the trainer waits for it, until the engine says that it serves the version.
+    """
+    (sender,), (receiver,) = move.senders, move.receivers
+    (engine,) = sender["engines"].values()
+    return {
+        "pack_s": sender["phases_s"]["pack"],
+        "stage_s": engine["stage_s"],
+        "check_s": engine["spans_s"].get("check", 0.0),
+        "load_s": receiver["load_s"],
+        "publish_s": sender["end_s"] - sender["start_s"],
+    }
+
+
+def measure_pass(settings: Settings, *, device: str = "cuda") -> Reading:
+    """GB/s of weights that one pass copies and digests, next to a copy of the same tensors on the device.
+
+    A model's tensors go into one block of memory, as a source packs them: one launch, one wait, no other process.
+    """
+    specs = MODELS[model_for(settings)]()
+    chunks = lay_out_chunks(
+        [spec.whole() for spec in specs], {spec.name: spec.dtype for spec in specs}, MAX_CHUNK_BYTES
+    )
+    tensors, spare = allocate(specs, device), allocate(specs, device)
+    fill_normal(tensors, 1)
+    there = torch.zeros(sum(chunk.num_bytes for chunk in chunks), dtype=torch.uint8, device=device)
+    passes = ChunkPasses(chunks, {spec.name: spec.dtype for spec in specs}, torch.device(device))
+    starts = accumulate((chunk.num_bytes for chunk in chunks), initial=0)
+    placed = [
+        (piece, start + piece.start_byte)
+        for chunk, start in zip(chunks, starts, strict=False)
+        for piece in chunk.pieces
+    ]
+    sources = [tensors[piece.region.name][piece.region.slices] for piece, _ in placed]
+    raws = [there[start : start + piece.num_bytes] for piece, start in placed]
+    targets = [raw.view(source.dtype).view(source.shape) for raw, source in zip(raws, sources, strict=True)]
+    places = np.array([(*place_of(source), *place_of(target)) for source, target in zip(sources, targets, strict=True)])
+    digests: dict[str, list[int]] = {}
+
+    def run(name: str) -> float:
+        start_s = _now(device)
+        into = targets.__getitem__ if name == "pass" else None
+        digests[name] = passes.launch(0, len(chunks), places, sources.__getitem__, into).digests()
+        return len(there) / 1e9 / (_now(device) - start_s)
+
+    def copy() -> float:
+        start_s = _now(device)
+        for name, tensor in tensors.items():
+            spare[name].copy_(tensor)
+        return len(there) / 1e9 / (_now(device) - start_s)
+
+    contestants = {"pass": lambda: run("pass"), "digests_alone": lambda: run("digests_alone"), "copy": copy}
+    gbps = take_turns(contestants, settings.rounds)
+    wanted = as_digests([region_sum(source, piece.region) for source, (piece, _) in zip(sources, placed, strict=True)])
+    if not all(torch.equal(*pair) for pair in zip(sources, targets, strict=True)):
+        raise CaseError("one pass over the device's memory: what was copied is not what was there")
+    if digests["pass"] != wanted or digests["digests_alone"] != wanted:
+        raise CaseError("one pass over the device's memory: its digests are not those of torch")
+    note = f"{len(there) / 1e9:.1f} GB, {len(placed)} pieces, {'Triton' if passes.runner else 'torch'}"
+    return Reading(gbps["pass"], gbps["copy"], "GB/s", note, {"digests_alone_gbps": median(gbps["digests_alone"])})
 
 
 def measure_encode(settings: Settings, *, device: str = "cuda") -> Reading:

@@ -261,3 +261,34 @@ def test_every_bit_changes_the_sums_that_a_gpus_bits_are_hashed_by(size: int) ->
             other[place] ^= 1 << bit
             sums.add(model_state.sum_slabs(other).numpy().tobytes())
     assert len(sums) == 1 + 8 * len({0, size // 2, size - 1})
+
+
+def test_the_pass_alone_is_compared_with_torch_wherever_it_runs() -> None:
+    reading = gpu.measure_pass(QUICK, device="cpu")
+    assert reading.values[0] > 0 and reading.details["digests_alone_gbps"] > 0 and reading.note.endswith("torch")
+
+
+HOST_MOVER = """
+from tests.sync.host_driver import HostDriver
+from tests.sync.table_runner import run_by_numpy
+from weightcast.sync import device_passes
+from weightcast.sync.transports import cuda_ipc
+from weightcast_mover import open_receiver, open_sender
+driver = HostDriver()
+cuda_ipc.find_driver = lambda: driver
+device_passes.find_runner = lambda device: run_by_numpy
+"""
+
+
+@pytest.mark.parametrize("points", [False, True], ids=["copied", "pointed"])
+def test_the_case_of_cuda_ipc_moves_the_bits_where_a_stand_in_is_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: bool
+) -> None:
+    (tmp_path / "host_mover.py").write_text(HOST_MOVER)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    )
+    reading = gpu.race_ipc(QUICK, baseline=None, points=points, device="cpu", mover="host_mover")
+    assert reading.note.startswith("carried by cuda_ipc,") and len(reading.values) == 1
+    assert {"pack_s", "stage_s", "check_s", "load_s", "publish_s", "ours_s", "theirs_s"} == set(reading.details)
+    assert 0 < reading.details["pack_s"] < reading.details["publish_s"]

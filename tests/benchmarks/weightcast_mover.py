@@ -3,7 +3,9 @@
 Options of both: `address` to publish on; `transport`, `delta`, `chunk_bytes` as the classes take them; `keys` as
 (publisher's public, secret, engine's public, secret). Of the receiver: `engine`, its name; `share`, the group of its
 host's workers with which it receives once; `device`, where it stages every version and loads it into parameters of its
-own (otherwise what was staged is what it has, as an engine that iterates over an update gets it).
+own (otherwise what was staged is what it has, as an engine that iterates over an update gets it). With `points` its
+parameters point to what was staged there instead, as those of an engine do that takes pointers; the ones before stay
+whole until then.
 """
 
 import tempfile
@@ -90,25 +92,29 @@ class SubscribingReceiver:
             limits=Limits(lost_after_s=TIMEOUT_S),
             **arguments,
         )
-        self._loads = "device" in options
+        self._loads = "device" in options and not options.get("points")
+        self._points = bool(options.get("points"))
         self.tensors: Mapping[str, torch.Tensor] = allocate(specs, options["device"]) if self._loads else {}
         self._commit: Callable[[], None] = _nothing
 
     def receive(self, number: int) -> dict[str, Any]:
         """Wait for the version; load it where there are parameters to load it into."""
-        if not self._loads:
+        if not self._loads and not self._points:
             self.tensors = {}  # as an engine that has loaded them: memory is reused only when nobody holds it
         update = self._subscriber.wait(TIMEOUT_S)
         if update.version.number != number:
             raise RuntimeError(f"version {number} was to come, {update.version} came")
+        start_s = time.monotonic()
         if self._loads:
             for name, tensor in update:
                 self.tensors[name].copy_(tensor)
             synchronize()
         else:
             self.tensors = dict(update)
+        load_s = time.monotonic() - start_s
         self._commit = update.commit
-        return {"stage_s": update.stats.stage_s, "checksums_checked": update.stats.checksums_checked}
+        stats = update.stats
+        return {"stage_s": stats.stage_s, "checksums_checked": stats.checksums_checked, "load_s": load_s}
 
     def finish(self) -> None:
         """Serve it."""

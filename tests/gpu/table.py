@@ -67,6 +67,13 @@ CHECKS: tuple[Check, ...] = (
     Check("digests", "codecs:check_digests", "taken on the device: the digests that a CPU takes"),
     Check("fp8", "codecs:check_fp8", "FP8 made on the device: the codes and scales that a CPU makes, of both kinds"),
     Check(
+        "passes",
+        "passes:check_passes",
+        "many pieces copied and digested in one pass on the device: the bits of a copy, torch's digests; GB/s",
+        timeout_s=120,
+        is_timed=True,
+    ),
+    Check(
         "device_delta",
         "devices:check_device_delta",
         "a source that packs and compares on the device: the chunks, deltas and digests of one that does on the host",

@@ -168,7 +168,7 @@ def test_a_reader_that_is_killed_has_left(exposed: ExposedDeviceMemory, driver: 
 
 @pytest.fixture(params=[None, run_by_numpy], ids=["by-torch", "by-tables"])
 def as_gpu(driver: HostDriver, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> HostDriver:
-    """Publishers and subscribers of this process find the stand-in where they look for the driver, and for the kernel."""
+    """Publishers and subscribers of this process find the stand-ins where they look for the driver and the kernel."""
     monkeypatch.setattr(device_passes, "find_runner", lambda device: request.param)
     monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
     return driver

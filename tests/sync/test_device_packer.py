@@ -15,8 +15,9 @@ from tests.sync.table_runner import run_by_numpy
 from weightcast.sync import HeldRegion, WeightPublisher, device_passes
 from weightcast.sync.delta_codec import as_elements, find_delta, reverse_delta
 from weightcast.sync.delta_torch import encode_many_on_device
-from weightcast.sync.device_packer import DevicePacker, find_room, has_room
+from weightcast.sync.device_packer import DevicePacker
 from weightcast.sync.device_pool import DevicePool
+from weightcast.sync.device_room import find_room, has_room
 from weightcast.sync.errors import SourceError, WireError
 from weightcast.sync.packer import Packer, PackMode
 from weightcast.sync.shadow import Shadow

@@ -19,7 +19,7 @@ from weightcast.sync import Region
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.device_passes import ChunkPasses, Runner, find_runner, is_right, place_of
 from weightcast.sync.digest import BLOCK_LANES, region_digest
-from weightcast.sync.pass_plan import MAX_ITEM_BYTES, NARROW, TILES, WIDE, PieceShape, find_stride, plan_passes
+from weightcast.sync.pass_plan import NARROW, TILES, WIDE, PieceShape, find_stride, plan_passes
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.bool, torch.int64)
@@ -138,9 +138,7 @@ def test_items_are_of_one_tile_and_within_their_pieces() -> None:
         for piece, first_row, num_rows, first_lane, num_lanes, *_ in plan.tiles[tile].tolist():
             shape = shapes[piece]
             assert first_row + num_rows <= shape.num_rows and 8 * (first_lane + num_lanes) <= shape.row_bytes
-            assert num_lanes <= tile.lanes and num_rows * tile.lanes * 8 <= max(
-                MAX_ITEM_BYTES, tile.rows * tile.lanes * 8
-            )
+            assert num_lanes <= tile.lanes and num_rows <= tile.item_rows
             bytes_of[piece] += num_rows * num_lanes * 8
     assert all(bytes_of[n] == (s.num_rows * s.row_bytes if s.is_taken else 0) for n, s in enumerate(shapes))
     assert set(plan.tiles[WIDE][:, 0]) == {0, 6} and plan.span(NARROW, 1, 3) == (0, 2)
@@ -168,7 +166,8 @@ found, sources = [], []
 for number, dtype in enumerate(DTYPES):
     unit = 16 // dtype.itemsize
     for offset, shape, margin in (
-        ((5,), (37,), (0,)), ((0, 7), (9, 3), (2, 2)), ((1, 2, 0), (2, 11, 4), (0, 0, 2)), ((2, 300), (70, 133), (1, 0)),
+        ((5,), (37,), (0,)), ((0, 7), (9, 3), (2, 2)),
+        ((1, 2, 0), (2, 11, 4), (0, 0, 2)), ((2, 300), (70, 133), (1, 0)),
     ):
         region = Region("w", (*offset[:-1], offset[-1] * unit), (*shape[:-1], shape[-1] * unit))
         found.append((region, dtype))
