@@ -82,12 +82,14 @@ class RunningPass:
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """A plan on the device; `places` and `sums` have a row a piece of the layout."""
+    """A plan on the device; `is_taken` and what follows it have a row a piece of the layout."""
 
     plan: PassPlan
     items: Mapping[Tile, torch.Tensor]
     row_weights: torch.Tensor
     lane_weights: torch.Tensor
+    is_taken: npt.NDArray[np.bool_]
+    host_places: torch.Tensor
     places: torch.Tensor
     sums: torch.Tensor
 
@@ -135,7 +137,10 @@ class ChunkPasses:
         """
         span = self.span(first, count)
         shapes = self.shapes[span]
-        is_taken = np.zeros(len(shapes), np.bool_) if self.runner is None else check_places(places, shapes)
+        is_taken = np.zeros(len(shapes), np.bool_)
+        if self.runner is not None:
+            tables = self._tables = self._tables or self._make_tables()
+            is_taken = tables.is_taken[span] & check_places(places)
         if self.runner is not None and is_taken.any():
             sums = self._launch_items(
                 self.runner, span, np.where(is_taken[:, None], places, 0), find_target is not None
@@ -153,13 +158,16 @@ class ChunkPasses:
         if self.device.type != "cuda":
             return RunningPass(taken, sums.clone(), held, None)
         if self._host_sums is None:
-            self._host_sums = torch.empty(len(self.shapes), dtype=torch.int64, pin_memory=True)
+            self._host_sums = self._allocate_here(len(self.shapes))
         here = self._host_sums[span].copy_(sums, non_blocking=True)
         return RunningPass(taken, here, held, torch.cuda.current_stream(self.device).record_event())
 
     def _launch_items(self, runner: Runner, span: slice, places: Int64Array, copies: bool) -> torch.Tensor:
-        tables = self._tables = self._tables or self._make_tables()
-        tables.places[span].copy_(torch.from_numpy(places))
+        tables = self._tables
+        assert tables is not None
+        # Locked pages: a copy out of others would wait for the passes before.
+        tables.host_places[span].copy_(torch.from_numpy(places))
+        tables.places[span].copy_(tables.host_places[span], non_blocking=True)
         tables.sums[span].zero_()
         for tile, items in tables.items.items():
             begin, end = tables.plan.span(tile, span.start, span.stop)
@@ -167,6 +175,9 @@ class ChunkPasses:
                 weights = tables.row_weights, tables.lane_weights
                 runner(tile, items[begin:end], tables.places, *weights, tables.sums, copies=copies)
         return tables.sums[span]
+
+    def _allocate_here(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
 
     def _make_tables(self) -> _Tables:
         plan = plan_passes(self.shapes, self._tiles)
@@ -180,6 +191,8 @@ class ChunkPasses:
             {tile: put(items) for tile, items in plan.tiles.items()},
             put(plan.row_weights),
             put(coordinate_weights(0, 0, BLOCK_LANES).view(np.int64).copy()),
+            np.array([shape.is_taken for shape in self.shapes], np.bool_),
+            self._allocate_here(count, PLACE_FIELDS),
             torch.zeros((count, PLACE_FIELDS), dtype=torch.int64, device=self.device),
             torch.zeros(count, dtype=torch.int64, device=self.device),
         )
@@ -206,12 +219,8 @@ def find_runner(device: torch.device) -> Runner | None:
     try:
         from weightcast.sync.pass_kernel import run_items
 
-        def run(tile: Tile, *tables: torch.Tensor, copies: bool) -> None:
-            with torch.cuda.device(device):
-                run_items(tile, *tables, copies=copies)
-
-        if is_right(run, device):
-            return run
+        if is_right(run_items, device):
+            return run_items
         logger.warning("digests on %s are taken by torch: the kernel's are others", device)
     except Exception as error:  # whatever Triton, or the compiler that it needs, lacks: there is another way
         logger.warning("digests on %s are taken by torch, the kernel cannot be had: %s", device, error)

@@ -6,6 +6,8 @@ one multiplication a lane; the sums are multiplied with the lanes' weights once 
 as a digest does, so that neither the order of programs nor that of the additions matters.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ import triton.language as tl
 from weightcast.sync.pass_plan import ITEM_FIELDS, PLACE_FIELDS, Tile
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _run_items(
     items: tl.tensor,
     places: tl.tensor,
@@ -73,14 +75,8 @@ def run_items(
     *,
     copies: bool,
 ) -> None:
-    """Launch a program for each of `items` on the current stream; see `device_passes.Runner`."""
-    if len(items):
-        _run_items[(len(items),)](
-            *(items, places, row_weights, lane_weights, sums),
-            COPIES=copies,
-            ROWS=tile.rows,
-            LANES=tile.lanes,
-            ITEM=ITEM_FIELDS,
-            PLACE=PLACE_FIELDS,
-            num_warps=tile.warps,
-        )
+    """Launch a program for each of `items` on their device's current stream; see `device_passes.Runner`."""
+    constants = {"COPIES": copies, "ROWS": tile.rows, "LANES": tile.lanes, "ITEM": ITEM_FIELDS, "PLACE": PLACE_FIELDS}
+    device = items.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _run_items[(len(items),)](items, places, row_weights, lane_weights, sums, **constants, num_warps=tile.warps)

@@ -165,10 +165,9 @@ def _row_weights(offset: tuple[int, ...], shape: tuple[int, ...]) -> Int64Array:
     return weights.view(np.int64)
 
 
-def check_places(places: Int64Array, shapes: Sequence[PieceShape]) -> npt.NDArray[np.bool_]:
-    """Which pieces a kernel may take where they lie: [pieces, PLACE_FIELDS]. A source of 0 is not taken."""
-    is_taken = np.array([shape.is_taken for shape in shapes], np.bool_)
-    is_taken &= places[:, 0] != 0
+def check_places(places: Int64Array) -> npt.NDArray[np.bool_]:
+    """Whether a kernel may take each piece where it lies: [pieces, PLACE_FIELDS]; none with a source of 0."""
+    is_taken: npt.NDArray[np.bool_] = places[:, 0] != 0
     is_taken &= ((places[:, 0] | places[:, 2]) % ALIGNMENT_BYTES == 0) & ((places[:, 1] | places[:, 3]) % 2 == 0)
     strides = places[:, (1, 3)]
     is_taken &= ((strides >= 0) & (strides < MAX_STRIDE_LANES)).all(1)
