@@ -25,13 +25,15 @@ from weightcast.bridges.layers.gpt import build_gpt
 from weightcast.bridges.layers.rope import LongRope, Rope, Yarn, tell_attention_factor
 from weightcast.bridges.process_groups import initialize_distributed, initialize_model_parallel
 from weightcast.bridges.provider_checks import (
+    check_compiled_kernels,
     check_layout,
     check_precision,
     padded_vocab_size,
     spell_whole_graphs,
     turn_off_fusions,
+    turn_on_compiled_fusions,
 )
-from weightcast.bridges.runtime import ensure_runtime, has_cuda
+from weightcast.bridges.runtime import can_compile_kernels, ensure_runtime, has_cuda, has_transformer_engine
 from weightcast.bridges.wrapping import wrap_chunks
 from weightcast.sync.errors import ConfigError
 
@@ -102,6 +104,10 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
     mtp_num_layers: int | None = None
     """Layers for multi-token prediction; `None` builds none of those that the checkpoint has."""
 
+    compiled_kernels: bool | None = None
+    """Whether elementwise work is fused by torch.compile (rotations, SwiGLU, the loss); None fuses it for weights of 16
+    bits on a GPU without Transformer Engine, where there are Triton and a C compiler."""
+
     autocast_dtype: torch.dtype | None = None
     """What `enable_autocast` computes in; `finalize()` takes the parameters' dtype where it is None."""
 
@@ -125,7 +131,10 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
         """
         check_layout(self)
         check_precision(self)
+        check_compiled_kernels(self)
         turn_off_fusions(self)
+        if self.uses_compiled_kernels:
+            turn_on_compiled_fusions(self)
         spell_whole_graphs(self)
         if not has_cuda():
             self.use_cpu_initialization = True
@@ -143,6 +152,13 @@ class GPTModelProvider(TransformerConfig):  # type: ignore[misc]
             super().__post_init__()
         except (ValueError, AssertionError) as error:
             raise ConfigError(f"Megatron-Core refuses this provider: {error}") from error
+
+    @property
+    def uses_compiled_kernels(self) -> bool:
+        """What `compiled_kernels` comes to on this machine."""
+        if self.compiled_kernels is not None:
+            return self.compiled_kernels
+        return can_compile_kernels() and not has_transformer_engine() and self.params_dtype.itemsize == 2
 
     def rope(self) -> Rope:
         """The rotation frequencies of layers with full attention."""

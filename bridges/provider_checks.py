@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from weightcast.bridges.provider_moe import check_experts
-from weightcast.bridges.runtime import has_cuda, has_transformer_engine
+from weightcast.bridges.runtime import can_compile_kernels, has_cuda, has_transformer_engine
 from weightcast.sync.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ _FUSIONS_OF_EXTENSIONS = (
     "moe_permute_fusion",
     "moe_router_fusion",
 )
+# Those that are functions for torch.compile.
+_FUSIONS_OF_COMPILER = ("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion")
 
 
 def _divides(what: str, value: int, by_what: str, divisor: int, remedy: str) -> None:
@@ -157,12 +159,32 @@ def turn_off_fusions(config: TransformerConfig) -> None:
     """Turn off the fused kernels that this machine does not have; says so in the log."""
     if has_transformer_engine():
         return
-    missing = _FUSIONS_OF_EXTENSIONS if has_cuda() else _FUSIONS
+    missing: tuple[str, ...] = _FUSIONS
+    if has_cuda():
+        missing = _FUSIONS_OF_EXTENSIONS + (() if can_compile_kernels() else _FUSIONS_OF_COMPILER)
     turned_off = [name for name in missing if getattr(config, name, False)]
     for name in turned_off:
         setattr(config, name, False)
     if turned_off:
         logger.info("fused kernels this machine does not have are off: %s", ", ".join(turned_off))
+
+
+def check_compiled_kernels(config: TransformerConfig) -> None:
+    """`compiled_kernels` is not asked for where nothing can compile them."""
+    if config.compiled_kernels and not can_compile_kernels():
+        raise ConfigError(
+            "compiled_kernels=True needs CUDA, Triton, a C compiler and Python's headers, and this machine lacks one "
+            "of them: install it, or leave compiled_kernels=None, which uses what there is"
+        )
+
+
+def turn_on_compiled_fusions(config: TransformerConfig) -> None:
+    """Megatron's own function for torch.compile, SwiGLU, in dense models that are plain enough for it."""
+    is_plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
+    is_swiglu = config.activation_func is torch.nn.functional.silu and config.gated_linear_unit
+    # Experts get another number of tokens at each call, and a kernel is compiled for a shape.
+    if is_swiglu and is_plain and config.num_moe_experts is None:
+        config.bias_activation_fusion = True
 
 
 def spell_whole_graphs(config: TransformerConfig) -> None:

@@ -9,17 +9,23 @@ calls it; importing this module changes nothing, and with CUDA and Transformer E
     ensure_runtime()
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import logging
+import os
+import shutil
+import sysconfig
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from weightcast.bridges import cuda_kernels as kernels
 from weightcast.bridges import cuda_stand_ins as stand_ins
 
 logger = logging.getLogger(__name__)
@@ -33,6 +39,18 @@ def has_cuda() -> bool:
 def has_transformer_engine() -> bool:
     """True where Transformer Engine can be imported; it decides the layer spec and needs CUDA itself."""
     return has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+@functools.cache
+def can_compile_kernels() -> bool:
+    """True where torch.compile can make kernels for a GPU: with CUDA, Triton, a C compiler and Python's headers.
+
+    Triton builds what starts a kernel with the last two (`triton/runtime/build.py`).
+    """
+    if not has_cuda() or importlib.util.find_spec("triton") is None:
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
 
 
 def current_device() -> torch.device:
@@ -71,6 +89,10 @@ def _no_transformer_engine() -> bool:
     return not has_transformer_engine()
 
 
+def _cuda_alone() -> bool:
+    return has_cuda() and not has_transformer_engine()
+
+
 def _without_cuda(target: str, value: Any, why: str) -> Mend:
     return Mend(target, why, lambda present: value, _no_cuda)
 
@@ -92,21 +114,22 @@ _ALONE = (
     "gloo copies them twice (0.12 s of a 1.8 s step for 92 MB)"
 )
 _NVTX = "profiler ranges need a CUDA build"
+_CLIPPING = "megatron.core.optimizer.clip_grads"
 
 # Found by running megatron-core 0.16.1 with torch 2.13 for CPU; 0.19.2 wants the same.
 MENDS: tuple[Mend, ...] = (
     _without_cuda("torch.cuda:current_device", stand_ins.cpu_device, _DEVICE),
-    _without_cuda("torch.cuda:set_device", stand_ins.do_nothing, _WAITS),
-    _without_cuda("torch.cuda:synchronize", stand_ins.do_nothing, _WAITS),
-    _without_cuda("torch.cuda:empty_cache", stand_ins.do_nothing, _WAITS),
+    _without_cuda("torch.cuda:set_device", stand_ins.new_nothing(), _WAITS),
+    _without_cuda("torch.cuda:synchronize", stand_ins.new_nothing(), _WAITS),
+    _without_cuda("torch.cuda:empty_cache", stand_ins.new_nothing(), _WAITS),
     _without_cuda("torch.cuda:Stream", stand_ins.Stream, _STREAMS),
     _without_cuda("torch.cuda:Event", stand_ins.Event, _STREAMS),
     _without_cuda("torch.cuda:stream", stand_ins.stream_context, _STREAMS),
     _without_cuda("torch.cuda:current_stream", stand_ins.current_stream, _STREAMS),
     _without_cuda("torch.cuda:default_stream", stand_ins.current_stream, _STREAMS),
-    _without_cuda("torch.cuda:set_stream", stand_ins.do_nothing, _STREAMS),
-    _without_cuda("torch.cuda.nvtx:range_push", stand_ins.do_nothing, _NVTX),
-    _without_cuda("torch.cuda.nvtx:range_pop", stand_ins.do_nothing, _NVTX),
+    _without_cuda("torch.cuda:set_stream", stand_ins.new_nothing(), _STREAMS),
+    _without_cuda("torch.cuda.nvtx:range_push", stand_ins.new_nothing(), _NVTX),
+    _without_cuda("torch.cuda.nvtx:range_pop", stand_ins.new_nothing(), _NVTX),
     _without_cuda("torch.cuda:get_rng_state", stand_ins.get_cpu_rng_state, _RNG),
     _without_cuda("torch.cuda:set_rng_state", stand_ins.set_cpu_rng_state, _RNG),
     _without_cuda("torch.cuda:manual_seed", stand_ins.seed_cpu, _RNG),
@@ -144,6 +167,24 @@ MENDS: tuple[Mend, ...] = (
         "takes False for FP8 (latent attention's recomputation), which then asks Transformer Engine: NameError",
         stand_ins.with_false_as_no_fp8,
         _no_transformer_engine,
+    ),
+    Mend(
+        f"{_CLIPPING}:l2_norm_impl",
+        "without Apex the norm of gradients is taken a parameter at a time, and each waits for the GPU",
+        kernels.with_norm_of_all,
+        _cuda_alone,
+    ),
+    Mend(
+        f"{_CLIPPING}:multi_tensor_scale_impl",
+        "without Apex gradients are clipped a parameter at a time, through a copy",
+        kernels.with_scale_of_all,
+        _cuda_alone,
+    ),
+    Mend(
+        "megatron.core.transformer.attention:apply_rotary_pos_emb",
+        "without Transformer Engine eight kernels go over the queries and the keys, and more in the backward",
+        kernels.with_compiled_rotation,
+        _cuda_alone,
     ),
 )
 

@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from safetensors.torch import load_file
 
 from weightcast.sync.errors import ConfigError
-from weightcast.trainer.optimizer_parts import states_of_parts
+from weightcast.trainer.optimizer_parts import fuse_adams, new_step, states_of_parts, torch_adams
 from weightcast.trainer.peft.record import check_record, keep_trained, load_trained
 from weightcast.trainer.state import TrainState, unwrap
 
@@ -109,20 +109,14 @@ def sharded_state(state: TrainState, *, loading: bool) -> dict[str, Any]:
     return {**sharded, "optimizer": state.optimizer.sharded_state_dict(sharded, is_loading=loading, metadata=CONTENT)}
 
 
-def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers inside Megatron's; none where Apex or Transformer Engine give their own Adam."""
-    inner = [part.optimizer for part in optimizer.chained_optimizers]
-    return [part for part in inner if isinstance(part, torch.optim.Adam | torch.optim.AdamW)]
-
-
 def _prepare_adam(optimizer: Any) -> None:
     """Give torch's Adam the state it makes in its first step, where there was none: before a load, or a save after
     steps that were all left out. Megatron reads each parameter's `step` there (0.16.1)."""
-    for adam in _torch_adams(optimizer):
-        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+    for adam in torch_adams(optimizer):
+        for parameter, its_group in [(item, group) for group in adam.param_groups for item in group["params"]]:
             if not adam.state[parameter]:
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+                adam.state[parameter] = {"step": new_step(parameter, its_group), **zeros}
 
 
 def _load_optimizer(optimizer: Any, loaded: Any) -> None:
@@ -134,7 +128,7 @@ def _load_optimizer(optimizer: Any, loaded: Any) -> None:
     """
     parts = optimizer.chained_optimizers
     states = states_of_parts(parts, loaded)
-    if not _torch_adams(optimizer):
+    if not torch_adams(optimizer):
         optimizer.load_state_dict(states[0] if len(states) == 1 else dict(enumerate(states)))
         return
     for part, part_state in zip(parts, states, strict=True):
@@ -145,6 +139,7 @@ def _load_optimizer(optimizer: Any, loaded: Any) -> None:
             part.load_parameter_state_from_fully_reshardable(of_parameters)
         for parameter, step in steps.items():
             part.optimizer.state[parameter]["step"] = step.clone()
+    fuse_adams(optimizer)
 
 
 def describe(state: TrainState) -> dict[str, Any]:

@@ -32,11 +32,15 @@ class StepReport:
     """Tokens of the global batch, masked ones included, per second."""
     tflops_per_gpu: float = 0.0
     """Model TFLOP/s of each rank (`flops.py`); a rank without a GPU counts as one."""
+    peak_share: float | None = None
+    """These as a share of the card's dense bf16 peak by its data sheet (`peak.py`), where that is known and the weights
+    have 16 bits."""
     memory_bytes: int = 0
     """Most memory this rank has held so far: of its GPU by torch, or resident where there is none."""
     phases_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds of this rank by phase: `data`, `forward_backward`, in it `forward` (this rank's own model), `optimizer`.
-    On a GPU these are the times at which work was queued; `step_s` waits for it."""
+    On a GPU `forward` is the time in which its work was queued; `forward_backward` waits for the loss, and what is left
+    of the optimizer's work at the end goes with the next step."""
     skipped: str | None = None
     """Why the step left the weights as they were, where it did."""
 

@@ -25,6 +25,7 @@ from weightcast.trainer.garbage import GarbageCollection
 from weightcast.trainer.gpt_step import LOSS, ForwardStep
 from weightcast.trainer.health import find_nan
 from weightcast.trainer.losses import sum_losses
+from weightcast.trainer.peak import share_of_run
 from weightcast.trainer.saving import Saver
 from weightcast.trainer.state import TrainState
 from weightcast.trainer.stopping import Stop, Stopping
@@ -142,7 +143,8 @@ def train_step(
             micro_batch_size=state.config.train.micro_batch_size,
             forward_only=False,
         )
-    total, num_tokens = sum_losses([entry[LOSS] for entry in losses])
+        # Here a GPU is waited for, so the phase is as long as its work.
+        total, num_tokens = sum_losses([entry[LOSS] for entry in losses])
     loss = total / num_tokens if num_tokens else math.nan
     fault = find_nan(state.model, loss) if state.config.ddp.check_for_nan_in_grad else None
     if fault is not None:
@@ -177,6 +179,7 @@ def _finish_step(
     if skipped is None:
         state.scheduler.step(samples)
     flops = flops_of_sample(state.provider, config.dataset.seq_length) * samples
+    tflops = flops / step_s / dist.get_world_size() / 1e12
     return StepReport(
         step=state.step,
         loss=loss,
@@ -188,7 +191,8 @@ def _finish_step(
         global_batch_size=samples,
         consumed_samples=state.consumed_samples,
         tokens_per_s=samples * config.dataset.seq_length / step_s,
-        tflops_per_gpu=flops / step_s / dist.get_world_size() / 1e12,
+        tflops_per_gpu=tflops,
+        peak_share=share_of_run(tflops, state.provider),
         memory_bytes=peak_memory_bytes(),
         phases_s=clock.phases_s,
         skipped=skipped,

@@ -20,6 +20,7 @@ from weightcast.trainer.config.comm_overlap import overlap_record
 from weightcast.trainer.config.precision import precision_record
 from weightcast.trainer.data_parallel import data_parallel_settings
 from weightcast.trainer.lr_schedule import schedule_lengths, weight_decays
+from weightcast.trainer.optimizer_parts import fuse_adams
 
 
 def make_ddp_config(config: ConfigContainer, provider: Any) -> DistributedDataParallelConfig:
@@ -82,6 +83,7 @@ def make_optimizer(config: ConfigContainer, model: list[Any]) -> Any:
         ),
         model,
     )
+    fuse_adams(optimizer)
     _tell_schedules(model_config, ddp, optimizer, model)
     return optimizer
 

@@ -26,6 +26,8 @@ def step_figures(report: StepReport) -> dict[str, float]:
     """A step as names and numbers (`train/loss`, `phases/forward_s`, …), without those that are no number."""
     values = {f"train/{name}": float(getattr(report, name)) for name in _FIGURES}
     values |= {f"phases/{name}_s": seconds for name, seconds in report.phases_s.items()}
+    if report.peak_share is not None:
+        values["train/peak_share"] = report.peak_share
     values["train/skipped"] = float(report.skipped is not None)
     return {name: value for name, value in values.items() if math.isfinite(value)}
 

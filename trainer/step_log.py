@@ -33,7 +33,7 @@ class StepLog(Callback):
         elif report.step % self._interval == 0:
             logger.info(
                 "step %d of %d: loss %.4f, gradient norm %.3f, lr %.2e, %d samples, %.2f s, %.0f tokens/s, "
-                "%.3g TFLOP/s a GPU, %.2f GB",
+                "%.3g TFLOP/s a GPU%s, %.2f GB",
                 report.step,
                 self._last_step,
                 report.loss,
@@ -43,6 +43,7 @@ class StepLog(Callback):
                 report.step_s,
                 report.tokens_per_s,
                 report.tflops_per_gpu,
+                "" if report.peak_share is None else f" ({report.peak_share:.1%} of its peak)",
                 report.memory_bytes / 1e9,
             )
 

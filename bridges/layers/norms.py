@@ -34,6 +34,9 @@ class RMSNorm(nn.Module):
         return weight + 1.0 if self.zero_centered else weight
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype and not self.zero_centered:
+            # CUDA's kernel computes in fp32 inside, so 16 bits go in and out of it: a fifth of the memory's traffic.
+            return nn.functional.rms_norm(hidden_states, (self.hidden_size,), self.weight, self.eps)
         normalised = nn.functional.rms_norm(hidden_states.float(), (self.hidden_size,), self.gamma(), self.eps)
         return normalised.type_as(hidden_states)
 

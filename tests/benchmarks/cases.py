@@ -11,6 +11,7 @@ import digests
 import engines
 import links
 import moves
+import train_gpu
 import train_step
 from records import Case, CaseError, Reading, Settings, at_least, at_most
 
@@ -245,6 +246,22 @@ GPU_CASES: tuple[Case, ...] = (
         gpu.measure_encode,
         "device copy",
         "value",
+        needs=("cuda",),
+    ),
+    Case(
+        "train_step_gpu",
+        "training a Llama of 1.2 B parameters in bf16: speed against transformers with plain PyTorch",
+        at_least(1),
+        train_gpu.measure_train_step,
+        "transformers",
+        needs=("cuda", "transformers"),
+    ),
+    Case(
+        "train_peak_share",
+        "training a Llama of 1.2 B parameters in bf16: share of the rate of a large product, in bf16 too",
+        None,
+        train_gpu.measure_peak_share,
+        "product",
         needs=("cuda",),
     ),
 )

@@ -18,6 +18,8 @@ import network
 import pytest
 import results
 import torch
+import train_gpu
+import train_step
 from cases import CPU_CASES, TABLES
 from machine import find_lack
 from page import render
@@ -165,6 +167,40 @@ def test_a_case_that_this_machine_lacks_something_for_is_not_run(monkeypatch: py
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     record = bench.run_case(replace(failing(ValueError()), needs=("root",)), QUICK, "c0ffee")
     assert (record.status, record.reached) == ("not run", None) and record.note.startswith("needs root")
+
+
+@pytest.mark.slow
+def test_training_on_a_gpu_is_measured_as_far_as_a_cpu_can_show() -> None:
+    """Both models, their weights and losses; in a process of its own, which makes Megatron's groups."""
+    program = (
+        "import train_gpu; from records import Settings; settings = Settings(rounds=2, quick=True)\n"
+        "for measure in (train_gpu.measure_train_step, train_gpu.measure_peak_share):\n"
+        "    reading = measure(settings, device='cpu')\n"
+        "    assert len(reading.values) == len(reading.baseline_values) == 2 and min(reading.values) > 0\n"
+        "    print(reading.unit, sorted(reading.details), reading.note)\n"
+    )
+    paths = [str(HERE), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    step, share = done.stdout.splitlines()
+    assert step.startswith("tokens/s ") and "'theirs_share_of_product'" in step and "losses fall from" in step
+    assert share.startswith("TFLOP/s ") and "'ours_share_of_product'" in share and "'forward_backward_s'" in share
+
+
+def test_contestants_that_have_not_done_the_same_are_found() -> None:
+    assert train_step.compare_losses([3.0, 2.0], [3.0, 2.01], 0.02) == pytest.approx(0.01)
+    for theirs in ([3.0, 2.03], [3.0], [3.0, float("nan")]):
+        with pytest.raises(CaseError, match="the two have not"):
+            train_step.compare_losses([3.0, 2.0], theirs, 0.02)
+
+
+def test_the_gpus_model_is_the_recipes() -> None:
+    config = train_gpu.Size({"hidden_size": 64, "vocab_size": 512}, 4096, 2, 8).config()
+    assert config.mixed_precision == "bf16_mixed" and config.ddp.use_distributed_optimizer
+    assert (config.train.micro_batch_size, config.dataset.seq_length, config.scheduler.lr_warmup_iters) == (2, 4096, 0)
 
 
 def test_targets_and_ratios() -> None:

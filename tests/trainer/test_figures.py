@@ -1,6 +1,7 @@
 """Operations of a model against torch's own count, the slow rank among others, and schedule lengths."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from weightcast.bridges import AutoBridge
 from weightcast.trainer.flops import flops_of_sample
 from weightcast.trainer.lr_schedule import schedule_lengths
 from weightcast.trainer.overrides import load_config
+from weightcast.trainer.peak import DENSE_BF16_TFLOPS, peak_share, present_card, share_of_run
 from weightcast.trainer.stragglers import RankTime, find_straggler
 
 SEQ_LENGTH = 32
@@ -51,6 +53,19 @@ def test_a_dense_model_takes_about_six_operations_a_parameter_and_token(tmp_path
     scores = 6 * provider.num_layers * provider.num_attention_heads * provider.kv_channels * SEQ_LENGTH
     per_token = flops_of_sample(provider, SEQ_LENGTH) / SEQ_LENGTH
     assert per_token == 6 * (matrices - looked_up) + scores
+
+
+def test_a_share_of_the_peak_is_told_of_cards_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_share(494.5, "NVIDIA H100 80GB HBM3") == peak_share(494.5, "NVIDIA H200") == 0.5
+    assert peak_share(400.0, "NVIDIA H100 80GB HBM3 MIG 3g.40gb") is None and peak_share(1.0, "") is None
+    assert all(100 < peak < 1000 for peak in DENSE_BF16_TFLOPS.values()), "a figure with sparsity"
+    assert torch.cuda.is_available() or present_card() == ""
+
+    monkeypatch.setattr("weightcast.trainer.peak.present_card", lambda: "NVIDIA H200")
+    in_bf16 = SimpleNamespace(params_dtype=torch.bfloat16, fp8=None, fp4=None)
+    assert share_of_run(98.9, in_bf16) == pytest.approx(0.1)
+    for others in ({"params_dtype": torch.float32}, {"fp8": "hybrid"}, {"fp4": "e2m1"}):
+        assert share_of_run(98.9, SimpleNamespace(**vars(in_bf16) | others)) is None
 
 
 def test_a_window_costs_no_more_than_the_sequence(tmp_path: Path) -> None:

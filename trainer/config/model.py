@@ -48,6 +48,9 @@ class ModelConfig:
     account_for_loss_in_pipeline_split: bool = False
     """Count the output layer as a layer when the layers are divided, so that the last stage has one layer fewer."""
 
+    compiled_kernels: bool | None = None
+    """Fuse elementwise work by torch.compile; null fuses it for weights of 16 bits on a GPU without Transformer Engine,
+    where there are Triton and a C compiler. The first step then compiles for some seconds."""
     recompute_granularity: str | None = None
     """What is computed again in the backward pass instead of being kept: `full` (layers) or `selective` (parts)."""
     recompute_method: str | None = None

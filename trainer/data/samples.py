@@ -60,12 +60,19 @@ class Batch:
     """Tokens of the longest of these."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
+        """The same batch on `device`. On a GPU it arrives in the order of the work that is queued there."""
         tokens, labels, mask, positions = (
-            tensor.to(device) for tensor in (self.tokens, self.labels, self.loss_mask, self.position_ids)
+            _move(tensor, device) for tensor in (self.tokens, self.labels, self.loss_mask, self.position_ids)
         )
-        boundaries = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        boundaries = None if self.cu_seqlens is None else _move(self.cu_seqlens, device)
         return Batch(tokens, labels, mask, positions, boundaries, self.max_seqlen)
+
+
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`. From pageable memory CUDA would first wait for all that is queued."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Batches:
