@@ -195,7 +195,7 @@ def _mended() -> bool:
 
     present: Any = torch.cuda.current_device
     cuda_mended = has_cuda() or present is stand_ins.cpu_device
-    # Of those for Transformer Engine's absence the last one; a release of Megatron may have others of itself.
+    # One that every machine without Transformer Engine has; what others replace is right in some Megatron versions.
     return cuda_mended and (has_transformer_engine() or hasattr(CheckpointWithoutOutput.__init__, "__wrapped__"))
 
 

@@ -31,7 +31,8 @@ from weightcast.trainer.recipes.proxy import shrink_model
 # A loss of 12 that bf16 rounds is off by 2^-9 of it, 0.02, at most; the mean over tokens is off by much less. A step
 # that was left out, or made with another rate, shows as ten times as much (the loss falls by 0.3 a step).
 TOLERANCE = 2.0**-9 * 12
-# Both models with their optimizers are 42 GB. Of the rest a micro-batch of one sequence takes 20, one of four 75.
+# Both models with their optimizers are 42 GB. Of the rest a micro-batch of one sequence takes 20 of theirs, one of four
+# 65; of ours, which are 23 GB alone, one of two takes up to 30.
 LARGE_GPU_BYTES = 120e9
 
 
@@ -74,8 +75,8 @@ def size_for(settings: Settings, device: str, *, is_alone: bool) -> Size:
     assert isinstance(model, ModelConfig)
     if settings.quick:
         return Size(shrink_model(model.hf_config), seq_length=64, micro_batch=2, global_batch=4)
-    has_room = is_alone or torch.cuda.get_device_properties(device).total_memory > LARGE_GPU_BYTES
-    return Size(model.hf_config, seq_length=4096, micro_batch=4 if has_room else 1, global_batch=8)
+    is_large = torch.cuda.get_device_properties(device).total_memory > LARGE_GPU_BYTES
+    return Size(model.hf_config, 4096, micro_batch=4 if is_large else 2 if is_alone else 1, global_batch=8)
 
 
 class Watched:

@@ -185,3 +185,26 @@ def test_half_of_torchruns_variables_is_refused_by_name() -> None:
         MASTER_PORT="29500",
     )
     assert "lacks WORLD_SIZE" in printed and "torchrun" in printed
+
+
+@cpu_only
+def test_a_gpu_without_transformer_engine_gets_its_kernels_once() -> None:
+    """As far as can be told without one: which names are replaced, and that torch's own stay."""
+    run_python(
+        """
+        import torch
+        from weightcast.bridges import cuda_kernels, runtime
+        from megatron.core.optimizer import clip_grads
+        from megatron.core.transformer import attention
+        of_torch, of_megatron = torch.cuda.synchronize, attention.apply_rotary_pos_emb
+        runtime.has_cuda = lambda: True
+        assert not runtime._mended()
+        for _ in range(2):
+            runtime.ensure_runtime()
+            assert runtime._mended()
+            assert clip_grads.l2_norm_impl is cuda_kernels.norm_of_all
+            assert clip_grads.multi_tensor_scale_impl is cuda_kernels.scale_of_all
+            assert attention.apply_rotary_pos_emb.__wrapped__ is of_megatron
+            assert torch.cuda.synchronize is of_torch
+        """
+    )
