@@ -28,8 +28,9 @@ from weightcast.trainer.peak import peak_tflops, present_card
 from weightcast.trainer.recipes.llama.llama32_1b import pretrain_config
 from weightcast.trainer.recipes.proxy import shrink_model
 
-# A loss of 12 that bf16 rounds is off by 2^-9 of it, 0.02, at most; the mean over tokens is off by much less. A step
-# that was left out, or made with another rate, shows as ten times as much (the loss falls by 0.3 a step).
+# Numbers that bf16 rounds are off by 2^-9 of themselves at most: a loss of 12 by 0.02 if all tokens' went one way, and
+# their mean by far less (0.001 for a small model). A step that was left out or made of other samples shows as 0.1 and
+# more, for the loss falls from 12 to 7 in the first steps.
 TOLERANCE = 2.0**-9 * 12
 # Both models with their optimizers are 42 GB. Of the rest a micro-batch of one sequence takes 20 of theirs, one of four
 # 65; of ours, which are 23 GB alone, one of two takes up to 30.
@@ -124,7 +125,7 @@ def measure_train_step(settings: Settings, *, device: str = "cuda") -> Reading:
     details = {f"{name}_memory_gb": item.peak_bytes / 1e9 for name, item in watched.items()}
     details |= _shares(tflops, median(rates["product"])) | {f"{name}_s": s for name, s in ours.phases_s.items()}
     note = (
-        f"{_describe(ours, size)}; theirs under autocast to bf16, SDPA, fused AdamW; losses fall from "
+        f"{_describe(ours, size)}; theirs eager under autocast to bf16, SDPA, fused AdamW; losses fall from "
         f"{ours.losses[0]:.2f} to {ours.losses[-1]:.2f} and differ by {worst:.1g} at most; model TFLOP/s "
         f"{tflops['ours']:.0f} and {tflops['theirs']:.0f}, a product of two {product} {median(rates['product']):.0f}; "
         f"peak memory {details['ours_memory_gb']:.1f} and {details['theirs_memory_gb']:.1f} GB"

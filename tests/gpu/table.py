@@ -103,7 +103,7 @@ CHECKS: tuple[Check, ...] = (
         "bench",
         "benches:check_bench",
         "the benchmark program's cases of one GPU, with small models",
-        timeout_s=150,
+        timeout_s=200,
         is_timed=True,
         needs_cuda="its cases measure nothing else",
     ),
