@@ -3,13 +3,14 @@
 reader = ChunkReader(subscription, reaches)
 reader.reads(rank, index)              # whether it waits for no bytes of that chunk
 reader.read(rank, index)               # they are, valid until the next one is read
-reader.read_run(rank, header)          # those of all chunks that a header stands for, or None
+reader.begin_run(rank, header)  # the landing of all chunks that a header stands for, or None
 """
 
 import numpy as np
-import torch
 
 from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.device_landing import RunLanding
+from weightcast.sync.device_staging import DeviceStaging
 from weightcast.sync.errors import WireError
 from weightcast.sync.host_bytes import ChunkBytes
 from weightcast.sync.messages import ChunkHeader
@@ -48,12 +49,14 @@ class ChunkReader:
             reach.read(start_byte + start, self._scratch[start:end])
         return self._scratch[:num_bytes]
 
-    def read_run(self, rank: int, header: ChunkHeader) -> torch.Tensor | None:
-        """The bytes of a run of whole chunks, on this engine's device; None where they are to be read one by one."""
+    def begin_run(self, rank: int, header: ChunkHeader) -> RunLanding | None:
+        """Begin to copy a run of chunks to their places on this engine's device; None where they come one by one."""
         arrival, reach = self._subscription.arrival, self._reaches.get(rank)
         if arrival is None or reach is None or not arrival.lands_run(rank, header):
             return None
         span = arrival.find_bytes(rank, header.index, header.count)
         if span is None or span[0] + span[1] > reach.num_bytes:
             return None
-        return reach.device_view(*span)
+        there = reach.device_view(*span)
+        assert isinstance(arrival.staging, DeviceStaging)
+        return None if there is None else arrival.staging.begin_run(rank, header, there)

@@ -7,15 +7,28 @@ landing.passes.launch(first, count, places, find_source, find_target)
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from weightcast.sync.chunks import Piece
-from weightcast.sync.device_passes import ChunkPasses
+from weightcast.sync.device_passes import ChunkPasses, RunningPass
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.pass_plan import PLACE_FIELDS, Int64Array, find_stride
 from weightcast.sync.regions import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RunLanding:
+    """Whole chunks, neighbours, on their way to their places in the memory of `owner`, a staging."""
+
+    owner: object
+    running: RunningPass
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return self.num_bytes
 
 
 class LandingPasses:

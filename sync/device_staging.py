@@ -16,7 +16,8 @@ from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.delta_torch import apply_on_device
 from weightcast.sync.device_bits import aligned, view_on_device
-from weightcast.sync.device_landing import LandingPasses
+from weightcast.sync.device_landing import LandingPasses, RunLanding
+from weightcast.sync.device_passes import RunningPass
 from weightcast.sync.digest_torch import as_digests, region_sum
 from weightcast.sync.host_bytes import ChunkBytes, check_size, elements_of, writable
 from weightcast.sync.landing import Body
@@ -30,7 +31,7 @@ from weightcast.sync.version import Version
 
 
 class DeviceStaging(Staging):
-    """See the module. Every method waits for the device, so that a source may overwrite what was read of it."""
+    """See the module. `land` waits for the device, so that a source may overwrite what was read of it."""
 
     lands_runs = True
     _addresses: Int64Array | None = None
@@ -39,29 +40,36 @@ class DeviceStaging(Staging):
         """Nowhere: what is received comes to host memory first."""
 
     def land(self, rank: int, header: ChunkHeader, body: Body | None, *, is_hashed: bool = True) -> None:
-        """See `Staging`. Whole chunks that were read of a source's device may come many at once, all missing."""
-        if header.count == 1:
+        """See `Staging`; also for a run that was begun, of chunks that are all missing."""
+        if not isinstance(body, RunLanding):
             super().land(rank, header, body, is_hashed=is_hashed)
             return
-        assert isinstance(body, torch.Tensor) and not is_hashed and header.encoding == "dense"
-        keys = [(rank, index) for index in range(header.index, header.index + header.count)]
-        chunks = self.layouts[rank].chunks[header.index : header.index + header.count]
-        assert all(key in self._missing for key in keys) and len(body) == sum(chunk.num_bytes for chunk in chunks)
-        self._shadow.forget(keys)
-        digests = iter(self._copy(rank, header.index, header.count, body))
-        for key, chunk in zip(keys, chunks, strict=True):
-            self._shadow.note(key, self.version)
-            self._add(key, tuple((piece.region.name, next(digests)) for piece in chunk.pieces))
+        assert body.owner is self and not is_hashed and header.encoding == "dense"
+        found = iter(body.running.digests())
+        for chunk in self.layouts[rank].chunks[header.index : header.index + header.count]:
+            digests = tuple((piece.region.name, next(found)) for piece in chunk.pieces)
+            self._shadow.note((rank, chunk.index), self.version)
+            self._add((rank, chunk.index), digests)
         self.num_bytes += len(body)
+
+    def begin_run(self, rank: int, header: ChunkHeader, there: torch.Tensor) -> RunLanding:
+        """Begin to copy whole chunks, all missing, whose bytes lie together on a source's device, to their places.
+
+        What is returned is landed as any body is; other runs may be begun before that, none of the same chunks.
+        """
+        keys = [(rank, index) for index in range(header.index, header.index + header.count)]
+        assert all(key in self._missing for key in keys)
+        self._shadow.forget(keys)
+        return RunLanding(self, self._launch(rank, header.index, header.count, there), len(there))
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)
         self._shadow.forget([key])
         came = body if isinstance(body, torch.Tensor) else torch.from_numpy(writable(body))
-        return tuple(self._copy(*key, 1, came.to(self.device)))
+        return tuple(self._launch(*key, 1, came.to(self.device)).digests())
 
-    def _copy(self, rank: int, first: int, count: int, came: torch.Tensor) -> list[int]:
-        """Bring the pieces of chunks whose bytes lie on the device to their places; the digest of each."""
+    def _launch(self, rank: int, first: int, count: int, came: torch.Tensor) -> RunningPass:
+        """Bring the pieces of chunks whose bytes lie on the device to their places, and digest each."""
         landing = self._shadow.landings.get(rank)
         if landing is None:
             assert self.device is not None
@@ -83,7 +91,7 @@ class DeviceStaging(Staging):
             return self._target(landing.pieces[span.start + number][1])
 
         places = landing.places(first, count, came.data_ptr(), self._addresses)
-        return landing.passes.launch(first, count, places, find_source, find_target, (came,)).digests()
+        return landing.passes.launch(first, count, places, find_source, find_target, (came,))
 
     def _host_elements(self, flat: torch.Tensor) -> ElementArray:
         return elements_of(flat.cpu())

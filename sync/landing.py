@@ -17,6 +17,7 @@ import torch
 
 from weightcast.sync.chunks import Chunk, Piece, split_region
 from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.digest import add_digests, copy_bytes_with_digest
 from weightcast.sync.host_bytes import ChunkBytes, find_run
 from weightcast.sync.regions import Region
@@ -125,8 +126,8 @@ class Landing:
         return _cut_run(piece.region, tuple(tensor.shape), tensor.element_size())
 
 
-Body: TypeAlias = ChunkBytes | Landing
-"""A chunk's body: its bytes, or the landing by which they came to their places."""
+Body: TypeAlias = ChunkBytes | Landing | RunLanding
+"""A chunk's body: its bytes, or the landing by which they came to their places; or that of many chunks."""
 
 
 @lru_cache(maxsize=1 << 14)

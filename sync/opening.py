@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from weightcast.sync.arrival import Arrival
+from weightcast.sync.arrival import ON_DEVICE, Arrival
 from weightcast.sync.errors import WireError
 from weightcast.sync.limits import Limits
 from weightcast.sync.messages import Announce
@@ -25,6 +25,8 @@ def open_arrival(
     Raises `WireError` when there is too little of it, or when the publisher's layout cannot be.
     """
     assert model.specs is not None
+    kinds = [reached.get(rank) for rank in range(model.num_sources)]
+    shadow.reads_all = shadow.device is not None and all(kind == ON_DEVICE for kind in kinds)
     try:
         staging = open_staging(announce.version, model, shadow)
     except MemoryError:

@@ -13,6 +13,7 @@ import torch
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_bits import aligned, view_on_device
+from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.device_staging import DeviceStaging, make_staging
 from weightcast.sync.digest import MASK, copy_with_digest, region_digest
 from weightcast.sync.digest_pages import read_page
@@ -95,7 +96,7 @@ class PartStaging(Staging):
 
     def land(self, rank: int, header: ChunkHeader, body: Body | None, *, is_hashed: bool = True) -> None:
         """See `Staging`; also for pages."""
-        assert not isinstance(body, Landing), "`open_landing` opens none"
+        assert not isinstance(body, Landing | RunLanding), "`open_landing` opens none"
         if (rank, header.index) not in self._plan.pages:
             super().land(rank, header, body, is_hashed=is_hashed)
             if header.encoding != "dense":

@@ -92,11 +92,17 @@ class Shadow:
         self.rests: dict[tuple[ChunkKey, int], list[torch.Tensor]] = {}
         """What no engine takes of a piece of a chunk, kept so that a delta can be applied to all of it."""
         self.keeps_rests = False
+        self.reads_all = False
+        """Whether all sources' memory on a device is read: bits that an engine still holds are then read anew."""
+        self._addresses: dict[str, int] = {}
         self.landings: dict[int, LandingPasses] = {}
         """By source rank, how chunks come to tensors on a device."""
 
     def open(self, layouts: Mapping[int, SourceLayout], specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
-        """The model's tensors, in HF order. Where an engine still holds one, its bits are copied to other memory."""
+        """The model's tensors, in HF order.
+
+        Where an engine still holds one, its bits are copied to other memory; with `reads_all` they are forgotten.
+        """
         if layouts != self._layouts or specs != self._specs:
             # The same index now means other bytes.
             self._versions.clear()
@@ -108,7 +114,14 @@ class Shadow:
                 for chunk in layout.chunks:
                     self.note((layout.rank, chunk.index), self._whole)
             self._whole = None
-        return {spec.name: self._pool.take(spec, keep_bits=bool(self._versions)) for spec in specs}
+        keeps_bits = bool(self._versions) and not self.reads_all
+        tensors = {spec.name: self._pool.take(spec, keep_bits=keeps_bits) for spec in specs}
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        if not keeps_bits and addresses != self._addresses:
+            self._versions.clear()
+            self.rests.clear()
+        self._addresses = addresses
+        return tensors
 
     def base(self, key: ChunkKey) -> Version | None:
         """The version whose bits a chunk's pieces have."""

@@ -17,6 +17,7 @@ from weightcast.sync.chunk_delta import read_changes
 from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_codec import apply_parsed
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
+from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.digest import MASK, copy_bytes_with_digest, copy_with_digest, region_digest
 from weightcast.sync.errors import SourceError, WireError
 from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_hash, check_size, elements_of, find_run, writable
@@ -39,8 +40,7 @@ class Staging:
         self, version: Version, specs: Sequence[TensorSpec], layouts: Mapping[int, SourceLayout], shadow: Shadow
     ) -> None:
         self.version, self.specs, self.layouts = version, tuple(specs), layouts
-        self.num_bytes = 0
-        self.checksums_checked = 0
+        self.num_bytes = self.checksums_checked = 0
         self.checking = Stopwatch()  # passes over bytes that only check them
         self._shadow = shadow
         self.device = shadow.device
@@ -117,9 +117,9 @@ class Staging:
         """Check a chunk's body and bring its pieces to their places; a duplicate is ignored.
 
         `is_hashed` is false for a body that was read out of a source's memory. For what comes whole, without a hash,
-        the tensors' digests vouch.
-        Raises `WireError` when its size, hash or contents are wrong: the chunk is then still missing.
+        the tensors' digests vouch. Raises `WireError` when size, hash or contents are wrong: it is then still missing.
         """
+        assert not isinstance(body, RunLanding), "chunks come one by one"
         key = (rank, header.index)
         if not self.is_missing(*key):
             return

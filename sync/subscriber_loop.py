@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import zmq
 
 from weightcast.sync.chunk_reading import ChunkReader
+from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.effects import Effect, Request, Tell
 from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
 from weightcast.sync.host.share import HostShare
@@ -193,29 +195,36 @@ class SubscriberLoop:
         return ""
 
     def _take_chunks(self, socket: zmq.Socket[bytes]) -> None:
-        num_chunks = 0
-        while num_chunks < _CHUNKS_A_TURN:
+        begun: ReceivedChunk | None = None
+        num_turns = 0
+        while True:
+            takes_more = num_turns < _CHUNKS_A_TURN and socket in self._client.sockets()
             try:
-                received = self._client.receive(socket)
+                received = self._client.receive(socket) if takes_more else None
             except WireError as error:
                 logger.warning("engine %s ignored a chunk: %s", self._subscription.engine, error)
+                received = None
+            # A device copies one run while the one before is counted here, and the next is asked for.
+            before, begun = begun, None if received is None else self._begin_run(received)
+            if before is not None:
+                self._carry_out(self._land(before))
+            elif received is None:
                 return
-            if received is None:
-                return
-            run = self._reader.read_run(received.rank, received.header) if received.header.count > 1 else None
-            if run is not None:
-                now_s = time.monotonic()
-                self._carry_out(self._subscription.land(received.rank, received.header, run, now_s, is_hashed=False))
-            else:
-                for one in received.one_by_one():
+            if received is not None:
+                num_turns += 1 if begun is not None else received.header.count
+                for one in received.one_by_one() if begun is None else ():
                     self._carry_out(self._land(one))
-            num_chunks += received.header.count
-            if socket not in self._client.sockets():
-                return
+
+    def _begin_run(self, received: ReceivedChunk) -> ReceivedChunk | None:
+        """Chunks that come all at once on a device, and are on their way there; None where they come one by one."""
+        run = self._reader.begin_run(received.rank, received.header) if received.header.count > 1 else None
+        return None if run is None else replace(received, buffer=run)
 
     def _land(self, received: ReceivedChunk) -> list[Effect]:
         rank, header, body = received.rank, received.header, received.buffer
         assert not isinstance(body, Landing), "ZeroMQ gives whole chunks"
+        if isinstance(body, RunLanding):
+            return self._subscription.land(rank, header, body, time.monotonic(), is_hashed=False)
         if body is not None or header.encoding != "dense" or not self._reader.reads(rank, header.index):
             return self._subscription.land(rank, header, body, time.monotonic())
         try:

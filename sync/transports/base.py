@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import zmq
 
+from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.effects import Request
 from weightcast.sync.landing import Landing
 from weightcast.sync.messages import ChunkHeader
@@ -29,12 +30,12 @@ ByteArray: TypeAlias = npt.NDArray[np.uint8]
 class ReceivedChunk:
     """A chunk as it came; `buffer` is valid until the client receives again. None where no bytes followed.
 
-    A landing where it was received step by step, and digested (`landing.py`).
+    A landing where it was received step by step, and digested (`landing.py`), or where a device copies a whole run.
     """
 
     rank: int
     header: ChunkHeader
-    buffer: ByteArray | Landing | None
+    buffer: ByteArray | Landing | RunLanding | None
 
     def one_by_one(self) -> "Iterator[ReceivedChunk]":
         """The chunks that a header stands for."""

@@ -176,3 +176,20 @@ def test_weights_on_a_cpu_are_packed_on_it(tmp_path: Path) -> None:
     assert type(packer) is Packer and not isinstance(packer, DevicePacker)
     with WeightPublisher(TensorSource(tensors), f"ipc://{tmp_path}/p", delta="on", timeout_s=WAIT_S) as publisher:
         assert publisher.publish(1).dense_bytes == publisher.num_bytes
+
+
+@pytest.mark.parametrize("reads_all", [False, True])
+def test_bits_that_an_engine_holds_are_copied_or_read_anew(reads_all: bool) -> None:
+    tensors, shadow = make_model(9, rows=100), Shadow(device=CPU)
+    shadow.reads_all = reads_all
+    packed = make_packed(tensors, device="cpu")
+    held, _ = packed.send(packed.pack(1), shadow)
+    _change(tensors, 3, 1)
+    second, encodings = packed.send(packed.pack(2), shadow)
+    assert_same_bits(second, tensors)
+    assert set(encodings) == ({"dense"} if reads_all else {"delta", "same"})
+    assert held["embed.weight"].data_ptr() != second["embed.weight"].data_ptr()
+    del held, second
+    # Nobody holds what was staged last: it is written over, and its bits are what a delta begins from.
+    _, encodings = packed.send(packed.pack(3), shadow)
+    assert set(encodings) == {"same"}

@@ -8,12 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.sync.packed import CHUNK_BYTES, Packed, make_packed
+from tests.sync.table_runner import run_by_numpy
 
-from weightcast.sync import Limits
-from weightcast.sync.arrival import Arrival
+from weightcast.sync import Limits, device_passes, limits
+from weightcast.sync.arrival import ON_DEVICE, Arrival
+from weightcast.sync.device_landing import RunLanding
+from weightcast.sync.device_passes import Runner
+from weightcast.sync.device_staging import DeviceStaging
 from weightcast.sync.effects import Effect, Request
 from weightcast.sync.errors import ConfigError
-from weightcast.sync.limits import size_run
+from weightcast.sync.limits import size_device_run, size_run
 from weightcast.sync.messages import MAX_RUN_CHUNKS, Announce, ChunkHeader
 from weightcast.sync.shadow import Shadow
 from weightcast.sync.snapshot import Snapshot
@@ -97,6 +101,45 @@ def test_a_run_is_never_empty_nor_longer_than_a_message_says(num_asked: int, num
     count = size_run(num_asked, num_left, chunk_bytes)
     assert 1 <= count <= min(MAX_RUN_CHUNKS, num_left)
     assert count == 1 or count * chunk_bytes <= 32 << 20
+
+
+@given(num_done=st.integers(0, 10**6), num_left=st.integers(1, 10**6), chunk_bytes=st.integers(4096, 64 << 20))
+def test_a_run_on_a_device_grows_within_what_a_message_says(num_done: int, num_left: int, chunk_bytes: int) -> None:
+    count = size_device_run(num_done, num_left, chunk_bytes)
+    assert 1 <= count <= min(MAX_RUN_CHUNKS, num_left)
+    assert size_device_run(num_done + 1, num_left, chunk_bytes) >= count
+
+
+@pytest.mark.parametrize("runner", [None, run_by_numpy], ids=["by-torch", "by-tables"])
+def test_a_device_lands_one_run_while_the_next_is_begun(
+    packed: Packed, runner: Runner | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_passes, "find_runner", lambda device: runner)
+    monkeypatch.setattr(limits, "_DEVICE_RUN_BYTES", 4 * CHUNK_BYTES)
+    snapshot = packed.pack(1, "off")
+    memory = torch.from_numpy(packed.packer.arena)
+    staging = packed.stage(snapshot, Shadow(device=torch.device("cpu")))
+    assert isinstance(staging, DeviceStaging)
+    arrival = Arrival(Announce(snapshot.version, ()), staging, CHUNK_BYTES, Limits(), 0.0, {0: ON_DEVICE})
+    requests: deque[Effect] = deque(arrival.begin(0.0))
+    begun: deque[tuple[ChunkHeader, RunLanding]] = deque()
+    counts = []
+    while requests or begun:
+        if requests:
+            request = requests.popleft()
+            assert isinstance(request, Request) and len(arrival.asked_s) <= 2 * MAX_RUN_CHUNKS
+            index, count = request.message.index, request.message.count
+            header = ChunkHeader(snapshot.version, index, "dense", None, b"", count)
+            assert arrival.lands_run(0, header)
+            start, num_bytes = arrival.find_bytes(0, index, count) or (0, 0)
+            begun.append((header, staging.begin_run(0, header, memory[start : start + num_bytes])))
+            counts.append(count)
+        if len(begun) > 1 or not requests:
+            header, landing = begun.popleft()
+            requests += arrival.land(0, header, landing, 0.0, is_hashed=False)
+    assert counts[:4] == [4, 8, 16, 32] and counts[-1] <= 4 and sum(counts) == NUM_CHUNKS
+    assert arrival.is_staged and arrival.tensors is not None and arrival.num_bytes == NUM_CHUNKS * CHUNK_BYTES
+    assert torch.equal(arrival.tensors["w"], packed.tensors["w"])
 
 
 def test_limits_that_grant_nothing_are_refused() -> None:

@@ -19,6 +19,7 @@ from tests.sync.parts import WAIT_S, make_model
 from tests.sync.tcp_parts import LinkClient, PolledServer
 
 from weightcast.sync import Version
+from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.effects import Request
 from weightcast.sync.landing import Landing
 from weightcast.sync.limits import MAX_CREDIT_CHUNKS
@@ -77,7 +78,7 @@ class Link:
             for socket in self.client.sockets():
                 socket.poll(10)
                 if received := self.client.receive(socket):
-                    assert received.rank == 3 and not isinstance(received.buffer, Landing)
+                    assert received.rank == 3 and not isinstance(received.buffer, Landing | RunLanding)
                     return received.header, b"" if received.buffer is None else received.buffer.tobytes()
         return None
 
