@@ -45,6 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=MIN_ROUNDS, help="that count; at least 5, but with --quick")
     parser.add_argument("--quick", action="store_true", help="small models: to try the program, not for figures")
     parser.add_argument("--out", type=Path, help="folder of results/, plots/ and README.md; here by default")
+    parser.add_argument("--commit", default="", help="what is measured, where the tree came without its history")
     parser.add_argument("--plan", action="store_true", help="say what would run, and measure nothing")
     parser.add_argument("--page", action="store_true", help="write the page again, and measure nothing")
     parser.add_argument("--check", action="store_true", help="compare the page with the results, and change nothing")
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     results = start_from(former, machine, describe_versions())
     if former is not None and not results.records and former.records:
         console.print(f"the former results are of another machine, {former.machine}: they are left out")
-    settings, commit = Settings(options.rounds, options.quick), describe_commit()
+    settings, commit = Settings(options.rounds, options.quick), options.commit or describe_commit()
     ran: list[Record] = []
     for case in options.chosen:
         start_s = time.monotonic()

@@ -154,10 +154,11 @@ def failing(error: Exception) -> Case:
 def test_a_case_that_fails_is_recorded_and_the_program_fails_at_the_end(error: Exception, tmp_path: Path) -> None:
     good = replace(CPU_CASES[1], measure=lambda settings: Reading([1.0], [1.0], "s"), needs=())
     chosen = [failing(error), good]
-    options = argparse.Namespace(gpu=False, out=tmp_path, rounds=1, quick=True, chosen=chosen)
+    options = argparse.Namespace(gpu=False, out=tmp_path, rounds=1, quick=True, chosen=chosen, commit="c0ffee")
     assert bench.run(options) == 1
     content = json.loads((tmp_path / "results" / "cpu.json").read_text())
     failed, measured = content["records"]
+    assert failed["commit"] == measured["commit"] == "c0ffee"
     assert failed["status"] == "failed" and "bits are wrong" in failed["note"] and failed["reached"] is False
     assert measured["status"] == "ok" and measured["reached"] is True
     assert "failed: " in (tmp_path / "README.md").read_text()
