@@ -1,11 +1,10 @@
 """How the chunks of one source come to the tensors of an engine's GPU: tables that stay from version to version.
 
-landing = LandingPasses(layout, specs, device)
+landing = LandingPasses(layout, specs, strides, device)
 places = landing.places(first, count, came.data_ptr(), addresses)      # of tensors, in the order of specs
 landing.passes.launch(first, count, places, find_source, find_target)
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,9 +31,15 @@ class RunLanding:
 
 
 class LandingPasses:
-    """See the module. `specs` are those of the staged tensors, which are contiguous."""
+    """See the module. `specs` are those of the tensors, `strides` theirs in elements."""
 
-    def __init__(self, layout: SourceLayout, specs: Sequence[TensorSpec], device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: SourceLayout,
+        specs: Sequence[TensorSpec],
+        strides: Sequence[tuple[int, ...]],
+        device: torch.device,
+    ) -> None:
         self._start_bytes = layout.start_bytes
         self.pieces = tuple((chunk.index, piece) for chunk in layout.chunks for piece in chunk.pieces)
         """(chunk, piece), in order."""
@@ -42,7 +47,7 @@ class LandingPasses:
         numbers = {spec.name: number for number, spec in enumerate(specs)}
         self._tensors = np.array([numbers[piece.region.name] for _, piece in self.pieces], np.int64)
         rows = [
-            (layout.start_bytes[index] + piece.start_byte, lanes, *_place_in(specs[number], piece))
+            (layout.start_bytes[index] + piece.start_byte, lanes, *_place_in(specs[number], strides[number], piece))
             for (index, piece), lanes, number in zip(self.pieces, self.passes.row_lanes, self._tensors, strict=True)
         ]
         # (first byte in the source's memory, lanes of a row there, first byte in the tensor, lanes from row to row)
@@ -59,9 +64,8 @@ class LandingPasses:
         return places
 
 
-def _place_in(spec: TensorSpec, piece: Piece) -> tuple[int, int]:
+def _place_in(spec: TensorSpec, strides: tuple[int, ...], piece: Piece) -> tuple[int, int]:
     """(first byte, lanes from row to row) of a piece in its tensor; lanes of -1 where there is no such number."""
-    steps = tuple(math.prod(spec.shape[dim + 1 :]) for dim in range(len(spec.shape)))
-    start = sum(at * step for at, step in zip(piece.region.offset, steps, strict=True))
-    stride = find_stride(piece.region.shape, steps, spec.dtype.itemsize)
+    start = sum(at * step for at, step in zip(piece.region.offset, strides, strict=True))
+    stride = find_stride(piece.region.shape, strides, spec.dtype.itemsize)
     return start * spec.dtype.itemsize, -1 if stride is None else stride

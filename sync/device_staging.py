@@ -73,7 +73,8 @@ class DeviceStaging(Staging):
         landing = self._shadow.landings.get(rank)
         if landing is None:
             assert self.device is not None
-            landing = LandingPasses(self.layouts[rank], self.specs, self.device)
+            strides = [self._tensors[spec.name].stride() for spec in self.specs]
+            landing = LandingPasses(self.layouts[rank], self.specs, strides, self.device)
             self._shadow.landings[rank] = landing
         if self._addresses is None:
             self._addresses = np.array([self._tensors[spec.name].data_ptr() for spec in self.specs], np.int64)

@@ -10,7 +10,7 @@ the extra `disk-remote`). An option that the kind of place does not have is refu
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -40,6 +40,7 @@ _OF_PUBLISHERS = {
     "share": "each worker reads a store by itself, into a copy of its own; leave it out",
     "device": "versions of a store are staged in host memory; leave it out",
     "want": "versions of a store are read whole; leave it out",
+    "into": "versions of a store are staged before an engine loads them; leave it out",
     "prepares": "versions of a store are not looked at before they are taken; leave it out",
 }
 _OF_STORES = {
@@ -83,6 +84,7 @@ def follow(
     device: str | torch.device | None = None,
     want: Want | None = None,
     prepares: bool = False,
+    into: Mapping[str, torch.Tensor] | None = None,
     key: bytes | None = None,
     serving: Version | None = None,
     report: bool | None = None,
@@ -90,8 +92,8 @@ def follow(
 ) -> WeightSubscriber | DiskSubscriber | DiskObserver:
     """A `WeightSubscriber` of a publisher, a `DiskSubscriber` of a store, or an observer of either.
 
-    `engine`, `expect`, `role` and `limits` are for both; `keys`, `transport`, `share`, `device`, `want` and `prepares`
-    for publishers; `key`, `serving`, `report` and `agree` for stores. See the classes. Raises `AddressError`, and
+    `engine`, `expect`, `role` and `limits` are for both; `keys`, `transport`, `share`, `device`, `want`, `prepares`
+    and `into` for publishers; `key`, `serving`, `report` and `agree` for stores. See the classes. Raises `AddressError`, and
     `ConfigError` for an option that does not apply.
     """
     if kind_of(address) == "publisher":
@@ -110,9 +112,10 @@ def follow(
             device=device,
             want=want,
             prepares=prepares,
+            into=into,
         )
     given = {"keys": keys, "transport": transport, "share": share, "device": device, "want": want}
-    _refuse(address, _OF_PUBLISHERS, given | {"prepares": prepares or None})
+    _refuse(address, _OF_PUBLISHERS, given | {"prepares": prepares or None, "into": into})
     if isinstance(limits, Limits):
         raise ConfigError(f"limits: {address} is a store's, which takes sync.DiskLimits, not Limits")
     place: str | Path = address if isinstance(address, str) else Path(address)

@@ -43,6 +43,11 @@ def find_run(shape: tuple[int, ...], offset: tuple[int, ...], whole: tuple[int, 
     return start * itemsize
 
 
+def find_bytes(tensor: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
+    """Where a box begins in the bytes of this tensor, when it is one run of them; none is of a view in strides."""
+    return find_run(shape, offset, tuple(tensor.shape), tensor.element_size()) if tensor.is_contiguous() else None
+
+
 def bytes_of(tensor: torch.Tensor) -> ByteArray:
     """A contiguous CPU tensor's bytes."""
     raw: ByteArray = tensor.reshape(-1).view(torch.uint8).numpy()

@@ -120,9 +120,9 @@ class Landing:
         return _Step(self._scratch[start_byte:end_byte], first, last, None, None)
 
     def _find_cuts(self, piece: Piece) -> "tuple[tuple[int, int, Region], ...] | None":
-        if piece.num_bytes < MIN_DIRECT_BYTES:
-            return None
         tensor = self._tensors[piece.region.name]
+        if piece.num_bytes < MIN_DIRECT_BYTES or not tensor.is_contiguous():
+            return None
         return _cut_run(piece.region, tuple(tensor.shape), tensor.element_size())
 
 

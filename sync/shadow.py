@@ -123,6 +123,10 @@ class Shadow:
         self._addresses = addresses
         return tensors
 
+    def describe_engine(self, serving: Version | None) -> str:
+        """What an engine does when a version does not come; what is staged apart from it harms nothing."""
+        return f"goes on serving version {serving}" if serving is not None else "keeps the weights it has"
+
     def base(self, key: ChunkKey) -> Version | None:
         """The version whose bits a chunk's pieces have."""
         return self._versions.get(key)

@@ -20,7 +20,7 @@ from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.digest import MASK, copy_bytes_with_digest, copy_with_digest, region_digest
 from weightcast.sync.errors import SourceError, WireError
-from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_hash, check_size, elements_of, find_run, writable
+from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_hash, check_size, elements_of, find_bytes, writable
 from weightcast.sync.landing import Body, Landing
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
@@ -172,7 +172,7 @@ class Staging:
         """Bring a piece to its place in the staged tensor `key`, where it may be already; its digest."""
         region = piece.region
         tensor = self._tensors[key]
-        start_byte = find_run(region.shape, offset, tuple(tensor.shape), tensor.element_size())
+        start_byte = find_bytes(tensor, offset, region.shape)
         if start_byte is None:
             place = tensor[Region(key, offset, region.shape).slices]
             return copy_with_digest(place, view_piece(piece, tensor.dtype, writable(body)), region)

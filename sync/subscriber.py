@@ -8,20 +8,30 @@
             update.commit(pause_s=...)                 # now it serves this version
 
 Versions are staged in a background thread while the engine goes on serving, into host memory (with `device`, that of
-its GPU): one copy of the model.
+its GPU): one copy of the model. With `into` they land in the engine's own tensors instead, while it waits.
 """
 
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 
-from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, PeerLost, VersionError
+from weightcast.sync.engine_tensors import EngineTensors
+from weightcast.sync.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    ModelMismatch,
+    PeerLost,
+    VersionError,
+    WeightcastError,
+)
 from weightcast.sync.fleet import Role
 from weightcast.sync.host.share import HostShare
+from weightcast.sync.in_place import Held, InPlaceSubscription
 from weightcast.sync.limits import Limits
 from weightcast.sync.preview import Preview
 from weightcast.sync.regions import TensorSpec
@@ -63,6 +73,13 @@ class WeightSubscriber:
 
     `device` is where versions are staged instead of host memory: one copy of the model on the engine's GPU, which a
     source on the same host fills from its own (`cuda_ipc`).
+
+    `into` has the engine's own tensors by HF name, on one device, and nothing is staged: versions land there while the
+    engine is in `wait`, by which it says that it does not serve, and at no other time. They must be those of the
+    publisher in names, shapes and dtypes (`ModelMismatch` otherwise); views are welcome, and no two may share an
+    element. From the first byte on they are torn until `wait` returns: when it raises instead, the error says so and
+    `held` does, and the next `wait` makes them whole. The engine may write to them when it does not wait; what is
+    changed is noticed by the digests and fetched. A version that was rejected is in them all the same.
     """
 
     def __init__(
@@ -79,6 +96,7 @@ class WeightSubscriber:
         want: Want | None = None,
         device: str | torch.device | None = None,
         prepares: bool = False,
+        into: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         if share is not None and device is not None:
             raise ConfigError(f"what workers share lies in host memory, not on {device}; leave out share or device")
@@ -86,18 +104,23 @@ class WeightSubscriber:
             raise ConfigError("an observer receives nothing that it could share; leave out role or share")
         if want is not None and role == "observer":
             raise ConfigError("an observer receives nothing, and so wants nothing; leave out role or want")
+        if into is not None:
+            _check_in_place(role, {"share": share, "want": want, "prepares": prepares or None, "expect": expect})
         share = HostShare(share) if isinstance(share, str) else share
         self.engine = engine if engine is not None else f"{socket.gethostname()}-{os.getpid()}"
         self.address = address
         self._wall_offset_s = time.time() - time.monotonic()
         limits = Limits() if limits is None else limits
-        self._subscription = (
-            Subscription(self.engine, role, expect, limits, self._wall_offset_s)
-            if share is None
-            else SharedSubscription(self.engine, expect, limits, self._wall_offset_s)
-        )
+        self._subscription: Subscription
+        if into is not None:
+            memory = EngineTensors(into, device)
+            self._subscription = InPlaceSubscription(self.engine, memory, limits, self._wall_offset_s)
+        elif share is not None:
+            self._subscription = SharedSubscription(self.engine, expect, limits, self._wall_offset_s)
+        else:
+            self._subscription = Subscription(self.engine, role, expect, limits, self._wall_offset_s)
         self._subscription.model.want = want
-        if device is not None:
+        if device is not None and into is None:
             self._subscription.shadow = Shadow(device=torch.device(device))
         self._subscription.prepares = prepares and role == "receiver"
         reaches = Reaches(transport, limits.chunk_timeout_s)
@@ -118,6 +141,18 @@ class WeightSubscriber:
         """Whether the fleet serves a newer version than this engine: do not send it requests."""
         return self._subscription.is_fenced
 
+    @property
+    def held(self) -> Held | None:
+        """What lies in the tensors of `into`: which version is whole, or that they are torn; None without `into`."""
+        with self._loop.lock:
+            return self._subscription.held if isinstance(self._subscription, InPlaceSubscription) else None
+
+    @property
+    def announced(self) -> Version | None:
+        """With `into`, the version that was announced and that `wait` will land; None where there is none."""
+        with self._loop.lock:
+            return self._subscription.announced if isinstance(self._subscription, InPlaceSubscription) else None
+
     def specs(self, timeout_s: float) -> tuple[TensorSpec, ...]:
         """The publisher's model; waits until one has answered."""
         deadline_s = time.monotonic() + timeout_s
@@ -132,10 +167,14 @@ class WeightSubscriber:
 
         Raises `DeadlineExceeded` when none came in `timeout_s`, `ModelMismatch` when the publisher has another
         model than expected, `PeerLost` when it fell silent, `WireError` when a version was damaged beyond repair.
-        After an error the engine goes on with what it has, and the next call waits for the next version.
+        After an error the engine goes on with what it has, and the next call waits for the next version. With `into`
+        the error says whether the tensors are torn; of these no byte is written once this has returned or raised.
         """
         deadline_s = time.monotonic() + timeout_s
-        with self._loop.lock:
+        if isinstance(self._subscription, InPlaceSubscription):
+            self._subscription.memory.check_unmoved()
+            self._subscription.memory.synchronize()
+        with self._loop.lock, self._lending():
             if self._subscription.taken is not None:
                 version = self._subscription.taken.version
                 raise VersionError(f"version {version} is still being loaded; commit() or reject() it first")
@@ -148,6 +187,24 @@ class WeightSubscriber:
                     raise error
                 self._sleep_until(deadline_s, timeout_s)
             return Update(self._subscription, self._loop, self._subscription.take(), self._wall_offset_s)
+
+    @contextmanager
+    def _lending(self) -> Iterator[None]:
+        """With `into`, the engine's tensors may be written for as long as the block lasts; the lock is held."""
+        subscription = self._subscription
+        if not isinstance(subscription, InPlaceSubscription):
+            yield
+            return
+        try:
+            self._loop.submit(subscription.lend(time.monotonic()))
+            yield
+        except WeightcastError as error:
+            if not (note := subscription.describe_torn()):
+                raise
+            raise type(error)(f"{error}; {note}") from None
+        finally:
+            subscription.take_back()
+            subscription.memory.synchronize()
 
     def preview(self, timeout_s: float) -> Preview:
         """The version that is staged and waits for the engine to prepare for it; for subscribers that `prepares`.
@@ -186,3 +243,18 @@ class WeightSubscriber:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_in_place(role: Role, others: Mapping[str, object]) -> None:
+    """`ConfigError` for what does not go together with `into`."""
+    if role == "observer":
+        raise ConfigError("an observer receives nothing that could land in place; leave out role or into")
+    why = {
+        "share": "workers that share a copy load from it",
+        "want": "all of the publisher's tensors land in place",
+        "prepares": "an engine whose tensors are overwritten cannot look at a version before it takes it",
+        "expect": "the tensors themselves say what is expected",
+    }
+    for name, value in others.items():
+        if value is not None:
+            raise ConfigError(f"{name} does not go together with into: {why[name]}; leave out one of them")

@@ -295,6 +295,6 @@ class Subscription:
         arrival = self.arrival
         if arrival is not None and arrival.staging is not None and not arrival.is_staged:
             what += f" while version {arrival.version} lacked {arrival.staging.num_missing} chunks"
-        serves = f"goes on serving version {self.serving}" if self.serving else "keeps the weights it has"
+        serves = self.shadow.describe_engine(self.serving)
         self.error = PeerLost(f"{what}; the engine {serves} and takes the next version of whoever publishes here")
         self._drop_unreleased()

@@ -15,6 +15,8 @@ from weightcast.sync import FleetPolicy, Limits, Region, Version
 from weightcast.sync.chunks import lay_out_chunks
 from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.effects import Effect, Request, Tell
+from weightcast.sync.engine_tensors import EngineTensors
+from weightcast.sync.in_place import Held, InPlaceSubscription
 from weightcast.sync.messages import (
     PROTOCOL,
     Announce,
@@ -58,6 +60,11 @@ WANTED: WantedRegions = {
     "still": (Region("still", (100,), (100,)),),
     "scale": (),
 }
+
+
+# An engine of this name lands versions in its own tensors, while it lends them.
+IN_PLACE = "d"
+SCRIBBLE = 77
 
 
 class Trainer:
@@ -119,6 +126,39 @@ class SimulatedEngine:
     asked: deque[Request] = field(default_factory=deque)
     served: list[Version] = field(default_factory=list)
     silent: bool = False
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    has_scribbled: bool = False
+
+    def lend(self) -> list[Effect]:
+        """Let versions land in the engine's own tensors, which nothing has touched so far."""
+        assert isinstance(self.subscription, InPlaceSubscription)
+        self.check_untouched()
+        return self.subscription.lend(0.0)
+
+    def take_back(self) -> None:
+        """Have them back, as they are."""
+        assert isinstance(self.subscription, InPlaceSubscription)
+        self.subscription.take_back()
+        self.kept = {name: tensor.clone() for name, tensor in self.own.items()}
+
+    def check_untouched(self) -> None:
+        """Outside of that nothing is written, and what is said of the tensors is so."""
+        subscription = self.subscription
+        if not isinstance(subscription, InPlaceSubscription):
+            return
+        if not subscription._is_lent:
+            assert all(torch.equal(self.kept[name], tensor) for name, tensor in self.own.items())
+        if (version := subscription.held.version) is not None and not self.has_scribbled:
+            assert all(torch.equal(self.own[name], tensor) for name, tensor in model_of(version).items())
+        if subscription.held == Held():
+            assert not any(tensor.any() for tensor in self.own.values()) or self.has_scribbled
+
+    def scribble(self) -> None:
+        """The engine writes to its own tensors, as it may when it does not lend them."""
+        self.own["w"][1, 5:40] = SCRIBBLE
+        self.kept["w"].copy_(self.own["w"])
+        self.has_scribbled = True
 
 
 class World:
@@ -141,10 +181,15 @@ class World:
 
     def start_engine(self, name: str) -> None:
         """A new process of this name; one that ran is gone without a word."""
-        subscription = Subscription(name, "receiver", SPECS, LIMITS, 0.0)
+        own = {name: torch.zeros_like(tensor) for name, tensor in model_of(Version(0, 0)).items()}
+        if name == IN_PLACE:
+            subscription: Subscription = InPlaceSubscription(name, EngineTensors(own), LIMITS, 0.0)
+        else:
+            subscription = Subscription(name, "receiver", SPECS, LIMITS, 0.0)
         if name == WANTS_PARTS:
             subscription.model.want = WANTED
-        self.engines[name] = SimulatedEngine(name, subscription, self._new_peer())
+        self.engines[name] = SimulatedEngine(name, subscription, self._new_peer(), own=own)
+        self.engines[name].kept = {name: tensor.clone() for name, tensor in own.items()}
         self.do(self.engines[name], subscription.hello())
 
     def do(self, engine: SimulatedEngine, effects: list[Effect]) -> None:
@@ -224,6 +269,10 @@ class World:
         for name, tensor in arrival.tensors.items():
             for box in boxes[name]:
                 assert torch.equal(bits(tensor[box.slices]), bits(wanted[name][box.slices])), (version, box)
+        if engine.name == IN_PLACE:
+            assert all(arrival.tensors[name] is tensor for name, tensor in engine.own.items())
+            engine.has_scribbled = False
+            engine.take_back()
         assert version in self.released_at, f"{version} was taken, and never released"
         assert not engine.served or version > engine.served[-1], f"{engine.served} and then {version}"
         return True

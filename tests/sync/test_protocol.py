@@ -3,17 +3,18 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.sync.simulation import World
+from tests.sync.simulation import IN_PLACE, World
 
 from weightcast.sync import FleetPolicy, Version
+from weightcast.sync.in_place import InPlaceSubscription
 from weightcast.sync.packer import PackMode
 
-NAMES = ("a", "b", "c")
+NAMES = ("a", "b", "c", IN_PLACE)
 ENGINE = st.sampled_from(NAMES)
 
 
 class Fleet(RuleBasedStateMachine):
-    """Three engines, two sources, and lives of a trainer that follow each other."""
+    """Four engines, two sources, and lives of a trainer that follow each other."""
 
     @initialize(
         policy=st.sampled_from([FleetPolicy.all(), FleetPolicy.quorum(1), FleetPolicy.quorum(2)]),
@@ -63,6 +64,21 @@ class Fleet(RuleBasedStateMachine):
     def take(self, name: str) -> None:
         self.world.check_take(self.world.engines[name])
 
+    @rule(lends=st.booleans())
+    def begin_or_end_a_wait(self, lends: bool) -> None:
+        engine = self.world.engines[IN_PLACE]
+        if lends:
+            self.world.do(engine, engine.lend())
+        else:
+            engine.take_back()
+
+    @rule()
+    def scribble(self) -> None:
+        engine = self.world.engines[IN_PLACE]
+        assert isinstance(engine.subscription, InPlaceSubscription)
+        if not engine.subscription._is_lent:
+            engine.scribble()
+
     @rule(name=ENGINE, well=st.booleans())
     def finish_loading(self, name: str, well: bool) -> None:
         engine = self.world.engines[name]
@@ -100,6 +116,7 @@ class Fleet(RuleBasedStateMachine):
         for engine in self.world.engines.values():
             assert engine.served == sorted(set(engine.served))
             assert engine.subscription.serving == (engine.served[-1] if engine.served else None)
+            engine.check_untouched()
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
@@ -123,6 +140,8 @@ class Fleet(RuleBasedStateMachine):
             for engine in self.world.engines.values():
                 if engine.subscription.taken is not None:
                     self.world.commit(engine)
+                if engine.name == IN_PLACE:
+                    self.world.do(engine, engine.lend())
                 for _ in range(25):
                     self.world.deliver_up(engine)
                     self.world.note_release()
