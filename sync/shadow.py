@@ -5,6 +5,8 @@ serves, and a delta is applied where the old bits lie. The shadow knows of which
 
     tensors = shadow.open(layouts, specs)      # memory for the next version, with the last one's bits where possible
     shadow.base(rank, index)                   # Version, or None: nothing that a delta could begin from
+
+`in_place` has the exception: a shadow that is the engine's memory.
 """
 
 import weakref

@@ -49,6 +49,8 @@ class Update:
     Tensors are in HF order. Memory is reused by a later version only when no tensor of this one is
     alive any more, so a tensor that is kept stays as it is. Not so where workers of a host share the copy: there
     tensors are read-only (a write ends the process) and good until `release` or `commit`; copy what is to be kept.
+    Of a subscriber with `into` they are the engine's own, which have the version's bits already, also when it is
+    rejected.
 
     Of a subscriber with `want`, iterating gives tensors of full shape, made one by one, of which the wanted boxes alone
     may be read; `wanted` has just the boxes.

@@ -75,6 +75,7 @@ KEYS = CurveKeys(b"p" * 40, b"s" * 40, b"v" * 40)
         ("versions", {"transport": "zmq"}, "^transport does not apply to versions: .* leave it out"),
         ("s3://b/v", {"share": "group"}, "^share does not apply to s3://b/v: each worker reads a store by itself"),
         ("versions", {"device": "cuda"}, "^device does not apply to versions"),
+        ("versions", {"into": {}}, "^into does not apply to versions"),
         ("versions", {"limits": Limits()}, "takes sync.DiskLimits, not Limits"),
         ("versions", {"role": "observer", "expect": []}, "^expect does not apply to versions: an observer of a store"),
         ("tcp://127.0.0.1:1", {"key": b"k" * 32}, r"^key does not apply to tcp://.* CurveZMQ keys \(keys="),
