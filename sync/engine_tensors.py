@@ -128,7 +128,7 @@ def _make_alias(tensor: torch.Tensor) -> torch.Tensor:
     """A plain tensor on the same memory: no parameter, no subclass, none of inference mode, which few may write."""
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     with torch.no_grad():
-        plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+        plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     assert plain.data_ptr() == tensor.data_ptr()
     return plain
 

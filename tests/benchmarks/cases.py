@@ -173,6 +173,13 @@ CPU_CASES: tuple[Case, ...] = (
         partial(moves.measure_memory, side="receiver"),
         "the model",
     ),
+    Case(
+        "memory_receiver_in_place",
+        "a receiver's memory beyond its engine's own tensors, in which versions land, in models",
+        at_most(0.05),
+        partial(moves.measure_memory, side="receiver", in_place=True),
+        "the model",
+    ),
     *(
         Case(
             f"{what}_gbps",
@@ -220,6 +227,14 @@ GPU_CASES: tuple[Case, ...] = (
         "the same, and then the engine's parameters point to what was staged: speed against a device copy",
         None,
         partial(gpu.race_ipc, baseline=None, points=True),
+        "device copy",
+        needs=("cuda",),
+    ),
+    Case(
+        "gpu_ipc_in_place_vs_copy",
+        "the same in place: versions land in the engine's parameters, nothing is staged: speed against a device copy",
+        None,
+        partial(gpu.race_ipc, baseline=None, into=True),
         "device copy",
         needs=("cuda",),
     ),

@@ -34,11 +34,18 @@ def model_for(settings: Settings) -> str:
 
 
 def race_ipc(
-    settings: Settings, *, baseline: str | None, points: bool = False, device: str = "cuda", mover: str = OURS
+    settings: Settings,
+    *,
+    baseline: str | None,
+    points: bool = False,
+    into: bool = False,
+    device: str = "cuda",
+    mover: str = OURS,
 ) -> Reading:
     """GB/s from trainer parameters into engine parameters over CUDA IPC; None is a copy on the device.
 
-    With `points` the engine's parameters point to what was staged; otherwise it is copied into them, where they lie.
+    With `points` the engine's parameters point to what was staged, with `into` nothing is staged and versions land in
+    them; otherwise what was staged is copied into them, where they lie.
     """
     model = model_for(settings)
     # The largest chunks: each costs a message, and nothing waits for a page of host memory.
@@ -46,7 +53,7 @@ def race_ipc(
     state = {"device": device}
     phases: list[dict[str, float]] = []
     with ExitStack() as stack:
-        receiver = {"device": device, "points": points}
+        receiver = {"device": device, "points": points, "into": into}
         ours = stack.enter_context(Link(mover, model, state, options, receiver_options=[receiver]))
 
         def move() -> float:

@@ -105,17 +105,21 @@ def measure_checking(settings: Settings) -> Reading:
     return Reading(checks_s, publishes_s, "s", note)
 
 
-def measure_memory(settings: Settings, *, side: str) -> Reading:
+def measure_memory(settings: Settings, *, side: str, in_place: bool = False) -> Reading:
     """The peak of a process's memory beyond what it had before it met the other end, against the model.
 
-    Versions differ in 0.8 % of the elements. Of the receiver all counts, for it holds no model but what it stages.
+    Versions differ in 0.8 % of the elements. Of the receiver all counts, for it holds no model but what it stages; of
+    one whose versions land in place the model that it has is not counted.
     """
     model = model_for(settings)
     extra_bytes: list[float] = []
-    with Link(OURS, model, {"step": "sparse", "density": 0.008}, PLACES["zmq"][0]) as link:
+    own_bytes = num_bytes(model) if in_place else 0
+    receiver = {"into": in_place}
+    state = {"step": "sparse", "density": 0.008}
+    with Link(OURS, model, state, PLACES["zmq"][0], receiver_options=[receiver]) as link:
         for number in range(settings.rounds + 1):
             move = link.move()
             if number:
                 answers = move.senders if side == "source" else move.receivers
-                extra_bytes.append(answers[0]["extra_bytes"] / 1e9)
+                extra_bytes.append((answers[0]["extra_bytes"] - own_bytes) / 1e9)
     return Reading(extra_bytes, [num_bytes(model) / 1e9] * settings.rounds, "GB")

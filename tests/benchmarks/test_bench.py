@@ -317,15 +317,15 @@ device_passes.find_runner = lambda device: run_by_numpy
 """
 
 
-@pytest.mark.parametrize("points", [False, True], ids=["copied", "pointed"])
+@pytest.mark.parametrize("way", [{}, {"points": True}, {"into": True}], ids=["copied", "pointed", "in place"])
 def test_the_case_of_cuda_ipc_moves_the_bits_where_a_stand_in_is_the_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, bool]
 ) -> None:
     (tmp_path / "host_mover.py").write_text(HOST_MOVER)
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(tmp_path), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     )
-    reading = gpu.race_ipc(QUICK, baseline=None, points=points, device="cpu", mover="host_mover")
+    reading = gpu.race_ipc(QUICK, baseline=None, device="cpu", mover="host_mover", **way)
     assert reading.note.startswith("carried by cuda_ipc,") and len(reading.values) == 1
     assert {"pack_s", "stage_s", "check_s", "load_s", "publish_s", "ours_s", "theirs_s"} == set(reading.details)
     assert 0 < reading.details["pack_s"] < reading.details["publish_s"]

@@ -5,7 +5,7 @@ Options of both: `address` to publish on; `transport`, `delta`, `chunk_bytes` as
 host's workers with which it receives once; `device`, where it stages every version and loads it into parameters of its
 own (otherwise what was staged is what it has, as an engine that iterates over an update gets it). With `points` its
 parameters point to what was staged there instead, as those of an engine do that takes pointers; the ones before stay
-whole until then.
+whole until then. With `into` versions land in its parameters, and nothing is staged.
 """
 
 import tempfile
@@ -84,22 +84,26 @@ class SubscribingReceiver:
 
     def __init__(self, specs: Sequence[TensorSpec], address: str, options: Mapping[str, Any]) -> None:
         arguments = {name: options[name] for name in ("transport", "share", "device") if name in options}
+        is_in_place = bool(options.get("into"))
+        self._loads = "device" in options and not options.get("points") and not is_in_place
+        self._points = bool(options.get("points"))
+        has_own = self._loads or is_in_place
+        self.tensors: Mapping[str, torch.Tensor] = allocate(specs, options.get("device", "cpu")) if has_own else {}
+        self._own = self.tensors if is_in_place else None
         self._subscriber = WeightSubscriber(
             address,
             engine=options.get("engine", "engine-0"),
-            expect=specs,
+            expect=None if is_in_place else specs,
+            into=self._own,
             keys=engine_keys(options.get("keys")),
             limits=Limits(lost_after_s=TIMEOUT_S),
             **arguments,
         )
-        self._loads = "device" in options and not options.get("points")
-        self._points = bool(options.get("points"))
-        self.tensors: Mapping[str, torch.Tensor] = allocate(specs, options["device"]) if self._loads else {}
         self._commit: Callable[[], None] = _nothing
 
     def receive(self, number: int) -> dict[str, Any]:
         """Wait for the version; load it where there are parameters to load it into."""
-        if not self._loads and not self._points:
+        if not self._loads and not self._points and self._own is None:
             self.tensors = {}  # as an engine that has loaded them: memory is reused only when nobody holds it
         update = self._subscriber.wait(TIMEOUT_S)
         if update.version.number != number:
@@ -109,7 +113,7 @@ class SubscribingReceiver:
             for name, tensor in update:
                 self.tensors[name].copy_(tensor)
             synchronize()
-        else:
+        elif self._own is None:
             self.tensors = dict(update)
         load_s = time.monotonic() - start_s
         self._commit = update.commit

@@ -14,6 +14,7 @@ from weightcast.sync import WeightPublisher
 from weightcast.sync.chunks import lay_out_chunks
 from weightcast.sync.device_packer import DevicePacker
 from weightcast.sync.packer import Packer, PackMode
+from weightcast.sync.regions import dtype_name
 from weightcast.sync.snapshot import Snapshot, allocate_arena
 from weightcast.sync.transports import cuda_ipc
 from weightcast.sync.version import Version
@@ -86,12 +87,13 @@ def _compare_answers(host: Snapshot, device: Snapshot, number: int, where: str) 
 
 
 def check_cuda_ipc(scale: Scale) -> dict[str, Any]:
-    """Four versions to three engines: on the device, on the host out of the device's memory, over a connection."""
+    """Four versions to four engines: on the device, in their own tensors there, on the host, over a connection."""
     tensors = make_model(0) | {"large": random_bits(torch.bfloat16, (scale.pick(500, 16_000), 2048), 5)}
     tensors = {name: tensor.to(scale.device) for name, tensor in tensors.items()}
     address = f"ipc://{scale.folder}/publisher.socket"
     settings: list[dict[str, Any]] = [
         {"engine": "on-device", "transport": "cuda_ipc", "device": scale.device},
+        {"engine": "in-place", "transport": "cuda_ipc", "device": scale.device, "into": describe(tensors)},
         {"engine": "on-host", "transport": "cuda_ipc"},
         {"engine": "by-zmq", "transport": "zmq"},
     ]
@@ -113,6 +115,11 @@ def check_cuda_ipc(scale: Scale) -> dict[str, Any]:
     return {"gb": sum(tensor.nbytes for tensor in tensors.values()) / 1e9, "pack_s": pack_s, "stage_s": stage_s}
 
 
+def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """What an engine in another process is to have: dtype and shape of each."""
+    return {name: (dtype_name(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
+
+
 def _compare(engines: Sequence[Engine], number: int, wanted: Mapping[str, str], device: str) -> None:
     for engine in engines:
         said = engine.hear()
@@ -121,7 +128,7 @@ def _compare(engines: Sequence[Engine], number: int, wanted: Mapping[str, str], 
         )
         transport, place = (
             ("zmq" if engine.name == "by-zmq" else cuda_ipc.KIND),
-            (device if engine.name == "on-device" else "cpu"),
+            (device if engine.name in ("on-device", "in-place") else "cpu"),
         )
         require(said["transport"] == transport, f"{engine.name} received by {said['transport']}, not {transport}")
         require(said["places"] == [place], f"{engine.name} staged on {said['places']}, not {place}")

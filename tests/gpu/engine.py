@@ -3,13 +3,14 @@
     python -m tests.gpu.engine '{"address": ..., "engine": ..., "transport": ..., "versions": 3}'
 
 Started by `following`, whose `Engine` reads what it says. With `"collective": true` it receives one broadcast instead.
+With `into`, the dtype and shape of each tensor, versions land in tensors of its own on `device`: columns of wider ones.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import xxhash
 
 from weightcast.sync import Limits, WeightSubscriber
+from weightcast.sync.regions import DTYPES
 from weightcast.sync.transports.collective import receive_version
 
 TIMEOUT_S = 60.0
@@ -71,9 +73,22 @@ def _say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
+def make_own(shapes: Mapping[str, tuple[str, Sequence[int]]], device: str) -> dict[str, torch.Tensor]:
+    """Tensors as an engine has them: those of rows are columns of a parameter that is wider by 16 elements."""
+    into = {}
+    for name, (dtype, shape) in shapes.items():
+        if len(shape) == 2:
+            into[name] = torch.zeros((shape[0], shape[1] + 16), dtype=DTYPES[dtype], device=device)[:, 16:]
+        else:
+            into[name] = torch.zeros(tuple(shape), dtype=DTYPES[dtype], device=device)
+    return into
+
+
 def _follow(settings: Mapping[str, Any]) -> None:
     limits = Limits(lost_after_s=TIMEOUT_S)
     options = {name: settings[name] for name in ("transport", "device") if name in settings}
+    if "into" in settings:
+        options["into"] = make_own(settings["into"], options["device"])
     with WeightSubscriber(settings["address"], engine=settings["engine"], limits=limits, **options) as subscriber:
         for _ in range(settings["versions"]):
             update = subscriber.wait(TIMEOUT_S)
