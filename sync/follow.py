@@ -92,9 +92,8 @@ def follow(
 ) -> WeightSubscriber | DiskSubscriber | DiskObserver:
     """A `WeightSubscriber` of a publisher, a `DiskSubscriber` of a store, or an observer of either.
 
-    `engine`, `expect`, `role` and `limits` are for both; `keys`, `transport`, `share`, `device`, `want`, `prepares`
-    and `into` for publishers; `key`, `serving`, `report` and `agree` for stores. See the classes. Raises
-    `AddressError`, and `ConfigError` for an option that does not apply.
+    `engine`, `expect`, `role` and `limits` are for both; `key`, `serving`, `report` and `agree` for stores; all others
+    for publishers. See the classes. Raises `AddressError`, and `ConfigError` for an option that does not apply.
     """
     if kind_of(address) == "publisher":
         _refuse(address, _OF_STORES, {"key": key, "serving": serving, "report": report, "agree": agree})
