@@ -4,8 +4,10 @@
     memory.specs                               # what a publisher must offer
     memory.take(spec)                          # a `TensorPool`: the engine's tensor of that name, to be written
 
-Views are welcome, such as slices of fused parameters, rows or columns. No two names may have an element in common: a
-change of one would be a change of the other, and neither could be checked. So of tied weights one name is given.
+Views are welcome, such as slices of fused parameters, rows or columns. No two names may have an element in common,
+unless they are tied: names of the same memory, all of it. Of these the first is landed in place; the others come to
+memory of their own, since a change that was applied to one would be applied to the other again, and must have the same
+bits in the end.
 """
 
 import math
@@ -57,16 +59,38 @@ class EngineTensors:
         self.device = _find_device(self._given, device)
         """None for host memory that is landed in as such."""
         self._places = {name: _place_of(tensor) for name, tensor in self._given.items()}
-        if pair := find_overlap(self._places):
+        self._ties = _find_ties(self._places)
+        if pair := find_overlap({name: place for name, place in self._places.items() if name not in self._ties}):
             raise ConfigError(
-                f"into: {pair[0]!r} and {pair[1]!r} have memory in common, where the bits of one would be those of the "
-                "other; give tied weights under one name, which the publisher sends, and every name its own elements"
+                f"into: {pair[0]!r} and {pair[1]!r} have a part of their memory in common, where the bits of one would "
+                "be those of the other; give every name its own elements, or, where they are tied, all the same"
             )
         self._aliases = {name: _make_alias(tensor) for name, tensor in self._given.items()}
+        self._apart: dict[str, torch.Tensor] = {}
 
     def take(self, spec: TensorSpec, *, keep_bits: bool = True) -> torch.Tensor:
-        """The engine's memory of a tensor, with what lies there: see `TensorPool`."""
-        return self._aliases[spec.name]
+        """The engine's memory of a tensor, with what lies there: see `TensorPool`. Of tied ones, of the first.
+
+        `MemoryError` where there is none for another one that is tied to it.
+        """
+        if spec.name not in self._ties:
+            return self._aliases[spec.name]
+        if spec.name not in self._apart:
+            try:
+                self._apart[spec.name] = torch.zeros(spec.shape, dtype=spec.dtype, device=self._given[spec.name].device)
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(str(error)) from None
+        return self._apart[spec.name]
+
+    def find_broken_tie(self) -> tuple[str, str] | None:
+        """A tied tensor that came with other bits than the one that it is tied to, and that one."""
+        for name, first in self._ties.items():
+            apart, there = (
+                tensor.contiguous().view(-1).view(torch.uint8) for tensor in (self._apart[name], self._aliases[first])
+            )
+            if not torch.equal(apart, there):
+                return name, first
+        return None
 
     def present(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The engine's tensors, the very objects, in the order of `names`."""
@@ -131,6 +155,16 @@ def _make_alias(tensor: torch.Tensor) -> torch.Tensor:
         plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     assert plain.data_ptr() == tensor.data_ptr()
     return plain
+
+
+def _find_ties(places: Mapping[str, _Place]) -> dict[str, str]:
+    """By name, the first name of the same memory, for all but the first."""
+    firsts: dict[_Place, str] = {}
+    return {
+        name: firsts[place]
+        for name, place in places.items()
+        if place.num_bytes and firsts.setdefault(place, name) != name
+    }
 
 
 def find_overlap(places: Mapping[str, _Place]) -> tuple[str, str] | None:

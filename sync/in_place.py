@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from weightcast.sync.arrival import Arrival
 from weightcast.sync.effects import Effect
 from weightcast.sync.engine_tensors import EngineTensors
-from weightcast.sync.errors import WireError
+from weightcast.sync.errors import SourceError, WireError
 from weightcast.sync.limits import Limits
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.subscription import Subscription
@@ -102,6 +102,15 @@ class InPlaceSubscription(Subscription):
         else:
             what = "are torn: they hold bits of several versions"
         return f"the tensors of engine {self.engine!r} {what}; {_REMEDY}"
+
+    def tell_staged(self) -> list[Effect]:
+        """See `Subscription`; not of a version that has other bits for weights which are tied here."""
+        arrival = self.arrival
+        if arrival is not None and arrival.is_staged and (tie := self.memory.find_broken_tie()):
+            what = f"{tie[0]} and {tie[1]} are one tensor in engine {self.engine!r}, and version {arrival.version}"
+            remedy = "publish a model whose configuration ties them, or give each a tensor of its own"
+            return self._refuse(arrival.version, SourceError(f"{what} has different values for them; {remedy}"))
+        return super().tell_staged()
 
     def give_up(self, reason: str) -> list[Effect]:
         """See `Subscription`; also of a version that waits for the engine's memory."""

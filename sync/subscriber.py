@@ -74,12 +74,13 @@ class WeightSubscriber:
     `device` is where versions are staged instead of host memory: one copy of the model on the engine's GPU, which a
     source on the same host fills from its own (`cuda_ipc`).
 
-    `into` has the engine's own tensors by HF name, on one device, and nothing is staged: versions land there while the
-    engine is in `wait`, by which it says that it does not serve, and at no other time. They must be those of the
-    publisher in names, shapes and dtypes (`ModelMismatch` otherwise); views are welcome, and no two may share an
-    element. From the first byte on they are torn until `wait` returns: when it raises instead, the error says so and
-    `held` does, and the next `wait` makes them whole. The engine may write to them when it does not wait; what is
-    changed is noticed by the digests and fetched. A version that was rejected is in them all the same.
+    `into` has the engine's own tensors by HF name, on one device, and nothing is staged: versions land there while
+    the engine is in `wait`, by which it says that it does not serve, and at no other time. They must be those of
+    the publisher in names, shapes and dtypes (`ModelMismatch` otherwise); views are welcome, and no two may share
+    an element unless they are tied, and share all. From the first byte on they are torn until `wait` returns: when
+    it raises instead, the error says so and `held` does, and the next `wait` makes them whole. The engine may write
+    to them when it does not wait; what is changed is noticed by the digests and fetched. A version that was
+    rejected is in them all the same.
     """
 
     def __init__(

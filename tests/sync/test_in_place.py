@@ -16,7 +16,15 @@ from tests.sync.peer import Peer
 from tests.sync.table_runner import run_by_numpy
 
 from weightcast.sync import FleetPolicy, TensorSpec, WeightPublisher, WeightSubscriber, device_passes
-from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, ModelMismatch, PeerLost, WireError
+from weightcast.sync.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    EngineError,
+    ModelMismatch,
+    PeerLost,
+    SourceError,
+    WireError,
+)
 from weightcast.sync.in_place import Held
 from weightcast.sync.transports import cuda_ipc
 
@@ -313,6 +321,39 @@ def test_damage_beyond_repair_tears_and_a_rejected_version_stays(address: str) -
             publication.wait()
         assert subscriber.serving is None and subscriber.held == Held(update.version)
         assert_same_bits(copy_of({name: into[name] for name in tensors}), tensors)
+
+
+def test_tied_weights_land_once_and_must_have_one_value(address: str) -> None:
+    tensors = make_layers(1)
+    tensors["lm_head.weight"] = tensors["embed.weight"].clone()
+    into = Fused().views()
+    into = {"lm_head.weight": into["embed.weight"]} | into
+    with (
+        WeightPublisher(
+            TensorSource(tensors), address, chunk_bytes=CHUNK_BYTES, delta="on", timeout_s=WAIT_S
+        ) as publisher,
+        WeightSubscriber(address, engine="e", limits=LIMITS, into=into, transport="zmq") as subscriber,
+    ):
+        publisher.wait_for_subscribers(1)
+        for number in (1, 2):
+            publication = publisher.begin(number)
+            land(subscriber, into, tensors)
+            assert not publication.wait().engines[0].num_repeats
+            bump(tensors)
+        tensors["embed.weight"].add_(1)
+        publication = publisher.begin(3)
+        says = (
+            f"embed.weight and lm_head.weight are one tensor in engine 'e', and version 3 .* different values.*{TORN}"
+        )
+        with pytest.raises(SourceError, match=says):
+            subscriber.wait(WAIT_S)
+        with pytest.raises(EngineError, match="different values"):
+            publication.wait()
+        assert subscriber.held == Held(is_torn=True)
+        tensors["lm_head.weight"].copy_(tensors["embed.weight"])
+        publication = publisher.begin(4)
+        land(subscriber, into, tensors)
+        publication.wait()
 
 
 def test_another_model_is_refused_with_nothing_written(address: str) -> None:
