@@ -57,6 +57,6 @@ class ChunkReader:
         span = arrival.find_bytes(rank, header.index, header.count)
         if span is None or span[0] + span[1] > reach.num_bytes:
             return None
-        there = reach.device_view(*span)
+        there = reach.device_view(*span) if reach.scattered is None else reach.scattered
         assert isinstance(arrival.staging, DeviceStaging)
         return None if there is None else arrival.staging.begin_run(rank, header, there)

@@ -1,7 +1,7 @@
 """How the chunks of one source come to the tensors of an engine's GPU: tables that stay from version to version.
 
 landing = LandingPasses(layout, specs, strides, device)
-places = landing.places(first, count, came.data_ptr(), addresses)      # of tensors, in the order of specs
+places = landing.places(first, count, came, addresses)      # `addresses` of tensors, in the order of specs
 landing.passes.launch(first, count, places, find_source, find_target)
 """
 
@@ -16,6 +16,7 @@ from weightcast.sync.device_passes import ChunkPasses, RunningPass
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.pass_plan import PLACE_FIELDS, Int64Array, find_stride
 from weightcast.sync.regions import TensorSpec
+from weightcast.sync.scattered import ScatteredBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,17 @@ class LandingPasses:
         ]
         # (first byte in the source's memory, lanes of a row there, first byte in the tensor, lanes from row to row)
         self._offsets = np.array(rows, np.int64).reshape(-1, PLACE_FIELDS)
+        self._shapes = np.array([(shape.num_rows, shape.row_bytes) for shape in self.passes.shapes]).reshape(-1, 2)
 
-    def places(self, first: int, count: int, address: int, addresses: Int64Array) -> Int64Array:
-        """Of the pieces of a run whose bytes begin at `address`, into tensors at `addresses`, for `launch`."""
+    def places(self, first: int, count: int, came: torch.Tensor | ScatteredBytes, addresses: Int64Array) -> Int64Array:
+        """Of the pieces of a run, out of its bytes in `came`, into tensors at `addresses`, for `launch`."""
         span = self.passes.span(first, count)
         places = self._offsets[span].copy()
         is_placed = places[:, 3] >= 0
-        places[:, 0] += address - self._start_bytes[first]
+        if isinstance(came, ScatteredBytes):
+            places[:, :2] = came.locate(places[:, 0], *self._shapes[span].T)
+        else:
+            places[:, 0] += came.data_ptr() - self._start_bytes[first]
         places[:, 2] += addresses[self._tensors[span]]
         places[~is_placed] = 0
         return places

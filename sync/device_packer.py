@@ -25,10 +25,11 @@ from weightcast.sync.chunks import ALIGNMENT_BYTES, Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_bits import aligned, count_changes_on_device, encode_chunk_on_device, view_on_device
 from weightcast.sync.device_passes import ChunkPasses, RunningPass
+from weightcast.sync.device_pieces import find_owners, place_within, share_out
 from weightcast.sync.digest import add_digests
 from weightcast.sync.limits import size_device_run
 from weightcast.sync.packer import Packer, PackMode, slices_within
-from weightcast.sync.pass_plan import PLACE_FIELDS, find_stride
+from weightcast.sync.pass_plan import PLACE_FIELDS
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.snapshot import MAX_DELTA_SHARE, ChunkState, Snapshot
 from weightcast.sync.version import Version
@@ -105,7 +106,7 @@ class DevicePacker(Packer):
             start = end
         self._states = states
         self._passes = ChunkPasses(chunks, self._dtypes, there.device)
-        self._owners_of = _find_owners(chunks, regions)
+        self._owners_of = find_owners(chunks, regions)
         self._made_bytes = [
             sum(piece.num_bytes for piece, n in zip(chunk.pieces, owners, strict=True) if held[regions[n]].is_made)
             for chunk, owners in zip(chunks, self._owners_of, strict=True)
@@ -236,7 +237,7 @@ class DevicePacker(Packer):
                 end = piece.start_byte + piece.num_bytes
                 region, live = self._find(piece.region)
                 found.append((piece, region, live, buffer))
-                source = _place_within(piece.region, region, live, self._dtypes[region.name], buffer.device)
+                source = place_within(piece.region, region, live, self._dtypes[region.name], buffer.device)
                 rows.append((*source, address + piece.start_byte, next(row_lanes)))
 
         def find_source(number: int) -> torch.Tensor:
@@ -252,44 +253,10 @@ class DevicePacker(Packer):
 
     def _note_digests(self, first: int, count: int, running: RunningPass) -> None:
         """Add up what a pass found; waits for it."""
-        found = iter(running.digests())
-        for index in range(first, first + count):
-            owners = self._owners_of[index]
-            digests = self._states[index].digests = [next(found) for _ in owners]
-            for number, digest in zip(owners, digests, strict=True):
-                self._totals[number] += digest
-
-
-def _find_owners(chunks: Sequence[Chunk], regions: Sequence[Region]) -> list[tuple[int, ...]]:
-    """Of each chunk, by piece, the number of the region around it: pieces come in the order of regions."""
-    found: list[tuple[int, ...]] = []
-    number, left = -1, 0
-    for chunk in chunks:
-        owners = []
-        for piece in chunk.pieces:
-            while not left:
-                number += 1
-                left = regions[number].numel
-            left -= piece.region.numel
-            owners.append(number)
-        found.append(tuple(owners))
-    return found
+        span = slice(first, first + count)
+        share_out(running.digests(), self._states[span], self._owners_of[span], self._totals)
 
 
 def _is_aligned(state: DeviceChunkState) -> bool:
     """Whether pieces of every dtype may be viewed where the chunk lies."""
     return not state.there.storage_offset() % ALIGNMENT_BYTES
-
-
-def _place_within(
-    piece: Region, region: Region, live: torch.Tensor, dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """As `place_of`, of a piece within the live view of its region; zeros where it is cast, or comes from elsewhere."""
-    if live.dtype != dtype or live.device != device:
-        return 0, 0
-    strides = live.stride()
-    stride = find_stride(piece.shape, strides, dtype.itemsize)
-    if stride is None:
-        return 0, 0
-    start = sum((at - base) * step for at, base, step in zip(piece.offset, region.offset, strides, strict=True))
-    return live.data_ptr() + start * dtype.itemsize, stride

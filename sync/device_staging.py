@@ -25,6 +25,7 @@ from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.pass_plan import Int64Array
 from weightcast.sync.regions import TensorSpec
+from weightcast.sync.scattered import ScatteredBytes
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
@@ -52,15 +53,18 @@ class DeviceStaging(Staging):
             self._add((rank, chunk.index), digests)
         self.num_bytes += len(body)
 
-    def begin_run(self, rank: int, header: ChunkHeader, there: torch.Tensor) -> RunLanding:
-        """Begin to copy whole chunks, all missing, whose bytes lie together on a source's device, to their places.
+    def begin_run(self, rank: int, header: ChunkHeader, there: torch.Tensor | ScatteredBytes) -> RunLanding:
+        """Begin to copy whole chunks, all missing, to their places. `there` are their bytes on a source's device.
 
+        They lie together, or are found among all of the source's where those lie here and there.
         What is returned is landed as any body is; other runs may be begun before that, none of the same chunks.
         """
         keys = [(rank, index) for index in range(header.index, header.index + header.count)]
         assert all(key in self._missing for key in keys)
         self._shadow.forget(keys)
-        return RunLanding(self, self._launch(rank, header.index, header.count, there), len(there))
+        starts = self.layouts[rank].start_bytes
+        num_bytes = starts[header.index + header.count] - starts[header.index]
+        return RunLanding(self, self._launch(rank, header.index, header.count, there), num_bytes)
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)
@@ -68,7 +72,7 @@ class DeviceStaging(Staging):
         came = body if isinstance(body, torch.Tensor) else torch.from_numpy(writable(body))
         return tuple(self._launch(*key, 1, came.to(self.device)).digests())
 
-    def _launch(self, rank: int, first: int, count: int, came: torch.Tensor) -> RunningPass:
+    def _launch(self, rank: int, first: int, count: int, came: torch.Tensor | ScatteredBytes) -> RunningPass:
         """Bring the pieces of chunks whose bytes lie on the device to their places, and digest each."""
         landing = self._shadow.landings.get(rank)
         if landing is None:
@@ -82,16 +86,21 @@ class DeviceStaging(Staging):
         starts = self.layouts[rank].start_bytes
         opened: dict[int, torch.Tensor] = {}
 
+        def open_chunk(start: int, end: int) -> torch.Tensor:
+            if isinstance(came, ScatteredBytes):
+                return came.gather(start, end - start)
+            return aligned(came[start - starts[first] : end - starts[first]])
+
         def find_source(number: int) -> torch.Tensor:
             index, piece = landing.pieces[span.start + number]
             if index not in opened:
-                opened[index] = aligned(came[starts[index] - starts[first] : starts[index + 1] - starts[first]])
+                opened[index] = open_chunk(starts[index], starts[index + 1])
             return view_on_device(piece, self._tensors[piece.region.name].dtype, opened[index])
 
         def find_target(number: int) -> torch.Tensor:
             return self._target(landing.pieces[span.start + number][1])
 
-        places = landing.places(first, count, came.data_ptr(), self._addresses)
+        places = landing.places(first, count, came, self._addresses)
         return landing.passes.launch(first, count, places, find_source, find_target, (came,))
 
     def _host_elements(self, flat: torch.Tensor) -> ElementArray:

@@ -33,6 +33,9 @@ PackMode: TypeAlias = Literal["off", "on", "zstd"]
 class Packer:
     """See the module. `chunks` is the layout of `regions`; `history` says over how many versions deltas may reach."""
 
+    is_in_place = False
+    """Whether engines read the weights themselves, which must then stay as they are until they have (`live_packer`)."""
+
     def __init__(
         self,
         held: Mapping[Region, HeldRegion],
@@ -141,13 +144,15 @@ class Packer:
     def _walk_regions(self) -> Iterator[tuple[Region, torch.Tensor]]:
         for region in self._regions:
             if region.numel:
-                live = self._held[region].live()
-                if tuple(live.shape) != region.shape:
-                    raise SourceError(
-                        f"the live view of {region} has the shape {tuple(live.shape)}; "
-                        "the model changed after its plan was made: make the publisher after the model is wrapped"
-                    )
-                yield region, live
+                yield region, self._check_shape(region, self._held[region].live())
+
+    def _check_shape(self, region: Region, live: torch.Tensor) -> torch.Tensor:
+        if tuple(live.shape) != region.shape:
+            raise SourceError(
+                f"the live view of {region} has the shape {tuple(live.shape)}; "
+                "the model changed after its plan was made: make the publisher after the model is wrapped"
+            )
+        return live
 
     def _find(self, piece: Region) -> tuple[Region, torch.Tensor]:
         """The region around `piece`, and its live view, taken once a region: pieces come in the order of regions."""

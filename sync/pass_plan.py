@@ -179,6 +179,12 @@ def find_stride(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> 
 
     `strides` are in elements. 0 where there is one row.
     """
+    num_bytes = find_step(shape, strides, itemsize)
+    return None if num_bytes is None or num_bytes % LANE_BYTES else num_bytes // LANE_BYTES
+
+
+def find_step(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int | None:
+    """As `find_stride`, in bytes."""
     if not shape:
         return 0
     if shape[-1] > 1 and strides[-1] != 1:
@@ -191,5 +197,4 @@ def find_stride(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> 
             return None
         step = step if rows > 1 else stride
         rows *= size
-    num_bytes = step * itemsize
-    return num_bytes // LANE_BYTES if not num_bytes % LANE_BYTES else None
+    return step * itemsize

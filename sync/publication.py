@@ -5,6 +5,8 @@ run_forward_and_backward()                              # which leave the weight
 publication.packed()                                    # from here on the weights may be changed
 optimizer.step()
 report = publication.wait()                             # the fleet serves the version
+
+Where engines read the weights themselves (`WeightPublisher(..., in_place=True)`) `packed` returns with the fleet.
 """
 
 import threading
@@ -24,7 +26,8 @@ PACK_GRACE_S = 60.0
 class Publication:
     """See the module. Unless it was begun with `hold`, the weights may be changed already.
 
-    `pack` copies this rank's bits and hands them over, `finish` waits for the fleet; both are the publisher's.
+    `pack` copies this rank's bits and hands them over, `finish` waits for the fleet; both are the publisher's. With
+    `in_place` nothing was copied: the weights may be changed when the fleet serves the version, or has failed to.
     """
 
     def __init__(
@@ -36,11 +39,13 @@ class Publication:
         finish: "Callable[[Publication], PublishReport]",
         *,
         hold: bool,
+        in_place: bool = False,
     ) -> None:
         self.number = number
         self.timeout_s = timeout_s
         self.deadline_s = deadline_s
         self._finish = finish
+        self._in_place = in_place
         self._packed: Future[Span] = Future()
         self._report: PublishReport | None = None
         self._error: DeadlineExceeded | EngineError | None = None
@@ -58,10 +63,18 @@ class Publication:
             self._packed.set_exception(error)
 
     def packed(self) -> Span:
-        """Wait until this rank's bits are copied, so that the weights may be changed; when that was done.
+        """Wait until the weights may be changed; when this rank's bits were copied, or, in place, digested.
 
         Raises `SourceError` when they could not be copied, `PeerLost` when the publisher's connections ended.
         """
+        span = self.copied()
+        if self._in_place:
+            with suppress(DeadlineExceeded, EngineError):  # `wait` raises it again, and nobody reads the weights now
+                self.wait()
+        return span
+
+    def copied(self) -> Span:
+        """Wait until this rank's bits are copied, or, in place, digested; raises as `packed` does."""
         try:
             return self._packed.result(max(0.0, self.deadline_s - time.monotonic()) + PACK_GRACE_S)
         except TimeoutError as error:
@@ -77,7 +90,7 @@ class Publication:
         if self._error is not None:
             raise self._error
         if self._report is None:
-            self.packed()
+            self.copied()
             try:
                 self._report = self._finish(self)
             except (DeadlineExceeded, EngineError) as error:
@@ -86,6 +99,6 @@ class Publication:
         return self._report
 
     def settle(self) -> None:
-        """Wait until nobody reads the weights any more, whatever became of the copy."""
+        """Wait until this process reads the weights no more, whatever became of the copy."""
         with suppress(Exception):
-            self.packed()
+            self.copied()

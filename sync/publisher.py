@@ -19,6 +19,7 @@ or sooner still, with the next optimizer step held back (`publication.py`).
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal, TypeAlias, get_args
 
@@ -28,14 +29,14 @@ from weightcast.sync.chunks import DEFAULT_CHUNK_BYTES, check_chunk_bytes
 from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, VersionError
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
-from weightcast.sync.messages import PROTOCOL, Packed, Packing, Published, SourceHello
+from weightcast.sync.messages import PROTOCOL, Packed, Packing, SourceHello
 from weightcast.sync.packer import Packer, PackMode
 from weightcast.sync.publication import Publication
 from weightcast.sync.publisher_loop import PublisherLoop
 from weightcast.sync.records import SourceReport, Span
-from weightcast.sync.report import PublishReport
+from weightcast.sync.report import PublishReport, make_report
 from weightcast.sync.schema import MAX_UINT
-from weightcast.sync.share import Share
+from weightcast.sync.share import Share, check_in_place
 from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.source import WeightSource
 from weightcast.sync.transports.servers import choose_kinds
@@ -65,6 +66,13 @@ class WeightPublisher:
     room for one more copy of this rank's share (`device_packer.py`), and with `expose=("cuda_ipc",)`, which has that
     copy anyway and from which engines' GPUs read.
 
+    With `in_place` engines of this host that stage on the same GPU read the parameters themselves (`live_packer.py`):
+    the source writes nothing and keeps no copy on the device. It takes `expose=("cuda_ipc",)` and `delta="off"`. The
+    weights must stay as they are until the fleet serves the version: `publish`, `begin` without `hold` and the
+    publication's `packed` return then. An engine that joins later, or that the policy did not wait for, is given the
+    next version. CUDA shares whole segments of torch's allocator, whatever else lies in them (`cuda_ipc_live.py`).
+    Weights that cannot be read so are packed; where none can, all are, and a warning says why.
+
     Raises `AddressError` when the address cannot be had, `SourceError` when tensor names repeat, `ConfigError`.
     """
 
@@ -82,13 +90,15 @@ class WeightPublisher:
         delta: DeltaMode = "auto",
         history: int = 4,
         expose: Sequence[str] | None = None,
+        in_place: bool = False,
     ) -> None:
         check_chunk_bytes(chunk_bytes)
         if delta not in get_args(DeltaMode) or history < 0:
             allowed = ", ".join(get_args(DeltaMode))
             raise ConfigError(f"delta={delta!r} with history={history}: use one of {allowed}, and 0 or more versions")
         kinds = choose_kinds(expose, address, keys)
-        self._share = Share(source, history, kinds, keeps_bits_on_device=delta in ("on", "zstd"))
+        check_in_place(in_place, delta, kinds)
+        self._share = Share(source, history, kinds, keeps_bits_on_device=delta in ("on", "zstd"), in_place=in_place)
         self._timeout_s = timeout_s
         self._last_number = -1
         self._delta: DeltaMode = delta
@@ -150,6 +160,8 @@ class WeightPublisher:
     def begin(self, version: int, *, timeout_s: float | None = None, hold: bool = False) -> Publication:
         """Publish the weights as they are now; returns when they may be changed. Every rank must call.
 
+        That is when this rank has copied them, or, where engines read them in place, when the fleet serves them.
+
         With `hold` it returns before that, and the weights must stay as they are until the publication's `packed`
         has returned.
 
@@ -166,11 +178,23 @@ class WeightPublisher:
         self._loop.watch(lambda: self._loop.assigned is not None, timeout_s, self._describe_missing)
         packer, snapshot = self._offer(version, deadline_s)
         publication = Publication(
-            version, timeout_s, deadline_s, lambda: self._pack(packer, snapshot), self._finish, hold=hold
+            *(version, timeout_s, deadline_s, lambda: self._pack(packer, snapshot)),
+            self._finish_in_place if packer.is_in_place else self._finish,
+            hold=hold,
+            in_place=packer.is_in_place,
         )
         self._last_number = version
         self._unfinished = publication
         return publication
+
+    def _finish_in_place(self, publication: Publication) -> PublishReport:
+        """As `_finish`; however it ends, nothing is read or sent of the weights after that."""
+        try:
+            report = self._finish(publication)
+        finally:
+            self._loop.withdraw(timeout_s=max(1.0, publication.deadline_s - time.monotonic()))
+        hold_s = time.monotonic() + self._wall_offset_s - publication.copied().end_s
+        return replace(report, phases_s=report.phases_s | {"hold": hold_s})
 
     def _finish(self, publication: Publication) -> PublishReport:
         # The coordinator keeps the deadline and says who missed it; this wait only outlasts a dead coordinator.
@@ -190,7 +214,7 @@ class WeightPublisher:
                 f"{published.error} (deadline {publication.timeout_s:g} s). Engines keep what they serve; "
                 "mend or remove the engine, or publish the next version"
             )
-        return self._make_report(published, publication.packed())
+        return make_report(published, self._share.specs, publication.copied())
 
     def _check_number(self, number: int) -> None:
         if not 0 <= number <= MAX_UINT or number <= self._last_number:
@@ -249,27 +273,6 @@ class WeightPublisher:
         published = self._loop.published
         advised = "off" if published is None else published.delta
         return "on" if advised == "on" else "zstd" if advised == "zstd" else "off"
-
-    def _make_report(self, published: Published, pack: Span) -> PublishReport:
-        phases_s = {"pack": pack.end_s - pack.start_s}
-        phases_s |= {s.phase: s.end_s - s.start_s for s in published.spans if s.phase != "pack"}
-        changed = [source.changed_elements for source in published.sources]
-        num_elements = sum(spec.numel for spec in self._share.specs)
-        known = [number for number in changed if number is not None]
-        return PublishReport(
-            version=published.version,
-            num_bytes=published.num_bytes,
-            num_tensors=len(self._share.specs),
-            num_chunks=sum(source.num_chunks for source in published.sources),
-            phases_s=phases_s,
-            spans=published.spans,
-            dense_bytes=self.num_bytes,
-            density=sum(known) / num_elements if len(known) == len(changed) and num_elements else None,
-            sources=published.sources,
-            engines=published.engines,
-            delta=published.delta,
-            why=published.why,
-        )
 
     def close(self) -> None:
         """Say goodbye to the engines, which go on with what they serve, and close every socket."""

@@ -10,15 +10,18 @@ are made of.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from weightcast.sync.messages import Published
 from weightcast.sync.records import EngineReport, SourceReport, Span
+from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """What became of a version. The same on every rank, but for the length of `pack`, which is the rank's own."""
+    """What became of a version. The same on every rank, but for `pack` and `hold`, which are the rank's own."""
 
     version: Version
     num_bytes: int
@@ -26,7 +29,10 @@ class PublishReport:
     num_tensors: int
     num_chunks: int
     phases_s: dict[str, float]
-    """Seconds of `pack` (this rank's stall), `stage` (engines fetch) and `commit` (engines load)."""
+    """Seconds of `pack` (this rank's stall), `stage` (engines fetch) and `commit` (engines load).
+
+    Where engines read the weights themselves this rank also stood still for `hold`, after `pack`, which only digests.
+    """
     spans: tuple[Span, ...]
     """When each source packed, and when the fleet staged and committed."""
     dense_bytes: int
@@ -71,7 +77,7 @@ class PublishReport:
     @property
     def stall_s(self) -> float:
         """Seconds for which this rank's training stood still: until its bits were safe, in a store until all were."""
-        return sum(self.phases_s.get(phase, 0.0) for phase in ("pack", "write", "meet"))
+        return sum(self.phases_s.get(phase, 0.0) for phase in ("pack", "hold", "write", "meet"))
 
     @property
     def pause_s(self) -> float:
@@ -82,3 +88,26 @@ class PublishReport:
     def num_repeats(self) -> int:
         """Chunks that engines asked for again because they were late or damaged."""
         return sum(engine.num_repeats for engine in self.engines)
+
+
+def make_report(published: Published, specs: Sequence[TensorSpec], pack: Span) -> PublishReport:
+    """The report of a rank that packed in `pack`."""
+    phases_s = {"pack": pack.end_s - pack.start_s}
+    phases_s |= {s.phase: s.end_s - s.start_s for s in published.spans if s.phase != "pack"}
+    changed = [source.changed_elements for source in published.sources]
+    num_elements = sum(spec.numel for spec in specs)
+    known = [number for number in changed if number is not None]
+    return PublishReport(
+        version=published.version,
+        num_bytes=published.num_bytes,
+        num_tensors=len(specs),
+        num_chunks=sum(source.num_chunks for source in published.sources),
+        phases_s=phases_s,
+        spans=published.spans,
+        dense_bytes=sum(spec.num_bytes for spec in specs),
+        density=sum(known) / num_elements if len(known) == len(changed) and num_elements else None,
+        sources=published.sources,
+        engines=published.engines,
+        delta=published.delta,
+        why=published.why,
+    )

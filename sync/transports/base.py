@@ -21,6 +21,7 @@ from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.effects import Request
 from weightcast.sync.landing import Landing
 from weightcast.sync.messages import ChunkHeader
+from weightcast.sync.scattered import ScatteredBytes
 from weightcast.sync.snapshot import Snapshot
 
 ByteArray: TypeAlias = npt.NDArray[np.uint8]
@@ -151,6 +152,11 @@ class Reach(Protocol):
     @property
     def num_bytes(self) -> int:
         """How many bytes may be read."""
+        ...
+
+    @property
+    def scattered(self) -> ScatteredBytes | None:
+        """Where the bytes lie, if not in one piece of a device's memory; `device_view` then copies them together."""
         ...
 
     def view(self, start_byte: int, num_bytes: int) -> ByteArray | None:

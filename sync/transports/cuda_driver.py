@@ -1,6 +1,7 @@
 """Memory of a GPU that processes of one host share: taken, handed over as 64 bytes, opened. Nothing else of CUDA.
 
     driver = find_driver()                            # ReachError where there is no GPU
+    allocation = driver.share(address, device)        # the allocation around a tensor of torch's
     memory = driver.allocate(num_bytes, device)       # memory.tensor, and memory.handle for another process
     other = driver.open(handle, num_bytes, device)    # there: other.tensor is the same memory
 
@@ -9,7 +10,8 @@ Why the driver's own functions, by ctypes, and not torch's `UntypedStorage._shar
 - Those speak of blocks inside the caching allocator's segments: a handle goes with an offset, the name of a file of
   reference counters in /dev/shm that the receiver opens and writes to, and an event's handle. All of that would have to
   be believed of a message; a handle of memory that we took ourselves is 64 bytes, and the driver tells its size.
-- A segment that is shared is shared whole, the trainer's other tensors in it too.
+- A segment that is shared is shared whole, the trainer's other tensors in it too: `share` does that, for trainers that
+  ask for it (`cuda_ipc_live`), and for nobody else.
 - They are private, and have changed with `expandable_segments`, whose memory these handles cannot name.
 - Memory stays until the last reader's socket is closed (`cuda_ipc`), so no counters are needed.
 
@@ -35,6 +37,15 @@ _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
+class Allocation:
+    """Memory that somebody of this process took from the driver, and the handle by which others may open all of it."""
+
+    address: int
+    num_bytes: int
+    handle: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceMemory:
     """`tensor` is the memory, as bytes; `close` gives it back, after which nobody may look at any view of it."""
 
@@ -52,6 +63,10 @@ class IpcDriver(Protocol):
 
     def allocate(self, num_bytes: int, device: torch.device) -> DeviceMemory:
         """Zeroed memory that others may open by its handle. `StorageError` when there is too little."""
+        ...
+
+    def share(self, address: int, device: torch.device) -> Allocation:
+        """The allocation around an address of `device`, whoever took it. `ReachError` where it cannot be shared."""
         ...
 
     def open(self, handle: bytes, num_bytes: int, device: torch.device) -> DeviceMemory:
@@ -119,6 +134,22 @@ class CudaDriver:
         tensor.zero_()
         torch.cuda.synchronize(device)
         return DeviceMemory(tensor, bytes(handle), free)
+
+    def share(self, address: int, device: torch.device) -> Allocation:
+        """See `IpcDriver`. Torch's allocator takes segments by cudaMalloc, which are shared as a whole.
+
+        Those that it takes otherwise (`expandable_segments`, `cudaMallocAsync`) the driver refuses.
+        """
+        _enter(device)
+        base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+        code = self._library.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address)
+        code = code or self._library.cuIpcGetMemHandle(ctypes.byref(handle), base)
+        if code:
+            raise ReachError(
+                f"memory that torch's allocator took on {device} cannot be shared: {self._describe(code)} "
+                "(expandable_segments and cudaMallocAsync cannot be, see PYTORCH_CUDA_ALLOC_CONF)"
+            )
+        return Allocation(base.value, size.value, bytes(handle))
 
     def open(self, handle: bytes, num_bytes: int, device: torch.device) -> DeviceMemory:
         """See `IpcDriver`. A handle that is not of another process of this host is refused by the driver itself."""

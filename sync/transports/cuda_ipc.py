@@ -3,6 +3,8 @@
     exposed = expose(num_bytes)           # source: packs into exposed.device_memory, on its current GPU
     memory = reach(ticket, timeout_s)     # engine: memory.device_view(start_byte, num_bytes)
 
+Or they read its parameters themselves, where they lie (`cuda_ipc_live.expose_live`): the door then hands out a table.
+
 A ticket says which GPU, and where the source hands out the handle (`cuda_driver`): at a socket like that of
 `shared_memory`, to processes of the same user, or an allowed one, that know the ticket's token. The engine keeps its
 connection for as long as it has the memory open, and the kernel closes it when the engine dies. The source gives the
@@ -20,7 +22,7 @@ import hmac
 import os
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 
 from weightcast.sync import schema
-from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WireError
+from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WeightcastError, WireError
 from weightcast.sync.host.arena import MAX_ARENA_BYTES
 from weightcast.sync.host.doors import TOKEN_BYTES, Door, Open, check_door, host_name, knock
 from weightcast.sync.host.packets import Connection
@@ -37,6 +39,7 @@ from weightcast.sync.schema import binary, checked, text, uint
 from weightcast.sync.snapshot import allocate_arena
 from weightcast.sync.transports.base import ByteArray
 from weightcast.sync.transports.cuda_driver import HANDLE_BYTES, UUID_BYTES, DeviceMemory, IpcDriver, find_driver
+from weightcast.sync.transports.cuda_ipc_table import ReachedScattered, Scattered, open_table
 
 KIND = "cuda_ipc"
 MAX_TICKET_BYTES = 1024
@@ -61,8 +64,8 @@ class Opened:
     handle: bytes = checked(binary(HANDLE_BYTES))
 
 
-_TO_SOURCE: dict[str, type[Any]] = {"open": Open}
-_TO_ENGINE: dict[str, type[Any]] = {"opened": Opened}
+TO_SOURCE: dict[str, type[Any]] = {"open": Open}
+_TO_ENGINE: dict[str, type[Any]] = {"opened": Opened, "scattered": Scattered}
 
 
 class ExposedDeviceMemory:
@@ -74,7 +77,7 @@ class ExposedDeviceMemory:
     kind = KIND
 
     def __init__(self, num_bytes: int, driver: IpcDriver, allowed_uids: frozenset[int], base: Path | None) -> None:
-        uuid, device = _own_device(driver)
+        uuid, device = own_device(driver)
         self._door = door = Door(allowed_uids, base)
         ticket = CudaIpcTicket(host_name(), str(door.path), door.token, num_bytes, uuid)
         self.ticket: bytes = schema.pack(KIND, ticket)
@@ -86,26 +89,26 @@ class ExposedDeviceMemory:
             raise
         self.device_memory: torch.Tensor = self._device_memory.tensor
         self.memory: ByteArray = allocate_arena(num_bytes)
-        self._handler = _HandsOut(door.token, Opened(num_bytes, self._device_memory.handle))
-        self._server = PacketServer(door.listener, _TO_SOURCE, self._handler, door.uids)
+        opened = Opened(num_bytes, self._device_memory.handle)
+        self._handler = HandsOut(door.token, lambda peer: peer.send("opened", opened))
+        self._server = PacketServer(door.listener, TO_SOURCE, self._handler, door.uids)
 
     def close(self) -> None:
         """Refuse new engines, and give the memory back once nobody has it open. Nobody may pack into it any more."""
         if self._handler.refuse():
             self._door.remove()
-            ends = (self._handler, self._server, self._device_memory)
-            threading.Thread(target=_bury, args=ends, daemon=True, name="weightcast-ipc").start()
+            bury(self._handler, self._server, self._device_memory.close)
 
 
-class _HandsOut:
-    """What the source's thread does: the handle for the right token, nothing for anything else.
+class HandsOut:
+    """What the source's thread does: `answer` for the right token, nothing for anything else.
 
     Whoever has it stays connected, so that it is known when the memory is nobody's any more.
     """
 
-    def __init__(self, token: bytes, opened: Opened) -> None:
+    def __init__(self, token: bytes, answer: Callable[[Connection], None]) -> None:
         self._token = token
-        self._opened = opened
+        self._answer = answer
         self._lock = threading.Lock()
         self._readers: set[Connection] = set()
         self._is_closed = False
@@ -117,7 +120,7 @@ class _HandsOut:
             if self._is_closed or not hmac.compare_digest(message.token, self._token):
                 return False
             self._readers.add(peer)
-        peer.send("opened", self._opened)
+        self._answer(peer)
         return True
 
     def left(self, peer: Connection) -> None:
@@ -137,14 +140,23 @@ class _HandsOut:
             self.unread.set()
 
 
-def _bury(handler: _HandsOut, server: PacketServer, memory: DeviceMemory) -> None:
-    """The end of exposed memory, in a thread that waits for its readers; it ends with the process."""
-    handler.unread.wait()
-    server.close()
-    memory.close()
+def bury(handler: HandsOut, server: PacketServer, release: Callable[[], None]) -> None:
+    """Give memory back once its last reader is gone, in a thread that waits for that; it ends with the process."""
+
+    def wait() -> None:
+        handler.unread.wait()
+        server.close()
+        release()
+
+    threading.Thread(target=wait, daemon=True, name="weightcast-ipc").start()
 
 
-def _own_device(driver: IpcDriver) -> tuple[bytes, torch.device]:
+def own_driver() -> IpcDriver:
+    """The driver that this module takes by default; `ReachError` without a GPU."""
+    return find_driver()
+
+
+def own_device(driver: IpcDriver) -> tuple[bytes, torch.device]:
     """The device that this process works on, and its name on this host."""
     index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     found = [(uuid, device) for uuid, device in driver.devices().items() if (device.index or 0) == index]
@@ -168,6 +180,7 @@ class ReachedDeviceMemory:
     """A source's memory on a GPU, opened here; see `reach`. Used and closed by one thread."""
 
     kind = KIND
+    scattered = None
 
     def __init__(self, memory: DeviceMemory, connection: Connection) -> None:
         self._memory: DeviceMemory | None = memory
@@ -217,8 +230,10 @@ def read_ticket(ticket: bytes) -> CudaIpcTicket:
 
 def reach(
     ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = (), driver: IpcDriver | None = None
-) -> ReachedDeviceMemory:
-    """The memory behind a ticket, opened. The source must be of this process's user or of `allowed_uids`.
+) -> ReachedDeviceMemory | ReachedScattered:
+    """The memory behind a ticket, opened, or the parameters that its source exposes.
+
+    The source must be of this process's user or of `allowed_uids`.
 
     Raises `WireError` for a malformed ticket, and `ReachError` when this process has no GPU or not that one, when the
     source is on another host, of another user, or gone, or when its memory is not what it says.
@@ -234,14 +249,20 @@ def reach(
     owners = frozenset(allowed_uids) | {os.geteuid()}
     connection = knock(Path(read.path), read.host, owners, timeout_s)
     try:
-        opened = _ask(connection, read, timeout_s)
+        opened, descriptor = _ask(connection, read, timeout_s)
+        if isinstance(opened, Scattered):
+            assert descriptor is not None
+            return open_table(
+                opened, descriptor, lambda handle, size: driver.open(handle, size, device), connection, timeout_s
+            )
         return ReachedDeviceMemory(driver.open(opened.handle, read.num_bytes, device), connection)
     except BaseException:
         connection.close()
         raise
 
 
-def _ask(connection: Connection, read: CudaIpcTicket, timeout_s: float) -> Opened:
+def _ask(connection: Connection, read: CudaIpcTicket, timeout_s: float) -> tuple[Opened | Scattered, int | None]:
+    """The source's answer; a descriptor comes with a table, and with nothing else."""
     deadline_s = time.monotonic() + timeout_s
     try:
         connection.send("open", Open(read.token))
@@ -253,13 +274,20 @@ def _ask(connection: Connection, read: CudaIpcTicket, timeout_s: float) -> Opene
             f"the source at {read.path} refused: the ticket is of an earlier life of it, this process's user "
             f"{os.geteuid()} is not allowed, or too many ask at once; get a new ticket, or use another transport"
         ) from None
-    if descriptor is not None:
-        os.close(descriptor)
-        raise WireError(f"the source at {read.path} sent a descriptor, where a handle was expected")
-    opened: Opened = answer
-    if opened.num_bytes != read.num_bytes or len(opened.handle) != HANDLE_BYTES:
-        raise ReachError(
-            f"the source at {read.path} has {opened.num_bytes} bytes and a handle of {len(opened.handle)}, its ticket "
-            f"{read.num_bytes} and {HANDLE_BYTES} are expected"
-        )
-    return opened
+    try:
+        _check_answer(answer, descriptor, read)
+    except WeightcastError:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
+    return answer, descriptor
+
+
+def _check_answer(answer: Opened | Scattered, descriptor: int | None, read: CudaIpcTicket) -> None:
+    if isinstance(answer, Opened) != (descriptor is None):
+        what = "a table without a descriptor" if descriptor is None else "a descriptor, where a handle was expected"
+        raise WireError(f"the source at {read.path} sent {what}")
+    if answer.num_bytes != read.num_bytes:
+        raise ReachError(f"the source at {read.path} has {answer.num_bytes} bytes, its ticket {read.num_bytes}")
+    if isinstance(answer, Opened) and len(answer.handle) != HANDLE_BYTES:
+        raise ReachError(f"the source at {read.path} has a handle of {len(answer.handle)} bytes, not {HANDLE_BYTES}")

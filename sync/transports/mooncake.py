@@ -138,6 +138,7 @@ class MooncakeReach:
     """A receiver's side. One thread at a time; a context manager. See `reach`."""
 
     kind = KIND
+    scattered = None
 
     def __init__(self, ticket: Ticket, timeout_s: float, device: str) -> None:
         self.num_bytes = ticket.num_bytes

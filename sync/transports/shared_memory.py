@@ -108,6 +108,7 @@ class ReachedMemory:
     """A source's arena, mapped read-only; see `reach`."""
 
     kind = KIND
+    scattered = None
 
     def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
         self._memory: npt.NDArray[np.uint8] | None = memory

@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from itertools import accumulate
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ def race_ipc(
     settings: Settings,
     *,
     baseline: str | None,
+    in_place: bool = False,
     points: bool = False,
     into: bool = False,
     device: str = "cuda",
@@ -44,12 +46,14 @@ def race_ipc(
 ) -> Reading:
     """GB/s from trainer parameters into engine parameters over CUDA IPC; None is a copy on the device.
 
-    With `points` the engine's parameters point to what was staged, with `into` nothing is staged and versions land in
-    them; otherwise what was staged is copied into them, where they lie.
+    With `in_place` the engine reads the trainer's parameters themselves; otherwise the trainer packs them. With
+    `points` the engine's parameters point to what was staged, with `into` nothing is staged and versions land in them;
+    otherwise what was staged is copied into them, where they lie.
     """
     model = model_for(settings)
     # The largest chunks: each costs a message, and nothing waits for a page of host memory.
-    options = {"transport": "cuda_ipc", "expose": ["cuda_ipc"], "chunk_bytes": MAX_CHUNK_BYTES}
+    options: dict[str, Any] = {"transport": "cuda_ipc", "expose": ["cuda_ipc"], "chunk_bytes": MAX_CHUNK_BYTES}
+    options |= {"in_place": True, "delta": "off"} if in_place else {}
     state = {"device": device}
     phases: list[dict[str, float]] = []
     with ExitStack() as stack:

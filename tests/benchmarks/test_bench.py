@@ -306,6 +306,7 @@ def test_the_pass_alone_is_compared_with_torch_wherever_it_runs() -> None:
 
 
 HOST_MOVER = """
+import model_state
 from tests.sync.host_driver import HostDriver
 from tests.sync.table_runner import run_by_numpy
 from weightcast.sync import device_passes
@@ -314,10 +315,21 @@ from weightcast_mover import open_receiver, open_sender
 driver = HostDriver()
 cuda_ipc.find_driver = lambda: driver
 device_passes.find_runner = lambda device: run_by_numpy
+allocate = model_state.allocate
+model_state.allocate = lambda *arguments: driver.move_in(allocate(*arguments))
 """
 
 
-@pytest.mark.parametrize("way", [{}, {"points": True}, {"into": True}], ids=["copied", "pointed", "in place"])
+WAYS: dict[str, dict[str, bool]] = {
+    "staged": {},
+    "pointed": {"points": True},
+    "landed": {"into": True},
+    "direct": {"in_place": True, "points": True},
+    "direct and landed": {"in_place": True, "into": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 def test_the_case_of_cuda_ipc_moves_the_bits_where_a_stand_in_is_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, bool]
 ) -> None:

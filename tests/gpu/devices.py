@@ -87,10 +87,17 @@ def _compare_answers(host: Snapshot, device: Snapshot, number: int, where: str) 
 
 
 def check_cuda_ipc(scale: Scale) -> dict[str, Any]:
-    """Four versions to four engines: on the device, in their own tensors there, on the host, over a connection."""
+    """Four versions to four engines: on the device, in their own tensors there, on the host, over a connection.
+
+    Once out of what the source packed, and once out of its parameters themselves.
+    """
+    return {name: _publish_over_ipc(scale, name) for name in ("packed", "in_place")}
+
+
+def _publish_over_ipc(scale: Scale, name: str) -> dict[str, Any]:
     tensors = make_model(0) | {"large": random_bits(torch.bfloat16, (scale.pick(500, 16_000), 2048), 5)}
     tensors = {name: tensor.to(scale.device) for name, tensor in tensors.items()}
-    address = f"ipc://{scale.folder}/publisher.socket"
+    address = f"ipc://{scale.folder}/{name}.socket"
     settings: list[dict[str, Any]] = [
         {"engine": "on-device", "transport": "cuda_ipc", "device": scale.device},
         {"engine": "in-place", "transport": "cuda_ipc", "device": scale.device, "into": describe(tensors)},
@@ -99,9 +106,10 @@ def check_cuda_ipc(scale: Scale) -> dict[str, Any]:
     ]
     densities = (1.0, 0.01, 0.0, 0.6)
     settings = [setting | {"address": address, "versions": len(densities)} for setting in settings]
+    way: dict[str, Any] = {"delta": "off", "in_place": True} if name == "in_place" else {"delta": "on"}
     pack_s, stage_s = [], []
     with (
-        WeightPublisher(TensorSource(tensors), address, expose=("cuda_ipc",), delta="on", timeout_s=60) as publisher,
+        WeightPublisher(TensorSource(tensors), address, expose=("cuda_ipc",), timeout_s=60, **way) as publisher,
         following(*settings) as engines,
     ):
         publisher.wait_for_subscribers(len(settings), 60)
@@ -112,6 +120,8 @@ def check_cuda_ipc(scale: Scale) -> dict[str, Any]:
             pack_s.append(round(report.phases_s["pack"], 4))
             stage_s.append({engine.engine: round(engine.stage_s, 4) for engine in report.engines})
             _compare(engines, number, hash_tensors(tensors.items()), scale.device)
+            is_in_place = "hold" in report.phases_s
+            require(is_in_place == (name == "in_place"), f"{name}: engines read in place is {is_in_place}")
     return {"gb": sum(tensor.nbytes for tensor in tensors.values()) / 1e9, "pack_s": pack_s, "stage_s": stage_s}
 
 

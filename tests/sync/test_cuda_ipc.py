@@ -42,6 +42,7 @@ def exposed(driver: HostDriver, tmp_path: Path) -> Iterator[ExposedDeviceMemory]
 @pytest.fixture
 def reached(exposed: ExposedDeviceMemory, driver: HostDriver) -> Iterator[ReachedDeviceMemory]:
     reached = reach(exposed.ticket, 5, driver=driver)
+    assert isinstance(reached, ReachedDeviceMemory)
     yield reached
     reached.close()
 

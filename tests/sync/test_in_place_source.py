@@ -1,0 +1,357 @@
+"""Engines that read a trainer's parameters where they lie: the table that says where, and versions over it.
+
+The GPU is a stand-in whose device is host memory (`host_driver`): all but the driver's own calls runs.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.sync.host_driver import HostDriver
+from tests.sync.parts import PROPERTY, WAIT_S, Engine, assert_same_bits, make_model, make_specs, publishers, running
+from tests.sync.table_runner import run_by_numpy
+
+from weightcast.sync import FleetPolicy, HeldRegion, TensorSpec, WeightPublisher, device_passes
+from weightcast.sync.errors import ConfigError, EngineError, ReachError, WireError
+from weightcast.sync.pass_plan import Int64Array
+from weightcast.sync.scattered import ScatteredBytes, check_table
+from weightcast.sync.transports import cuda_driver, cuda_ipc
+from weightcast.sync.transports.cuda_ipc_table import (
+    MAX_ALLOCATIONS,
+    ReachedScattered,
+    Scattered,
+    open_table,
+    write_table,
+)
+
+IN_PLACE = {"expose": ("cuda_ipc",), "delta": "off", "in_place": True, "timeout_s": WAIT_S}
+
+
+# The table
+
+
+@PROPERTY
+@given(st.data())
+def test_pieces_are_found_where_they_lie_and_gathered_as_they_would_be_packed(data: st.DataObject) -> None:
+    memory = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    allocations = [memory[:1000], memory[1000:]]
+    rows, wanted = [], np.zeros(0, np.uint8)
+    for _ in range(data.draw(st.integers(1, 6))):
+        num_rows, row_bytes = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 40))
+        step, gap = row_bytes + data.draw(st.integers(0, 60)), data.draw(st.integers(0, 9))
+        number, first = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 400))
+        wanted = np.concatenate([wanted, np.zeros(gap, np.uint8)])
+        rows.append((len(wanted), num_rows, row_bytes, number, first, step))
+        lines = [allocations[number][first + n * step : first + n * step + row_bytes] for n in range(num_rows)]
+        wanted = np.concatenate([wanted, *(line.numpy() for line in lines)])
+    scattered = ScatteredBytes(len(wanted), np.array(rows, np.int64), allocations)
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(wanted))] * 2)))
+    assert np.array_equal(scattered.gather(start, end - start).numpy(), wanted[start:end])
+    table = np.array(rows, np.int64)
+    addresses, lanes = scattered.locate(table[:, 0], table[:, 1], table[:, 2]).T
+    for row, address, stride in zip(rows, addresses, lanes, strict=True):
+        is_even = row[5] % 8 == 0
+        assert (address, stride) == ((allocations[row[3]].data_ptr() + row[4], row[5] // 8) if is_even else (0, 0))
+    assert not scattered.locate(table[:, 0] + 1, table[:, 1], table[:, 2]).any()
+    assert not scattered.locate(table[:, 0], table[:, 1] + 1, table[:, 2]).any()
+
+
+SOUND = (16, 3, 10, 1, 20, 40)  # bytes 20 to 110 of an allocation
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        (16, 3, 10, 1, 41, 40),
+        (16, 3, 10, 1, 20, 51),
+        (16, 3, 10, 2, 20, 40),
+        (16, 3, 10, -1, 20, 40),
+        (16, 3, 10, 1, -1, 40),
+        (16, 3, 10, 1, 20, -1),
+        (16, 0, 10, 1, 20, 40),
+        (16, 3, 0, 1, 20, 40),
+        (71, 3, 10, 1, 20, 40),
+        (-1, 3, 10, 1, 20, 40),
+        (9, 3, 10, 1, 20, 40),
+        (16, 1 << 62, 10, 1, 20, 0),
+        (16, 3, 1 << 62, 1, 20, 0),
+        (16, 3, 10, 1, 1 << 62, 40),
+        (16, 3, 10, 1, 20, 1 << 62),
+    ],
+)
+def test_a_table_that_reaches_outside_is_refused(row: tuple[int, ...]) -> None:
+    first = (0, 1, 10, 0, 0, 0)
+    check_table(100, np.array([first, SOUND], np.int64), [10, 130])
+    with pytest.raises(WireError, match=r"piece [01] of a source's table lies outside"):
+        check_table(100, np.array([first, row], np.int64), [10, 130])
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 5), (6,)])
+def test_a_table_of_another_form_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(WireError, match="says not where"):
+        check_table(100, np.zeros(shape, np.int64), [10])
+
+
+def open_written(rows: Int64Array, sizes: list[int], driver: HostDriver, num_bytes: int = 100) -> ReachedScattered:
+    class Nobody:
+        def close(self) -> None:
+            pass
+
+    memories = [driver.allocate(10, torch.device("cpu")), driver.allocate(130, torch.device("cpu"))]
+    message, arena = write_table(num_bytes, rows, [memory.handle for memory in memories], sizes)
+    return open_table(
+        message,
+        os.dup(arena.descriptor),
+        lambda handle, size: driver.open(handle, size, torch.device("cpu")),
+        Nobody(),  # type: ignore[arg-type]
+        5,
+    )
+
+
+def test_allocations_that_are_smaller_than_was_said_leave_nothing_open() -> None:
+    driver, rows = HostDriver(), np.array([(0, 1, 10, 0, 0, 0), SOUND], np.int64)
+    reached = open_written(rows, [10, 130], driver)
+    assert reached.num_bytes == 100 and reached.device_view(0, 46).shape == (46,)
+    with pytest.raises(WireError, match="outside the source's 100 bytes"):
+        reached.device_view(60, 41)
+    reached.close()
+    assert driver.closed == 2
+    with pytest.raises(ReachError):
+        open_written(rows, [10, 131], driver)
+    with pytest.raises(WireError, match="lies outside"):
+        open_written(rows, [10, 109], driver)
+    assert driver.closed == 2 + 1 + 2
+
+
+def test_a_table_of_too_many_allocations_is_no_message() -> None:
+    check = Scattered.__dataclass_fields__["num_allocations"].metadata["check"]
+    assert check(MAX_ALLOCATIONS) == MAX_ALLOCATIONS
+    with pytest.raises(WireError):
+        check(MAX_ALLOCATIONS + 1)
+
+
+# Versions
+
+
+class LiveSource:
+    """Parameters in a driver's memory, and of every kind that must be packed: elsewhere, cast, made, without rows."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, driver: HostDriver, seed: int = 0) -> None:
+        model = make_model(seed, rows=300)
+        outside = {"outside": make_model(seed + 50)["embed.weight"]}
+        odd = {
+            "wide": torch.randn(40, 96).to(torch.bfloat16),
+            "cast": torch.randn(30, 16),
+            "turned": torch.randn(16, 24),
+        }
+        self.params = driver.move_in(model | odd) | outside
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As engines are to have them."""
+        views = {name: self._live(name) for name in self.params}
+        return {name: view.to(torch.bfloat16) if name == "cast" else view for name, view in views.items()}
+
+    def _live(self, name: str) -> torch.Tensor:
+        param = self.params[name]
+        match name:
+            case "wide":
+                return param[:, 16:80]
+            case "turned":
+                return param.t()
+            case "norm.weight":
+                return param + 1
+            case "layer.0.scale":
+                return param.clone()
+        return param
+
+    def specs(self) -> list[TensorSpec]:
+        return make_specs(self.tensors())
+
+    def held(self) -> list[HeldRegion]:
+        made = "norm.weight"
+        return [HeldRegion(s.whole(), partial(self._live, s.name), is_made=s.name == made) for s in self.specs()]
+
+    def step(self, seed: int) -> None:
+        """Change every parameter where it lies."""
+        for number, param in enumerate(self.params.values()):
+            flat = param.view(-1).view(torch.uint8)
+            limit = 2 if param.dtype is torch.bool else 256
+            flat.copy_(torch.randint(0, limit, flat.shape, dtype=torch.uint8, generator=_generator(seed + number)))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def driver() -> HostDriver:
+    return HostDriver()
+
+
+@pytest.fixture(params=[None, run_by_numpy], ids=["by-torch", "by-tables"])
+def as_gpu(driver: HostDriver, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> HostDriver:
+    """Publishers and subscribers of this process find the stand-ins where they look for the driver and the kernel."""
+    monkeypatch.setattr(device_passes, "find_runner", lambda device: request.param)
+    monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
+    return driver
+
+
+def make_engine(name: str, address: str, **kwargs: object) -> Engine:
+    return Engine(name, address, kwargs=kwargs)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def test_versions_reach_engines_on_the_device_on_the_host_and_by_wire(
+    as_gpu: HostDriver, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    address, source = f"ipc://{tmp_path}/p", LiveSource(as_gpu)
+    engines = [
+        make_engine("on-device", address, device="cpu", transport="cuda_ipc"),
+        make_engine("auto", address, device="cpu"),
+        make_engine("on-host", address, transport="cuda_ipc"),
+        make_engine("wire", address, transport="zmq"),
+        make_engine("wire-to-device", address, transport="zmq", device="cpu"),
+    ]
+    with WeightPublisher(source, address, chunk_bytes=8192, **IN_PLACE) as publisher, running(*engines):  # type: ignore[arg-type]
+        publisher.wait_for_subscribers(len(engines))
+        for number in range(1, 6):
+            source.step(1000 * number)
+            if number == 4:  # as distributed optimizers do
+                source.params["embed.weight"] = as_gpu.move_in({"": source.params["embed.weight"]})[""]
+            report = publisher.publish(number)
+            for engine in engines:
+                assert_same_bits(engine.tensors, source.tensors())
+            carried = {engine.engine: engine.transport for engine in report.engines}
+            wanted = {"on-device": "cuda_ipc", "auto": "cuda_ipc", "on-host": "cuda_ipc"}
+            assert carried == wanted | {"wire": "zmq", "wire-to-device": "zmq"}
+            assert not any(engine.num_repeats for engine in report.engines)
+    assert not any(engine.errors for engine in engines)
+    # What was packed is given back, twice: once when a parameter had moved.
+    wait_until(lambda: as_gpu.freed == 2)
+    said = [record.message for record in caplog.records if "which are packed" in record.message]
+    assert len(said) == 2 and "cannot be shared" in said[0]
+    packed = [name for name in source.params if name in ("outside", "cast", "turned", "norm.weight", "layer.0.scale")]
+    num_packed = sum(source.tensors()[name].nbytes for name in packed)
+    assert f"but for {num_packed} of " in said[0]
+
+
+def test_ranks_give_their_own_parts(as_gpu: HostDriver, tmp_path: Path) -> None:
+    tensors = as_gpu.move_in(make_model(3, rows=300))
+    engine = make_engine("engine", f"ipc://{tmp_path}/p", device="cpu", transport="cuda_ipc")
+    with publishers(tensors, 2, engine.address, chunk_bytes=8192, **IN_PLACE) as made, running(engine):
+        made[0].wait_for_subscribers(1)
+        for number in (1, 2):
+            for tensor in tensors.values():
+                tensor.view(-1).view(torch.uint8).bitwise_xor_(1)
+            begun = [publisher.begin(number, hold=True) for publisher in made]
+            assert {publication.wait().engines[0].transport for publication in begun} == {"cuda_ipc"}
+            assert_same_bits(engine.tensors, tensors)
+
+
+def test_what_was_read_wrongly_is_fetched_over_the_wire(as_gpu: HostDriver, tmp_path: Path) -> None:
+    as_gpu.torn = True
+    tensors = as_gpu.move_in(make_model(1, rows=300))
+    engine = make_engine("engine", f"ipc://{tmp_path}/p", device="cpu", transport="cuda_ipc")
+    with publishers(tensors, 1, engine.address, **IN_PLACE) as (publisher,), running(engine):
+        publisher.wait_for_subscribers(1)
+        report = publisher.publish(1)
+    assert_same_bits(engine.tensors, tensors)
+    assert report.engines[0].num_repeats == 1
+
+
+def test_weights_that_change_while_they_are_read_are_never_served(as_gpu: HostDriver, tmp_path: Path) -> None:
+    tensors, address = as_gpu.move_in(make_model(1, rows=300)), f"ipc://{tmp_path}/p"
+    engines = [make_engine("near", address, device="cpu"), make_engine("wire", address, transport="zmq")]
+    policy = FleetPolicy.all(minimum=len(engines))
+    with publishers(tensors, 1, address, policy=policy, **IN_PLACE) as (publisher,):
+        publication = publisher.begin(1, hold=True)
+        publication.copied()
+        tensors["embed.weight"].view(torch.int16)[7, 7] += 1  # too early: nobody has read it yet
+        with running(*engines):
+            with pytest.raises(EngineError, match=r"embed\.weight"):
+                publication.wait()
+            publication.packed()
+            assert not any(engine.tensors for engine in engines)
+            publisher.publish(2)
+            for engine in engines:
+                assert_same_bits(engine.tensors, tensors)
+                assert engine.numbers == [2]
+
+
+def test_weights_may_be_changed_when_begin_returns_and_who_joins_later_gets_the_next_version(
+    as_gpu: HostDriver, tmp_path: Path
+) -> None:
+    tensors, address = as_gpu.move_in(make_model(1, rows=300)), f"ipc://{tmp_path}/p"
+    first, late = (make_engine(name, address, device="cpu") for name in ("first", "late"))
+    with publishers(tensors, 1, address, **IN_PLACE) as (publisher,), running(first):
+        publisher.wait_for_subscribers(1)
+        publication = publisher.begin(1)
+        assert first.numbers == [1]
+        wanted = {name: tensor.clone() for name, tensor in tensors.items()}
+        for tensor in tensors.values():
+            tensor.zero_()
+        assert publication.wait().engines[0].transport == "cuda_ipc"
+        assert_same_bits(first.tensors, wanted)
+        assert publication.wait().stall_s > publication.wait().phases_s["pack"]
+        with running(late):
+            publisher.wait_for_subscribers(2)
+            time.sleep(0.3)
+            assert late.numbers == [] and not late.errors
+            publisher.publish(2)
+            assert late.numbers == [2]
+            assert_same_bits(late.tensors, tensors)
+
+
+@pytest.mark.parametrize(
+    "change", [{"delta": "auto"}, {"delta": "on"}, {"expose": None}, {"expose": ("shared_memory",)}], ids=str
+)
+def test_what_does_not_go_with_it_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match='use delta="off" and expose='), publishers(
+        make_model(1), 1, f"ipc://{tmp_path}/p", **(IN_PLACE | change)
+    ):  # fmt: skip
+        pass
+
+
+@pytest.fixture(params=["no GPU", "weights elsewhere"])
+def nothing_in_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What the warning says where no weights can be read in place."""
+    if request.param == "no GPU":
+        if torch.cuda.is_available():
+            pytest.skip("needs a machine without a GPU")
+        cuda_driver.find_driver.cache_clear()
+        yield "needs a GPU"
+    else:
+        driver = HostDriver()
+        monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
+        yield "memory that torch's allocator took on cpu cannot be shared"
+
+
+def test_where_none_can_be_read_all_are_packed_as_usual(
+    nothing_in_place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors, engine = make_model(1), make_engine("engine", f"ipc://{tmp_path}/p")
+    with publishers(tensors, 1, engine.address, **IN_PLACE) as (publisher,), running(engine):
+        publisher.wait_for_subscribers(1)
+        for number in (1, 2):
+            tensors["embed.weight"].zero_()
+            publisher.publish(number)
+            assert_same_bits(engine.tensors, tensors)
+    said = [record.message for record in caplog.records if "packed as usual" in record.message]
+    assert len(said) == 1 and nothing_in_place in said[0]
