@@ -100,6 +100,12 @@ class LivePacker(Packer):
             for chunk, owners in zip(chunks, self._owners_of, strict=True)
             for piece, owner in zip(chunk.pieces, owners, strict=True)
         ]
+        # Those that may lie in one place from version to version: they are looked at each time.
+        self._fixed = [
+            (number, region, held[region].live)
+            for number, region in enumerate(regions)
+            if region.numel and not held[region].is_made
+        ]
         self._lives: list[torch.Tensor | None] = []
         self._seen: list[tuple[object, ...]] = []
         self._exposed: ExposedLive | None = None
@@ -116,23 +122,20 @@ class LivePacker(Packer):
 
         Raises `ReachError` when engines can read none of them there, `SourceError` when one has another shape.
         """
-        lives = [self._look_at(number) for number in range(len(self._regions))]
+        lives: list[torch.Tensor | None] = [None] * len(self._regions)
+        for number, region, find in self._fixed:
+            lives[number] = self._check_shape(region, find())
         if self._exposed is None or [_place(live) for live in lives] != self._seen:
-            self._expose(lives)
+            self._expose([None if live is None else live.detach() for live in lives])
             self._seen = [_place(live) for live in self._lives]
 
-    def _look_at(self, number: int) -> torch.Tensor | None:
-        """A region's live view; None where there is nothing, or nothing that stays from version to version."""
-        region = self._regions[number]
-        if not region.numel or self._held[region].is_made or (self._lives and self._lives[number] is None):
-            return None
-        return self._check_shape(region, self._held[region].live()).detach()
-
     def _expose(self, lives: list[torch.Tensor | None]) -> None:
-        for number, live in enumerate(lives):
+        for number, _, find in list(self._fixed):
+            live = lives[number]
             # A tensor that was made just now lies elsewhere when it is made again.
-            if live is not None and self._held[self._regions[number]].live().data_ptr() != live.data_ptr():
+            if live is not None and find().data_ptr() != live.data_ptr():
                 lives[number] = None
+        self._fixed = [fixed for fixed in self._fixed if lives[fixed[0]] is not None]
         before, self._exposed = self._exposed, None
         if before is not None:
             before.close()

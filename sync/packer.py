@@ -147,7 +147,7 @@ class Packer:
                 yield region, self._check_shape(region, self._held[region].live())
 
     def _check_shape(self, region: Region, live: torch.Tensor) -> torch.Tensor:
-        if tuple(live.shape) != region.shape:
+        if live.shape != region.shape:
             raise SourceError(
                 f"the live view of {region} has the shape {tuple(live.shape)}; "
                 "the model changed after its plan was made: make the publisher after the model is wrapped"

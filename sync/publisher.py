@@ -103,6 +103,7 @@ class WeightPublisher:
         self._last_number = -1
         self._delta: DeltaMode = delta
         self._unfinished: Publication | None = None
+        self._is_offering = False
         self._wall_offset_s = time.time() - time.monotonic()
         coordinator = None
         if source.rank == 0:
@@ -192,7 +193,7 @@ class WeightPublisher:
         try:
             report = self._finish(publication)
         finally:
-            self._loop.withdraw(timeout_s=max(1.0, publication.deadline_s - time.monotonic()))
+            self._withdraw(publication.deadline_s)
         hold_s = time.monotonic() + self._wall_offset_s - publication.copied().end_s
         return replace(report, phases_s=report.phases_s | {"hold": hold_s})
 
@@ -233,7 +234,7 @@ class WeightPublisher:
         """Tell of a version of which no chunk is packed yet."""
         assigned = self._loop.assigned
         assert assigned is not None
-        self._loop.withdraw(timeout_s=max(1.0, deadline_s - time.monotonic()))
+        self._withdraw(deadline_s)
         server = self._loop.server
         is_read = server.is_sending
         packer = self._share.prepare(assigned.regions, assigned.chunk_bytes, is_read=is_read)
@@ -241,7 +242,14 @@ class WeightPublisher:
         version = Version(assigned.epoch, number)
         snapshot = packer.begin(version, self._choose_mode(), rereads=server.has_sent or not tickets)
         self._loop.offer(snapshot, Packing(number, tickets), deadline_s)
+        self._is_offering = True
         return packer, snapshot
+
+    def _withdraw(self, deadline_s: float) -> None:
+        """Serve nothing from here on, so that what was served may be written."""
+        if self._is_offering:
+            self._loop.withdraw(timeout_s=max(1.0, deadline_s - time.monotonic()))
+            self._is_offering = False
 
     def _pack(self, packer: Packer, snapshot: Snapshot) -> Span:
         start_s = time.monotonic()
