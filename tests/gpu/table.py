@@ -81,7 +81,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "cuda_ipc",
         "devices:check_cuda_ipc",
-        "versions over CUDA IPC, packed and read where they lie, to engines on the device, in place, on the host: equal bits",
+        "versions over CUDA IPC, packed and not, to engines that stage on device or host, or land in place: equal bits",
         timeout_s=120,
         needs_cuda="CUDA IPC is between processes with one",
     ),
