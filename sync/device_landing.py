@@ -53,7 +53,9 @@ class LandingPasses:
         ]
         # (first byte in the source's memory, lanes of a row there, first byte in the tensor, lanes from row to row)
         self._offsets = np.array(rows, np.int64).reshape(-1, PLACE_FIELDS)
-        self._shapes = np.array([(shape.num_rows, shape.row_bytes) for shape in self.passes.shapes]).reshape(-1, 2)
+        self._shapes = np.array([(shape.num_rows, shape.row_bytes) for shape in self.passes.shapes], np.int64).reshape(
+            -1, 2
+        )
 
     def places(self, first: int, count: int, came: torch.Tensor | ScatteredBytes, addresses: Int64Array) -> Int64Array:
         """Of the pieces of a run, out of its bytes in `came`, into tensors at `addresses`, for `launch`."""

@@ -181,9 +181,10 @@ class LivePacker(Packer):
         return () if self._exposed is None else ((self._exposed.kind, self._exposed.ticket),)
 
     def close(self) -> None:
-        """Give out no more tickets; whoever reads may go on."""
+        """Give out no more tickets, and let go of the weights; whoever reads may go on."""
         if self._exposed is not None:
             self._exposed.close()
+        self._exposed, self._lives, self._taken = None, [], None
 
     # A version
 

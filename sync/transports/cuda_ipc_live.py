@@ -10,8 +10,9 @@ memory is, to processes of the same user that know the ticket's token, and only 
 (`WeightPublisher(..., in_place=True)`). Memory that holds nothing but the weights is what `cuda_ipc.expose` is for.
 
 Pieces that cannot be read so (weights that are made for each version or cast, memory that the driver does not share)
-lie packed in an allocation of their own. Tensors are kept for as long as an engine has their memory open, whatever the
-trainer does with its parameters: CUDA leaves undefined what becomes of one who reads memory that was given back.
+lie packed in an allocation of their own. Tensors are kept for as long as they are exposed and an engine has their
+memory open, whatever the trainer does with its parameters: CUDA leaves undefined what becomes of one who reads memory
+that was given back. So a trainer that moves its weights elsewhere has their memory back with the next version.
 """
 
 import bisect

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.sync.host_driver import HostDriver
 from tests.sync.parts import (
     LIMITS,
     WAIT_S,
@@ -35,6 +36,7 @@ from weightcast.sync.cut_source import cut_source
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.errors import ConfigError, ModelMismatch
 from weightcast.sync.metrics import format_report
+from weightcast.sync.transports import cuda_ipc
 from weightcast.sync.wanted import Want, WantedRegions, whole
 
 CHUNK_BYTES = 4096
@@ -149,6 +151,35 @@ def test_each_engine_asks_for_its_share_alone(address: str, transport: str, num_
     assert report.ratio is not None and report.ratio > (1.2 if transport == "zmq" else 0.99)
     assert f"engines want {report.asked_share * 100:.3g} % of the model" in format_report(report)
     assert not any(line.num_repeats for line in report.engines)
+
+
+def test_slices_are_read_where_a_trainer_on_a_gpu_has_them(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = HostDriver()
+    monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
+    tensors = driver.move_in(make_layers(5))
+    specs = tuple(make_specs(tensors))
+    way = {"expose": ("cuda_ipc",), "delta": "off", "in_place": True, "chunk_bytes": CHUNK_BYTES, "timeout_s": WAIT_S}
+    engines = {"here": {"transport": "cuda_ipc"}, "by-wire": {"transport": "zmq"}, "all": {"device": "cpu"}}
+    wants = {name: whole if name == "all" else want_of(1) for name in engines}
+    with (
+        publishers(tensors, 1, address, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S, **way) as (publisher,),
+        ExitStack() as stack,
+    ):
+        opened = {
+            name: stack.enter_context(
+                WeightSubscriber(address, engine=name, limits=LIMITS, want=wants[name], **setting)  # type: ignore[arg-type]
+            )
+            for name, setting in engines.items()
+        }
+        publisher.wait_for_subscribers(len(engines))
+        for number in (1, 2):
+            pending = publisher.begin(number, hold=True)
+            for name, engine in opened.items():
+                update = engine.wait(WAIT_S)
+                assert_wanted(update, wants[name](specs), tensors)
+                update.commit()
+            assert not any(line.num_repeats for line in pending.wait().engines)
+            bump(tensors)
 
 
 def test_a_publisher_that_is_told_the_borders_sends_each_half_once(address: str) -> None:
