@@ -355,3 +355,22 @@ def test_where_none_can_be_read_all_are_packed_as_usual(
             assert_same_bits(engine.tensors, tensors)
     said = [record.message for record in caplog.records if "packed as usual" in record.message]
     assert len(said) == 1 and nothing_in_place in said[0]
+
+
+def test_once_they_lie_where_none_can_be_read_versions_go_on_packed(
+    as_gpu: HostDriver, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, address = LiveSource(as_gpu), f"ipc://{tmp_path}/p"
+    engines = [make_engine("engine", address, device="cpu"), make_engine("wire", address, transport="zmq")]
+    with WeightPublisher(source, address, chunk_bytes=8192, **IN_PLACE) as publisher, running(*engines):  # type: ignore[arg-type]
+        publisher.wait_for_subscribers(len(engines))
+        for number in (1, 2, 3):
+            if number == 2:  # as a trainer does that offloads its weights
+                source.params = {name: param.clone() for name, param in source.params.items()}
+            source.step(number)
+            report = publisher.publish(number)
+            assert ("hold" in report.phases_s) == (number == 1)
+            for engine in engines:
+                assert_same_bits(engine.tensors, source.tensors())
+            assert {engine.transport for engine in report.engines} == {"cuda_ipc", "zmq"}
+    assert sum("packed as usual" in record.message for record in caplog.records) == 1
