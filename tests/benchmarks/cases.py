@@ -219,7 +219,7 @@ GPU_CASES: tuple[Case, ...] = (
         "trainer parameters into engine parameters over CUDA IPC, 16.4 GB, read and written where they lie: "
         "speed against a copy on the device",
         at_least(0.5),
-        partial(gpu.race_ipc, baseline=None, in_place=True, into=True),
+        partial(gpu.race_ipc, baseline=None, direct=True, into=True),
         "device copy",
         needs=("cuda",),
     ),
@@ -227,7 +227,7 @@ GPU_CASES: tuple[Case, ...] = (
         "gpu_ipc_direct_vs_copy",
         "the same, staged, and then the engine's parameters point to what was staged",
         None,
-        partial(gpu.race_ipc, baseline=None, in_place=True, points=True),
+        partial(gpu.race_ipc, baseline=None, direct=True, points=True),
         "device copy",
         needs=("cuda",),
     ),

@@ -38,7 +38,7 @@ def race_ipc(
     settings: Settings,
     *,
     baseline: str | None,
-    in_place: bool = False,
+    direct: bool = False,
     points: bool = False,
     into: bool = False,
     device: str = "cuda",
@@ -46,14 +46,18 @@ def race_ipc(
 ) -> Reading:
     """GB/s from trainer parameters into engine parameters over CUDA IPC; None is a copy on the device.
 
-    With `in_place` the engine reads the trainer's parameters themselves; otherwise the trainer packs them. With
+    With `direct` the engine reads the trainer's parameters themselves; otherwise the trainer packs them. With
     `points` the engine's parameters point to what was staged, with `into` nothing is staged and versions land in them;
     otherwise what was staged is copied into them, where they lie.
     """
     model = model_for(settings)
     # The largest chunks: each costs a message, and nothing waits for a page of host memory.
-    options: dict[str, Any] = {"transport": "cuda_ipc", "expose": ["cuda_ipc"], "chunk_bytes": MAX_CHUNK_BYTES}
-    options |= {"in_place": True, "delta": "off"} if in_place else {}
+    options: dict[str, Any] = {
+        "transport": "cuda_ipc",
+        "expose": ["cuda_ipc"],
+        "chunk_bytes": MAX_CHUNK_BYTES,
+        "direct": direct,
+    }
     state = {"device": device}
     phases: list[dict[str, float]] = []
     with ExitStack() as stack:
@@ -63,6 +67,8 @@ def race_ipc(
         def move() -> float:
             moved = ours.move()
             phases.append(_list_phases(moved))
+            if direct != ("hold_s" in phases[-1]):
+                raise CaseError(f"engines read the trainer's parameters themselves is {not direct}, and not {direct}")
             return moved.seconds
 
         contestants = {"ours": move}
@@ -82,11 +88,13 @@ def race_ipc(
 def _list_phases(move: Move) -> dict[str, float]:
     """Seconds of one version: `pack` at the source, `stage` and `check` of the engine, `load` into its parameters.
 
-    `publish` is all of it as the trainer waits for it, until the engine says that it serves the version.
+    `publish` is all of it as the trainer waits for it, until the engine says that it serves the version. `hold` is for
+    how long the weights must stay as they are after `pack`, where engines read them themselves.
     """
     (sender,), (receiver,) = move.senders, move.receivers
     (engine,) = sender["engines"].values()
-    return {
+    held = {"hold_s": sender["phases_s"]["hold"]} if "hold" in sender["phases_s"] else {}
+    return held | {
         "pack_s": sender["phases_s"]["pack"],
         "stage_s": engine["stage_s"],
         "check_s": engine["spans_s"].get("check", 0.0),

@@ -1,12 +1,12 @@
 """Weightcast's own two ends, through its public classes and nothing else: `WeightPublisher` and `WeightSubscriber`.
 
 Options of both: `address` to publish on; `transport`, `delta`, `chunk_bytes` as the classes take them; `keys` as
-(publisher's public, secret, engine's public, secret). Of the sender: `expose` and `in_place`, as its class takes them.
-Of the receiver: `engine`, its name; `share`, the group of its host's workers with which it receives once; `device`,
-where it stages every version and loads it into parameters of its own (otherwise what was staged is what it has, as an
-engine that iterates over an update gets it). With `points` its parameters point to what was staged there instead, as
-those of an engine do that takes pointers; the ones before stay whole until then. With `into` versions land in its
-parameters, and nothing is staged.
+(publisher's public, secret, engine's public, secret). Of the sender: `expose`, as its class takes it; `direct`, whether
+engines read its parameters where they lie. Of the receiver: `engine`, its name; `share`, the group of its host's
+workers with which it receives once; `device`, where it stages every version and loads it into parameters of its own
+(otherwise what was staged is what it has, as an engine that iterates over an update gets it). With `points` its
+parameters point to what was staged there instead, as those of an engine do that takes pointers; the ones before stay
+whole until then. With `into` versions land in its parameters, and nothing is staged.
 """
 
 import tempfile
@@ -30,7 +30,9 @@ class PublishingSender:
     def __init__(self, state: ModelState, options: Mapping[str, Any]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         address = options.get("address") or f"ipc://{self._folder.name}/bench"
-        arguments = {name: options[name] for name in ("delta", "chunk_bytes", "expose", "in_place") if name in options}
+        arguments = {name: options[name] for name in ("delta", "chunk_bytes", "expose") if name in options}
+        if options.get("direct"):
+            arguments |= {"in_place": True, "delta": "off"}
         policy = FleetPolicy.all(minimum=options["receivers"])
         self.publisher = WeightPublisher(
             state,
