@@ -20,6 +20,7 @@ from weightcast.sync.disk.subscriber import DiskLimits, DiskSubscriber, DiskUpda
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
 from weightcast.sync.follow import follow, kind_of
 from weightcast.sync.host.share import HostShare
+from weightcast.sync.in_place import Held
 from weightcast.sync.limits import Limits
 from weightcast.sync.publication import Publication
 from weightcast.sync.publisher import DeltaMode, WeightPublisher
@@ -59,6 +60,7 @@ __all__ = [
     "EngineStatus",
     "FleetPolicy",
     "Fp8Scheme",
+    "Held",
     "HeldRegion",
     "HostShare",
     "Limits",

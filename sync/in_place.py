@@ -1,5 +1,11 @@
 """In place: a subscription whose versions land in the engine's own tensors, with no staged copy.
 
+    with WeightSubscriber(address, into=dict(model.named_parameters())) as subscriber:
+        engine.pause()                                  # it does not serve
+        update = subscriber.wait(timeout_s=600)         # the parameters have the version's bits
+        engine.resume()
+        update.commit()
+
     idle -> announced -> (the engine lends its memory: `wait`) -> landing -> staged -> ready -> taken -> serving
 
 Nothing is written unless the engine has lent its memory, which says that it does not serve from it: a version that is
