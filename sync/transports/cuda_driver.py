@@ -17,7 +17,7 @@ Why the driver's own functions, by ctypes, and not torch's `UntypedStorage._shar
 
 `libcuda.so.1` has these functions, by these names, in every release that torch runs on. Memory of our own costs no more
 than a tensor of torch's, and torch sees it through `__cuda_array_interface__`. Written from the driver API's reference;
-none of it has run: there was no GPU. `make gpu-check` shows it (`cuda_ipc`).
+seen on one H200, between processes of one GPU (`cuda_ipc` of `make gpu-check`).
 """
 
 import ctypes

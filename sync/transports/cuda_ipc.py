@@ -14,7 +14,7 @@ An engine that stages on its own GPU (`WeightSubscriber(..., device="cuda")`) co
 stages in host memory copies from the device. Digests are taken of what was written. The source may pack the next
 version while a late one reads: its digests are then wrong, and it asks for those tensors over the connection.
 
-None of this has run on a GPU yet; the checks `cuda_ipc` and `device_delta` of `make gpu-check` show it. Here it is
+On a GPU the checks `cuda_ipc` and `device_delta` of `make gpu-check` show it (seen on an H200). Without one it is
 tested with a driver whose "device" is host memory.
 """
 
