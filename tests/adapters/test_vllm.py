@@ -184,7 +184,9 @@ def test_a_version_that_comes_too_late_for_a_pause_is_dropped(rig: Rig, first: C
     label = rig.client.weight_version()
     with staged(rig, first) as session, ThreadPoolExecutor(32) as pool:
         session.engine.prepare(session.version, ())
-        requests = [pool.submit(rig.client.complete, PROMPT, 240) for _ in range(32)]
+        # One answer each would be over in a blink.
+        many = {"n": 8, "temperature": 1.0, "ignore_eos": True}
+        requests = [pool.submit(rig.client.complete, PROMPT, 240, **many) for _ in range(32)]
         with pytest.raises(DeadlineExceeded, match=r"/pause did not answer within 0\.1 s"):
             while not all(request.done() for request in requests):  # together they run for seconds
                 session.engine.pause("wait", timeout_s=0.1)
