@@ -189,10 +189,11 @@ class TcpChunkServer:
                     if link.has_gathered:  # what is ready goes first
                         return None
                     self._lock.wait(tcp_wire.BEAT_EVERY_S)
+            if link.awaited_index is not None:  # also of a time before, after which what was ready went first
                 link.awaited_index = None
                 self._count_waiting()
-                if self._must_wait(version, index):
-                    return None
+            if self._must_wait(version, index):
+                return None
             if self._stopping:
                 raise WireError("the source ends")
             snapshot = self._snapshot
