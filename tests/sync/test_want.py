@@ -162,7 +162,7 @@ def test_slices_are_read_where_a_trainer_on_a_gpu_has_them(address: str, monkeyp
     engines = {"here": {"transport": "cuda_ipc"}, "by-wire": {"transport": "zmq"}, "all": {"device": "cpu"}}
     wants = {name: whole if name == "all" else want_of(1) for name in engines}
     with (
-        publishers(tensors, 1, address, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S, **way) as (publisher,),
+        publishers(tensors, 1, address, **way) as (publisher,),
         ExitStack() as stack,
     ):
         opened = {
