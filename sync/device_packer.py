@@ -116,7 +116,7 @@ class DevicePacker(Packer):
 
     def begin(self, version: Version, mode: PackMode, *, rereads: bool = True) -> Snapshot:
         """See `Packer.begin`."""
-        self._ahead = None
+        self._drop_ahead()
         self._totals = [0] * len(self._regions)
         return super().begin(version, mode, rereads=rereads)
 
@@ -148,6 +148,12 @@ class DevicePacker(Packer):
         return tuple(add_digests(total) for total in self._totals)
 
     # Whole chunks, many at once
+
+    def _drop_ahead(self) -> None:
+        """Wait for a run of a version that broke off: it still reads its tables, which the next one writes."""
+        run, self._ahead = self._ahead, None
+        if run is not None:
+            run.running.digests()
 
     def _count_run(self, first: int) -> int:
         """How many chunks from `first` on are packed at once; 0 where that one goes alone."""

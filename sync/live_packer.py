@@ -200,6 +200,8 @@ class LivePacker(Packer):
         assert mode == "off" and self._exposed is not None, "`look` comes first"
         super().begin(version, mode, rereads=rereads)
         self._totals = [0] * len(self._regions)
+        if self._ahead is not None:  # of a version that broke off: it still reads its tables, which this one writes
+            self._ahead.running.digests()
         self._ahead = self._taken = None
         for state in self._live_states:
             state.version, state.is_stale = version, True

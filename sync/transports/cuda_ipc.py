@@ -34,12 +34,12 @@ from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, Weigh
 from weightcast.sync.host.arena import MAX_ARENA_BYTES
 from weightcast.sync.host.doors import TOKEN_BYTES, Door, Open, check_door, host_name, knock
 from weightcast.sync.host.packets import Connection
-from weightcast.sync.host.server import PacketServer, close_in_children
+from weightcast.sync.host.server import PacketServer
 from weightcast.sync.schema import binary, checked, text, uint
 from weightcast.sync.snapshot import allocate_arena
 from weightcast.sync.transports.base import ByteArray
 from weightcast.sync.transports.cuda_driver import HANDLE_BYTES, UUID_BYTES, DeviceMemory, IpcDriver, find_driver
-from weightcast.sync.transports.cuda_ipc_table import ReachedScattered, Scattered, open_table
+from weightcast.sync.transports.cuda_ipc_table import DeviceReach, ReachedScattered, Scattered, open_table
 
 KIND = "cuda_ipc"
 MAX_TICKET_BYTES = 1024
@@ -176,17 +176,14 @@ def expose(
     return ExposedDeviceMemory(num_bytes, driver, frozenset(allowed_uids), base)
 
 
-class ReachedDeviceMemory:
-    """A source's memory on a GPU, opened here; see `reach`. Used and closed by one thread."""
+class ReachedDeviceMemory(DeviceReach):
+    """A source's packed memory on a GPU, opened here; see `reach`."""
 
-    kind = KIND
     scattered = None
 
     def __init__(self, memory: DeviceMemory, connection: Connection) -> None:
+        super().__init__(memory.tensor.numel(), connection)
         self._memory: DeviceMemory | None = memory
-        self._connection = connection
-        self.num_bytes = memory.tensor.numel()
-        close_in_children(self)
 
     def device_view(self, start_byte: int, num_bytes: int) -> torch.Tensor:
         """The source's bytes, which may change meanwhile, until `close`. `WireError` when they are not all there."""
@@ -194,17 +191,6 @@ class ReachedDeviceMemory:
         if start_byte < 0 or num_bytes < 0 or start_byte + num_bytes > self.num_bytes:
             raise WireError(f"{num_bytes} bytes from {start_byte} on are outside the source's {self.num_bytes} bytes")
         return self._memory.tensor[start_byte : start_byte + num_bytes]
-
-    def view(self, start_byte: int, num_bytes: int) -> None:
-        """It lies in no host memory."""
-
-    def read(self, start_byte: int, into: ByteArray) -> None:
-        """Copy bytes from the device to the host, as many as `into` takes; they are there when this returns."""
-        torch.from_numpy(into).copy_(self.device_view(start_byte, len(into)))
-
-    def close_descriptors(self) -> None:
-        """A forked child's copy would keep the source's memory after this process's end."""
-        self._connection.close()
 
     def close(self) -> None:
         """Let go of the memory, then say so to the source by ending the connection."""

@@ -8,6 +8,7 @@ every handle's size is checked by the driver that opens it, every piece against 
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,22 +75,19 @@ def read_table(message: Scattered, descriptor: int, timeout_s: float) -> tuple[l
     return sizes.tolist(), rows.reshape(-1, TABLE_FIELDS).astype(np.int64), cut
 
 
-class ReachedScattered:
-    """A source's own parameters on a GPU, opened here; a `Reach`. Used and closed by one thread."""
+class DeviceReach(ABC):
+    """What every way to a source's memory on a GPU does alike. Used and closed by one thread."""
 
     kind = "cuda_ipc"
 
-    def __init__(self, scattered: ScatteredBytes, release: Callable[[], None], connection: Connection) -> None:
-        self.scattered: ScatteredBytes | None = scattered
-        self.num_bytes = scattered.num_bytes
-        self._release = release
+    def __init__(self, num_bytes: int, connection: Connection) -> None:
+        self.num_bytes = num_bytes
         self._connection = connection
         close_in_children(self)
 
+    @abstractmethod
     def device_view(self, start_byte: int, num_bytes: int) -> torch.Tensor:
-        """The source's bytes as they are now, copied together. `WireError` when they are not all there."""
-        assert self.scattered is not None, "the memory was closed"
-        return self.scattered.gather(start_byte, num_bytes)
+        """The source's bytes on the device; `WireError` when they are not all there."""
 
     def view(self, start_byte: int, num_bytes: int) -> None:
         """They lie in no host memory."""
@@ -101,6 +99,20 @@ class ReachedScattered:
     def close_descriptors(self) -> None:
         """A forked child's copy would keep the source's memory after this process's end."""
         self._connection.close()
+
+
+class ReachedScattered(DeviceReach):
+    """A source's own parameters on a GPU, opened here; a `Reach`."""
+
+    def __init__(self, scattered: ScatteredBytes, release: Callable[[], None], connection: Connection) -> None:
+        super().__init__(scattered.num_bytes, connection)
+        self.scattered: ScatteredBytes | None = scattered
+        self._release = release
+
+    def device_view(self, start_byte: int, num_bytes: int) -> torch.Tensor:
+        """The source's bytes as they are now, copied together. `WireError` when they are not all there."""
+        assert self.scattered is not None, "the memory was closed"
+        return self.scattered.gather(start_byte, num_bytes)
 
     def close(self) -> None:
         """Let go of all allocations, then say so to the source by ending the connection."""

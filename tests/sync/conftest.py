@@ -1,4 +1,4 @@
-"""Addresses that the tests of sync publish on."""
+"""Addresses that the tests of sync publish on, and what stands in for a GPU."""
 
 import os
 import shutil
@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.sync.host_driver import HostDriver
+from tests.sync.table_runner import run_by_numpy
+
+from weightcast.sync import device_passes
+from weightcast.sync.transports import cuda_ipc
 
 
 @pytest.fixture
@@ -30,3 +35,17 @@ def base() -> Iterator[Path]:
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def driver() -> HostDriver:
+    """A driver whose device is host memory."""
+    return HostDriver()
+
+
+@pytest.fixture(params=[None, run_by_numpy], ids=["by-torch", "by-tables"])
+def as_gpu(driver: HostDriver, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> HostDriver:
+    """Publishers and subscribers of this process find the stand-ins where they look for the driver and the kernel."""
+    monkeypatch.setattr(device_passes, "find_runner", lambda device: request.param)
+    monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
+    return driver

@@ -1,6 +1,7 @@
 """Parts that the tests of sync share: sources of tensors, engines in threads, and comparisons of bits."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +92,14 @@ def assert_same_bits(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch
     for name, tensor in wanted.items():
         assert got[name].dtype is tensor.dtype and got[name].shape == tensor.shape, name
         assert torch.equal(bits(got[name]), bits(tensor)), name
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+    """Fails the test when it does not come true."""
+    end_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < end_s, f"waited {timeout_s:g} s"
+        time.sleep(0.01)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,9 @@ import pytest
 import torch
 from tests.ranks import ROOT
 from tests.sync.host_driver import UUID, HostDriver
-from tests.sync.parts import WAIT_S, Engine, TensorSource, assert_same_bits, make_model, running
-from tests.sync.table_runner import run_by_numpy
+from tests.sync.parts import WAIT_S, Engine, TensorSource, assert_same_bits, make_model, running, wait_until
 
-from weightcast.sync import DeltaMode, WeightPublisher, WeightSubscriber, device_passes
+from weightcast.sync import DeltaMode, WeightPublisher, WeightSubscriber
 from weightcast.sync.errors import ConfigError, EngineError, ReachError, WireError
 from weightcast.sync.host import folders
 from weightcast.sync.schema import pack
@@ -25,11 +24,6 @@ from weightcast.sync.transports.base import Reach
 from weightcast.sync.transports.cuda_ipc import ExposedDeviceMemory, ReachedDeviceMemory, expose, reach, read_ticket
 
 NUM_BYTES = 10_000
-
-
-@pytest.fixture
-def driver() -> HostDriver:
-    return HostDriver()
 
 
 @pytest.fixture
@@ -45,13 +39,6 @@ def reached(exposed: ExposedDeviceMemory, driver: HostDriver) -> Iterator[Reache
     assert isinstance(reached, ReachedDeviceMemory)
     yield reached
     reached.close()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def test_what_is_packed_on_the_device_is_read_there(exposed: ExposedDeviceMemory, reached: ReachedDeviceMemory) -> None:
@@ -165,14 +152,6 @@ def test_a_reader_that_is_killed_has_left(exposed: ExposedDeviceMemory, driver: 
 
 
 # Versions
-
-
-@pytest.fixture(params=[None, run_by_numpy], ids=["by-torch", "by-tables"])
-def as_gpu(driver: HostDriver, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> HostDriver:
-    """Publishers and subscribers of this process find the stand-ins where they look for the driver and the kernel."""
-    monkeypatch.setattr(device_passes, "find_runner", lambda device: request.param)
-    monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
-    return driver
 
 
 def make_engine(name: str, address: str, **kwargs: object) -> Engine:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
@@ -13,7 +12,7 @@ import psutil
 import pytest
 import torch
 from tests.sync.host_peer import NOBODY, SHAPES, HostPeer, digests_of, make_tensors
-from tests.sync.parts import assert_same_bits, make_specs
+from tests.sync.parts import assert_same_bits, make_specs, wait_until
 
 from weightcast.sync import TensorSpec, Version
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, PeerLost, ReachError, VersionError
@@ -59,14 +58,6 @@ def stage(leader: HostLeader, number: int) -> None:
     for spec in SPECS:
         leader.pool.take(spec).copy_(make_tensors(number)[spec.name])
     leader.finish_overwrite(Version(1, number))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Fails the test when it does not come true."""
-    end_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def stop(peer: HostPeer) -> None:

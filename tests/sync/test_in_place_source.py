@@ -6,7 +6,7 @@ The GPU is a stand-in whose device is host memory (`host_driver`): all but the d
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.sync.host_driver import HostDriver
-from tests.sync.parts import PROPERTY, WAIT_S, Engine, assert_same_bits, make_model, make_specs, publishers, running
-from tests.sync.table_runner import run_by_numpy
+from tests.sync.parts import (
+    PROPERTY,
+    WAIT_S,
+    Engine,
+    assert_same_bits,
+    make_model,
+    make_specs,
+    publishers,
+    running,
+    wait_until,
+)
 
-from weightcast.sync import FleetPolicy, HeldRegion, TensorSpec, WeightPublisher, device_passes
+from weightcast.sync import FleetPolicy, HeldRegion, TensorSpec, WeightPublisher
 from weightcast.sync.errors import ConfigError, EngineError, ReachError, WireError
 from weightcast.sync.pass_plan import Int64Array
 from weightcast.sync.scattered import ScatteredBytes, check_table
@@ -193,28 +202,8 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture
-def driver() -> HostDriver:
-    return HostDriver()
-
-
-@pytest.fixture(params=[None, run_by_numpy], ids=["by-torch", "by-tables"])
-def as_gpu(driver: HostDriver, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> HostDriver:
-    """Publishers and subscribers of this process find the stand-ins where they look for the driver and the kernel."""
-    monkeypatch.setattr(device_passes, "find_runner", lambda device: request.param)
-    monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
-    return driver
-
-
 def make_engine(name: str, address: str, **kwargs: object) -> Engine:
     return Engine(name, address, kwargs=kwargs)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def test_versions_reach_engines_on_the_device_on_the_host_and_by_wire(
