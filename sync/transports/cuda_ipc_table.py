@@ -91,6 +91,7 @@ class DeviceReach(ABC):
 
     def view(self, start_byte: int, num_bytes: int) -> None:
         """They lie in no host memory."""
+        return None
 
     def read(self, start_byte: int, into: ByteArray) -> None:
         """Copy bytes from the device to the host, as many as `into` takes; they are there when this returns."""
