@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.ranks import ROOT
 from tests.sync.host_driver import UUID, HostDriver
-from tests.sync.parts import WAIT_S, Engine, TensorSource, assert_same_bits, make_model, running, wait_until
+from tests.sync.parts import PATIENT, WAIT_S, Engine, TensorSource, assert_same_bits, make_model, running, wait_until
 
 from weightcast.sync import DeltaMode, WeightPublisher, WeightSubscriber
 from weightcast.sync.errors import ConfigError, EngineError, ReachError, WireError
@@ -35,7 +35,7 @@ def exposed(driver: HostDriver, tmp_path: Path) -> Iterator[ExposedDeviceMemory]
 
 @pytest.fixture
 def reached(exposed: ExposedDeviceMemory, driver: HostDriver) -> Iterator[ReachedDeviceMemory]:
-    reached = reach(exposed.ticket, 5, driver=driver)
+    reached = reach(exposed.ticket, WAIT_S, driver=driver)
     assert isinstance(reached, ReachedDeviceMemory)
     yield reached
     reached.close()
@@ -80,7 +80,7 @@ def test_a_ticket_is_small_and_reads_back(exposed: ExposedDeviceMemory) -> None:
 def test_a_ticket_that_cannot_be_is_refused(exposed: ExposedDeviceMemory, change: dict[str, object]) -> None:
     ticket = pack(cuda_ipc.KIND, replace(read_ticket(exposed.ticket), **change))  # type: ignore[arg-type]
     with pytest.raises(WireError):
-        reach(ticket, 5, driver=HostDriver())
+        reach(ticket, WAIT_S, driver=HostDriver())
 
 
 @pytest.mark.parametrize("raw", [b"", b"noise", b"\x80", bytes(2000)])
@@ -92,18 +92,18 @@ def test_noise_is_no_ticket(raw: bytes) -> None:
 def test_another_token_gets_nothing(exposed: ExposedDeviceMemory, driver: HostDriver) -> None:
     ticket = pack(cuda_ipc.KIND, replace(read_ticket(exposed.ticket), token=bytes(32)))
     with pytest.raises(ReachError, match="refused: the ticket is of an earlier life"):
-        reach(ticket, 5, driver=driver)
+        reach(ticket, WAIT_S, driver=driver)
 
 
 def test_a_gpu_that_the_engine_does_not_see_is_named(exposed: ExposedDeviceMemory) -> None:
     with pytest.raises(ReachError, match=f"on the GPU {UUID.hex()}, which this process does not see; .*CUDA_VISIBLE"):
-        reach(exposed.ticket, 5, driver=HostDriver(bytes(16)))
+        reach(exposed.ticket, WAIT_S, driver=HostDriver(bytes(16)))
 
 
 def test_a_driver_that_refuses_leaves_nothing_open(exposed: ExposedDeviceMemory, driver: HostDriver) -> None:
     driver.refuses = True
     with pytest.raises(ReachError, match="cannot be opened"):
-        reach(exposed.ticket, 5, driver=driver)
+        reach(exposed.ticket, WAIT_S, driver=driver)
     exposed.close()
     wait_until(lambda: driver.freed == 1)
 
@@ -111,18 +111,18 @@ def test_a_driver_that_refuses_leaves_nothing_open(exposed: ExposedDeviceMemory,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so(exposed: ExposedDeviceMemory) -> None:
     cuda_driver.find_driver.cache_clear()
-    for call in (lambda: expose(NUM_BYTES), lambda: reach(exposed.ticket, 5)):
+    for call in (lambda: expose(NUM_BYTES), lambda: reach(exposed.ticket, WAIT_S)):
         with pytest.raises(ReachError, match="needs a GPU and a torch built for CUDA; use another transport"):
             call()
 
 
 def test_memory_stays_until_its_last_reader_has_left(exposed: ExposedDeviceMemory, driver: HostDriver) -> None:
-    readers = [reach(exposed.ticket, 5, driver=driver) for _ in range(2)]
+    readers = [reach(exposed.ticket, WAIT_S, driver=driver) for _ in range(2)]
     exposed.device_memory.fill_(7)
     exposed.close()
     exposed.close()
     with pytest.raises(ReachError):
-        reach(exposed.ticket, 5, driver=driver)
+        reach(exposed.ticket, WAIT_S, driver=driver)
     readers[0].close()
     readers[0].close()
     time.sleep(0.2)
@@ -155,7 +155,7 @@ def test_a_reader_that_is_killed_has_left(exposed: ExposedDeviceMemory, driver: 
 
 
 def make_engine(name: str, address: str, **kwargs: object) -> Engine:
-    return Engine(name, address, kwargs=kwargs)
+    return Engine(name, address, kwargs=kwargs, limits=PATIENT)
 
 
 @pytest.mark.parametrize("delta", ["off", "on", "zstd"])

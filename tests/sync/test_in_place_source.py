@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.sync.host_driver import HostDriver
 from tests.sync.parts import (
+    PATIENT,
     PROPERTY,
     WAIT_S,
     Engine,
@@ -203,7 +204,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def make_engine(name: str, address: str, **kwargs: object) -> Engine:
-    return Engine(name, address, kwargs=kwargs)
+    return Engine(name, address, kwargs=kwargs, limits=PATIENT)
 
 
 def test_versions_reach_engines_on_the_device_on_the_host_and_by_wire(
