@@ -262,3 +262,25 @@ EXPORTED uint64_t weightcast_digest(int level, const uint64_t *table, size_t ite
 #endif
     return sum;
 }
+
+/* A box of weightcast_digest, with its target; the order of fields is that of BOX_FIELDS in host_passes.py. */
+typedef struct {
+    uint64_t itemsize, num_dims;
+    const size_t *shape, *offset;
+    const ptrdiff_t *source_strides, *target_strides;
+    const uint8_t *source;
+    uint8_t *target;
+    uint64_t streams;
+} box_t;
+
+/* The same for `count` boxes, one after the other: chunks have many, and a call from Python costs as much as a copy. */
+EXPORTED void weightcast_digest_boxes(int level, const uint64_t *table, size_t count, const box_t *boxes,
+                                      uint64_t *digests)
+{
+    for (size_t number = 0; number < count; number++) {
+        const box_t *box = &boxes[number];
+        digests[number] = weightcast_digest(level, table, box->itemsize, box->num_dims, box->shape, box->offset,
+                                            box->source, box->source_strides, box->target, box->target_strides,
+                                            box->streams != 0);
+    }
+}

@@ -134,16 +134,19 @@ class Arrival:
         num_left = len(self.staging.order[rank]) - num_asked
         if rank not in self.reached:
             return 1
-        return (size_device_run if self._lands_runs(rank) else size_run)(num_asked, num_left, self.chunk_bytes)
+        return (size_device_run if self._lands_on_device(rank) else size_run)(num_asked, num_left, self.chunk_bytes)
 
     def _lands_runs(self, rank: int) -> bool:
-        return self.staging is not None and self.staging.lands_runs and self.reached.get(rank) == ON_DEVICE
+        return self.staging is not None and self.reached.get(rank) == self.staging.run_kind
+
+    def _lands_on_device(self, rank: int) -> bool:
+        return self._lands_runs(rank) and self.reached[rank] == ON_DEVICE
 
     @property
     def _max_under_way(self) -> int:
         """How many chunks may be asked for; of those that are read on a device, nothing is on its way."""
         limit = self.limits.under_way_chunks
-        return max(limit, 2 * MAX_RUN_CHUNKS) if any(map(self._lands_runs, self.reached)) else limit
+        return max(limit, 2 * MAX_RUN_CHUNKS) if any(map(self._lands_on_device, self.reached)) else limit
 
     def _find_run(self, rank: int, place: int) -> int:
         """How many chunks from a place in the order on, read neighbours of one base, are asked for in one message."""

@@ -10,10 +10,10 @@ import numpy as np
 
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_landing import RunLanding
-from weightcast.sync.device_staging import DeviceStaging
 from weightcast.sync.errors import WireError
 from weightcast.sync.host_bytes import ChunkBytes
 from weightcast.sync.messages import ChunkHeader
+from weightcast.sync.run_staging import RunBytes, RunStaging
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.transports.reaches import Reaches
 
@@ -50,13 +50,15 @@ class ChunkReader:
         return self._scratch[:num_bytes]
 
     def begin_run(self, rank: int, header: ChunkHeader) -> RunLanding | None:
-        """Begin to copy a run of chunks to their places on this engine's device; None where they come one by one."""
+        """Begin to copy a run of chunks to their places; None where they come one by one."""
         arrival, reach = self._subscription.arrival, self._reaches.get(rank)
         if arrival is None or reach is None or not arrival.lands_run(rank, header):
             return None
         span = arrival.find_bytes(rank, header.index, header.count)
         if span is None or span[0] + span[1] > reach.num_bytes:
             return None
-        there = reach.device_view(*span) if reach.scattered is None else reach.scattered
-        assert isinstance(arrival.staging, DeviceStaging)
+        assert isinstance(arrival.staging, RunStaging)
+        there: RunBytes | None = reach.scattered
+        if there is None:
+            there = reach.view(*span) if arrival.staging.device is None else reach.device_view(*span)
         return None if there is None else arrival.staging.begin_run(rank, header, there)

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from weightcast.sync.packer import slices_within
+from weightcast.sync.piece_views import slices_within
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.source import WeightSource
 from weightcast.sync.wanted import WantedRegions, check_wanted, cut_for

@@ -7,16 +7,30 @@ landing.passes.launch(first, count, places, find_source, find_target)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from weightcast.sync.chunks import Piece
-from weightcast.sync.device_passes import ChunkPasses, RunningPass
+from weightcast.sync.device_passes import ChunkPasses
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.pass_plan import PLACE_FIELDS, Int64Array, find_stride
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.scattered import ScatteredBytes
+
+
+class RunningRun(Protocol):
+    """Chunks that are being brought to their places."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to wait for."""
+        ...
+
+    def digests(self) -> list[int]:
+        """Of each piece; when this returns all are in their places. Once only."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +38,7 @@ class RunLanding:
     """Whole chunks, neighbours, on their way to their places in the memory of `owner`, a staging."""
 
     owner: object
-    running: RunningPass
+    running: RunningRun
     num_bytes: int
 
     def __len__(self) -> int:

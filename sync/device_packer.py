@@ -25,11 +25,12 @@ from weightcast.sync.chunks import ALIGNMENT_BYTES, Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_bits import aligned, count_changes_on_device, encode_chunk_on_device, view_on_device
 from weightcast.sync.device_passes import ChunkPasses, RunningPass
-from weightcast.sync.device_pieces import find_owners, place_within, share_out
+from weightcast.sync.device_pieces import place_within, share_out
 from weightcast.sync.digest import add_digests
 from weightcast.sync.limits import size_device_run
-from weightcast.sync.packer import Packer, PackMode, slices_within
+from weightcast.sync.packer import Packer, PackMode
 from weightcast.sync.pass_plan import PLACE_FIELDS
+from weightcast.sync.piece_views import slices_within
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.snapshot import MAX_DELTA_SHARE, ChunkState, Snapshot
 from weightcast.sync.version import Version
@@ -106,7 +107,6 @@ class DevicePacker(Packer):
             start = end
         self._states = states
         self._passes = ChunkPasses(chunks, self._dtypes, there.device)
-        self._owners_of = find_owners(chunks, regions)
         self._made_bytes = [
             sum(piece.num_bytes for piece, n in zip(chunk.pieces, owners, strict=True) if held[regions[n]].is_made)
             for chunk, owners in zip(chunks, self._owners_of, strict=True)
@@ -237,11 +237,11 @@ class DevicePacker(Packer):
         for state in map(self._state, range(first, first + count)):
             buffer = state.there if fresh is None else fresh
             address, end = buffer.data_ptr(), 0
-            for piece in state.chunk.pieces:
+            for piece, owner in zip(state.chunk.pieces, self._owners_of[state.chunk.index], strict=True):
                 if fresh is not None and end < piece.start_byte:
                     buffer[end : piece.start_byte] = 0  # it had other chunks before
                 end = piece.start_byte + piece.num_bytes
-                region, live = self._find(piece.region)
+                region, live = self._regions[owner], self._take(owner)
                 found.append((piece, region, live, buffer))
                 source = place_within(piece.region, region, live, self._dtypes[region.name], buffer.device)
                 rows.append((*source, address + piece.start_byte, next(row_lanes)))

@@ -71,6 +71,7 @@ class RunningPass:
     _sums: torch.Tensor
     _held: Sequence[object]
     _end: torch.cuda.Event | None
+    is_done = False
 
     def digests(self) -> list[int]:
         """Of each piece; when this returns, the device is done with them. Once only."""

@@ -16,55 +16,30 @@ from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.delta_torch import apply_on_device
 from weightcast.sync.device_bits import aligned, view_on_device
-from weightcast.sync.device_landing import LandingPasses, RunLanding
+from weightcast.sync.device_landing import LandingPasses
 from weightcast.sync.device_passes import RunningPass
 from weightcast.sync.digest_torch import as_digests, region_sum
 from weightcast.sync.host_bytes import ChunkBytes, check_size, elements_of, writable
-from weightcast.sync.landing import Body
+from weightcast.sync.host_pieces import HostPieces
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.pass_plan import Int64Array
 from weightcast.sync.regions import TensorSpec
+from weightcast.sync.run_staging import HostStaging, RunBytes, RunStaging
 from weightcast.sync.scattered import ScatteredBytes
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
 
-class DeviceStaging(Staging):
+class DeviceStaging(RunStaging):
     """See the module. `land` waits for the device, so that a source may overwrite what was read of it."""
 
-    lands_runs = True
+    run_kind = "cuda_ipc"
     _addresses: Int64Array | None = None
 
     def open_landing(self, rank: int, header: ChunkHeader, num_bytes: int, scratch: ByteArray) -> None:
         """Nowhere: what is received comes to host memory first."""
-
-    def land(self, rank: int, header: ChunkHeader, body: Body | None, *, is_hashed: bool = True) -> None:
-        """See `Staging`; also for a run that was begun, of chunks that are all missing."""
-        if not isinstance(body, RunLanding):
-            super().land(rank, header, body, is_hashed=is_hashed)
-            return
-        assert body.owner is self and not is_hashed and header.encoding == "dense"
-        found = iter(body.running.digests())
-        for chunk in self.layouts[rank].chunks[header.index : header.index + header.count]:
-            digests = tuple((piece.region.name, next(found)) for piece in chunk.pieces)
-            self._shadow.note((rank, chunk.index), self.version)
-            self._add((rank, chunk.index), digests)
-        self.num_bytes += len(body)
-
-    def begin_run(self, rank: int, header: ChunkHeader, there: torch.Tensor | ScatteredBytes) -> RunLanding:
-        """Begin to copy whole chunks, all missing, to their places. `there` are their bytes on a source's device.
-
-        They lie together, or are found among all of the source's where those lie here and there.
-        What is returned is landed as any body is; other runs may be begun before that, none of the same chunks.
-        """
-        keys = [(rank, index) for index in range(header.index, header.index + header.count)]
-        assert all(key in self._missing for key in keys)
-        self._shadow.forget(keys)
-        starts = self.layouts[rank].start_bytes
-        num_bytes = starts[header.index + header.count] - starts[header.index]
-        return RunLanding(self, self._launch(rank, header.index, header.count, there), num_bytes)
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)
@@ -72,8 +47,9 @@ class DeviceStaging(Staging):
         came = body if isinstance(body, torch.Tensor) else torch.from_numpy(writable(body))
         return tuple(self._launch(*key, 1, came.to(self.device)).digests())
 
-    def _launch(self, rank: int, first: int, count: int, came: torch.Tensor | ScatteredBytes) -> RunningPass:
+    def _launch(self, rank: int, first: int, count: int, came: RunBytes) -> RunningPass:
         """Bring the pieces of chunks whose bytes lie on the device to their places, and digest each."""
+        assert not isinstance(came, np.ndarray | HostPieces)
         landing = self._shadow.landings.get(rank)
         if landing is None:
             assert self.device is not None
@@ -117,4 +93,4 @@ def make_staging(
     version: Version, specs: Sequence[TensorSpec], layouts: Mapping[int, SourceLayout], shadow: Shadow
 ) -> Staging:
     """A staging of `version` where the shadow's tensors lie."""
-    return (Staging if shadow.device is None else DeviceStaging)(version, specs, layouts, shadow)
+    return (HostStaging if shadow.device is None else DeviceStaging)(version, specs, layouts, shadow)

@@ -36,7 +36,7 @@ _MAX_TABLE_BYTES = 1 << 17
 MASK = (1 << 64) - 1
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # From here on a copy that is not read again soon leaves the cache alone.
-_MIN_STREAM_BYTES = 256 << 10
+MIN_STREAM_BYTES = 256 << 10
 # Steps of splitmix64 (Steele, Lea, Flood 2014), a mixer whose output for 0, 1, 2, ... passes as random.
 _GAMMA, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -51,7 +51,7 @@ def region_digest(data: torch.Tensor, region: Region, *, level: str | None = Non
         return 0
     level = level if level is not None else digest_kernel.available_levels()[-1]
     if level != digest_kernel.NUMPY and digest_kernel.can_take(data):
-        return digest_kernel.digest(_block_weights(), data, region, level=level)
+        return digest_kernel.digest(block_weights(), data, region, level=level)
     return _digest_by_numpy(data.detach().reshape(-1).view(torch.uint8).numpy(), region, data.element_size())
 
 
@@ -86,8 +86,8 @@ def copy_with_digest(
     if level == digest_kernel.NUMPY or source.dtype != target.dtype or not takes_both:
         target.detach().copy_(source)
         return region_digest(target.detach().contiguous().cpu(), region, level=level)
-    streams = not reread and target.numel() * target.element_size() >= _MIN_STREAM_BYTES
-    return digest_kernel.digest(_block_weights(), source, region, target, streams=streams, level=level)
+    streams = not reread and target.numel() * target.element_size() >= MIN_STREAM_BYTES
+    return digest_kernel.digest(block_weights(), source, region, target, streams=streams, level=level)
 
 
 def copy_bytes_with_digest(
@@ -100,9 +100,9 @@ def copy_bytes_with_digest(
     level = digest_kernel.available_levels()[-1]
     is_copied = target.ctypes.data != source.ctypes.data
     if level != digest_kernel.NUMPY:
-        streams = is_copied and target.nbytes >= _MIN_STREAM_BYTES
+        streams = is_copied and target.nbytes >= MIN_STREAM_BYTES
         into = target if is_copied else None
-        weights = _block_weights()
+        weights = block_weights()
         return digest_kernel.digest_bytes(weights, source, region, dtype.itemsize, into, level=level, streams=streams)
     if is_copied:
         np.copyto(target, source)
@@ -168,7 +168,7 @@ def _as_lanes(rows: npt.NDArray[np.uint8], start_byte: int) -> tuple[UInt64Array
 
 
 @lru_cache(maxsize=1)
-def _block_weights() -> UInt64Array:
+def block_weights() -> UInt64Array:
     """The weights of a whole block's lanes."""
     return coordinate_weights(0, 0, BLOCK_LANES)
 

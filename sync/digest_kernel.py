@@ -31,6 +31,8 @@ def _load() -> ctypes.CDLL | None:
         *(pointer, pointer, pointer, pointer, ctypes.c_int),
     ]
     library.weightcast_digest.restype = ctypes.c_uint64
+    library.weightcast_digest_boxes.argtypes = [ctypes.c_int, pointer, size, pointer, pointer]
+    library.weightcast_digest_boxes.restype = None
     return library
 
 
@@ -104,6 +106,18 @@ def digest_bytes(
         *(source.ctypes.data, strides),
         *((None, None) if target is None else (target.ctypes.data, strides)),
         streams,
+    )
+    return found
+
+
+def digest_boxes(table: npt.NDArray[np.uint64], boxes: npt.NDArray[np.int64], *, level: str) -> npt.NDArray[np.uint64]:
+    """The same of many boxes, none of them empty: rows of `host_passes.BOX_FIELDS`, which point to what lives on."""
+    library = _load()
+    assert library is not None and level in available_levels() and level != NUMPY, level
+    assert boxes.flags.c_contiguous and boxes.ndim == 2, boxes.shape
+    found = np.zeros(len(boxes), np.uint64)
+    library.weightcast_digest_boxes(
+        LEVELS.index(level), table.ctypes.data, len(boxes), boxes.ctypes.data, found.ctypes.data
     )
     return found
 

@@ -12,6 +12,8 @@ from weightcast.sync.messages import MAX_RUN_CHUNKS
 MAX_CREDIT_CHUNKS = 64
 # Of chunks that are read and not sent so much is asked for at once: a message costs more than reading a chunk.
 _RUN_BYTES = 32 << 20
+# So much is packed by one call: few enough for an engine that is sent chunks not to wait.
+_PACKING_RUN_BYTES = 16 << 20
 # On a device a hand-over takes as long as to copy this much there,
 _DEVICE_RUN_BYTES = 512 << 20
 # and this much is enough to make it nothing.
@@ -52,6 +54,14 @@ def size_run(num_asked: int, num_left: int, chunk_bytes: int) -> int:
     a version waits until the last run is read.
     """
     return max(1, min(MAX_RUN_CHUNKS, _RUN_BYTES // chunk_bytes, num_asked + 1, num_left // 4))
+
+
+def size_packing_run(num_done: int, num_left: int, chunk_bytes: int) -> int:
+    """How many chunks a source packs at once in host memory, when so many are done and are left; at least one.
+
+    In step with the runs that engines ask for.
+    """
+    return min(size_run(num_done, num_left, chunk_bytes), max(1, _PACKING_RUN_BYTES // max(1, chunk_bytes)))
 
 
 def size_device_run(num_done: int, num_left: int, chunk_bytes: int) -> int:

@@ -14,7 +14,7 @@ somebody wants to be sent are copied to the host when they are asked for.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,50 +24,18 @@ from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_packer import MAX_MADE_BYTES
 from weightcast.sync.device_passes import ChunkPasses, RunningPass
-from weightcast.sync.device_pieces import find_owners, share_out, step_within
+from weightcast.sync.device_pieces import share_out, step_within
 from weightcast.sync.digest import add_digests
-from weightcast.sync.packer import Packer, PackMode, slices_within, view_piece
+from weightcast.sync.live_chunks import LiveChunkState, LiveSnapshot
+from weightcast.sync.packer import Packer, PackMode
 from weightcast.sync.pass_plan import PLACE_FIELDS, Int64Array
+from weightcast.sync.piece_views import slices_within, view_piece
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
-from weightcast.sync.snapshot import ChunkState, Snapshot
+from weightcast.sync.snapshot import Snapshot
 from weightcast.sync.transports.cuda_ipc_live import ExposedLive, expose_live, find_device
 from weightcast.sync.version import Version
 
 logger = logging.getLogger(__name__)
-
-
-class LiveChunkState(ChunkState):
-    """A chunk whose bits are the weights themselves; the host's copy is made when it is looked at."""
-
-    __slots__ = ("_host", "_read", "is_live", "is_stale")
-
-    def __init__(self, chunk: Chunk, host: ByteArray, read: Callable[[Chunk, ByteArray], None]) -> None:
-        self._read = read
-        self.is_stale = True
-        self.is_live = False
-        """Whether there is nothing to be packed of it."""
-        super().__init__(chunk, (), host, 0)
-
-    @property
-    def bits(self) -> ByteArray:
-        """The chunk's bytes on the host."""
-        if self.is_stale:
-            self._read(self.chunk, self._host)
-            self.is_stale = False
-        return self._host
-
-    @bits.setter
-    def bits(self, host: ByteArray) -> None:
-        self._host, self.is_stale = host, True
-
-
-class LiveSnapshot(Snapshot):
-    """`num_ready` counts chunks that are digested; those of which nothing is packed are ready before."""
-
-    def is_ready(self, index: int) -> bool:
-        """See `Snapshot`."""
-        state = self.states[index] if index < len(self.states) else None
-        return Snapshot.is_ready(self, index) or (isinstance(state, LiveChunkState) and state.is_live)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +62,6 @@ class LivePacker(Packer):
         self._passes = ChunkPasses(chunks, self._dtypes, self._device)
         self._live_states = [LiveChunkState(state.chunk, state.bits, self._read) for state in self._states]
         self._states = list(self._live_states)
-        self._owners_of = find_owners(chunks, regions)
         self._pieces = [
             (piece, owner)
             for chunk, owners in zip(chunks, self._owners_of, strict=True)
@@ -113,7 +80,6 @@ class LivePacker(Packer):
         self._copied_bytes: list[int] = []
         self._totals = [0] * len(regions)
         self._ahead: _Run | None = None
-        self._taken: tuple[int, torch.Tensor] | None = None
 
     # Where the weights lie
 

@@ -12,16 +12,23 @@ change its parameters.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from weightcast.sync.chunk_delta import ChunkDelta, count_changes, encode_chunk, list_parts
-from weightcast.sync.chunks import Chunk, Piece
+from weightcast.sync.chunks import Chunk
 from weightcast.sync.delta_format import ByteArray
+from weightcast.sync.device_pieces import find_owners
 from weightcast.sync.digest import add_digests, copy_with_digest
 from weightcast.sync.errors import SourceError
+from weightcast.sync.host_packing import PackingPasses
+from weightcast.sync.host_passes import has_passes
+from weightcast.sync.limits import size_packing_run
+from weightcast.sync.piece_views import slices_within, view_piece
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
 from weightcast.sync.snapshot import MAX_DELTA_SHARE, ChunkState, Snapshot
 from weightcast.sync.version import Version
@@ -60,10 +67,11 @@ class Packer:
         ]
         self._mode: PackMode = "off"
         self._rereads = True
-        self._digests: dict[Region, int] = {}
-        self._owners: Iterator[tuple[Region, torch.Tensor]] = iter(())
-        self._owner: tuple[Region, torch.Tensor] | None = None
-        self._left_elements = 0
+        self._chunks = chunks
+        self._host_passes: PackingPasses | None = None
+        self._owners_of = find_owners(chunks, regions)
+        self._taken: tuple[int, torch.Tensor] | None = None
+        self._sums: npt.NDArray[np.uint64] = np.zeros(len(regions), np.uint64)
 
     def move(self, arena: ByteArray) -> None:
         """Go on in other memory, with the same bits: the old arena is still read by somebody."""
@@ -81,9 +89,8 @@ class Packer:
         self._rereads = rereads or self._mode != "off"
         self.delta_bytes = 0
         self.changed_elements = None if self._mode == "off" else 0
-        self._digests = dict.fromkeys(self._regions, 0)
-        self._owners = self._walk_regions()
-        self._left_elements = 0
+        self._sums[:] = 0
+        self._taken = None
         return Snapshot(version, self._states, prefer_packed=self._mode == "zstd")
 
     def pack_next(self, snapshot: Snapshot) -> None:
@@ -101,11 +108,39 @@ class Packer:
 
     def pack_run(self, snapshot: Snapshot) -> None:
         """Pack the next chunk, and as many after it as are best packed together."""
-        self.pack_next(snapshot)
+        count = self._count_whole(snapshot.num_ready)
+        if count < 2:
+            self.pack_next(snapshot)
+        else:
+            self._pack_whole(snapshot, count)
+
+    def _count_whole(self, first: int) -> int:
+        """How many chunks from `first` on, which nothing is compared with, are packed by one call."""
+        if not has_passes():
+            return 0
+        states = self._states[first : first + size_packing_run(first, len(self._states) - first, len(self._scratch))]
+        return sum(1 for _ in takewhile(lambda state: self._mode == "off" or state.version is None, states))
+
+    def _pack_whole(self, snapshot: Snapshot, count: int) -> None:
+        if self._host_passes is None:
+            self._host_passes = PackingPasses(self._chunks, self._regions, self._dtypes, self._owners_of)
+        first = snapshot.num_ready
+        states = self._states[first : first + count]
+        for state in states:
+            # Should the copy break off, these bits are no version's.
+            state.version = None
+        owners = range(self._owners_of[first][0], self._owners_of[first + count - 1][-1] + 1)
+        lives = {owner: self._take(owner) for owner in owners}
+        digests = self._host_passes.run(first, count, self.arena, lives, self._sums, streams=not self._rereads)
+        for state, found in zip(states, digests, strict=True):
+            state.digests = found
+            state.advance(snapshot.version, None)
+            self.delta_bytes += state.chunk.num_bytes
+        snapshot.num_ready += count
 
     def digests(self) -> tuple[int, ...]:
         """The digest of each region, once all chunks are packed."""
-        return tuple(self._digests.values())
+        return tuple(self._sums.tolist())
 
     def _pack_change(self, state: ChunkState, version: Version) -> None:
         fresh = self._scratch[: state.chunk.num_bytes]
@@ -130,21 +165,23 @@ class Packer:
     def _fill(self, state: ChunkState, buffer: ByteArray) -> None:
         """Copy a chunk's pieces from their live views into `buffer`, and digest them while they are in cache."""
         end, digests = 0, []
-        for piece in state.chunk.pieces:
+        for piece, owner in zip(state.chunk.pieces, self._owners_of[state.chunk.index], strict=True):
             buffer[end : piece.start_byte] = 0  # the scratch buffer had other chunks before
             end = piece.start_byte + piece.num_bytes
-            region, live = self._find(piece.region)
+            region, live = self._regions[owner], self._take(owner)
             target = view_piece(piece, self._dtypes[region.name], buffer)
             source = live[slices_within(piece.region, region)]
             digest = copy_with_digest(target, source, piece.region, reread=self._rereads)
-            self._digests[region] = add_digests(self._digests[region], digest)
+            self._sums[owner] = add_digests(int(self._sums[owner]), digest)
             digests.append(digest)
         state.digests = digests
 
-    def _walk_regions(self) -> Iterator[tuple[Region, torch.Tensor]]:
-        for region in self._regions:
-            if region.numel:
-                yield region, self._check_shape(region, self._held[region].live())
+    def _take(self, owner: int) -> torch.Tensor:
+        """The live view of a region, by its number, taken once for its pieces, which come one after the other."""
+        if self._taken is None or self._taken[0] != owner:
+            region = self._regions[owner]
+            self._taken = owner, self._check_shape(region, self._held[region].live())
+        return self._taken[1]
 
     def _check_shape(self, region: Region, live: torch.Tensor) -> torch.Tensor:
         if live.shape != region.shape:
@@ -154,32 +191,9 @@ class Packer:
             )
         return live
 
-    def _find(self, piece: Region) -> tuple[Region, torch.Tensor]:
-        """The region around `piece`, and its live view, taken once a region: pieces come in the order of regions."""
-        if not self._left_elements:
-            self._owner = next(self._owners)
-            self._left_elements = self._owner[0].numel
-        assert self._owner is not None and piece.name == self._owner[0].name
-        self._left_elements -= piece.numel
-        return self._owner
-
 
 def _cut(arena: ByteArray, chunks: Sequence[Chunk]) -> Iterator[ByteArray]:
     start = 0
     for chunk in chunks:
         yield arena[start : start + chunk.num_bytes]
         start += chunk.num_bytes
-
-
-def slices_within(piece: Region, region: Region) -> tuple[slice, ...]:
-    """Where a piece lies in the view of the region around it."""
-    return tuple(
-        slice(start - base, start - base + size)
-        for start, base, size in zip(piece.offset, region.offset, piece.shape, strict=True)
-    )
-
-
-def view_piece(piece: Piece, dtype: torch.dtype, buffer: ByteArray) -> torch.Tensor:
-    """The piece's place in a chunk's bytes, as a tensor of the piece's shape."""
-    raw = torch.from_numpy(buffer[piece.start_byte : piece.start_byte + piece.num_bytes])
-    return raw.view(dtype).view(piece.region.shape)

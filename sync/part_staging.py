@@ -24,8 +24,8 @@ from weightcast.sync.landing import Body, Landing
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.model_view import ModelView
-from weightcast.sync.packer import slices_within, view_piece
 from weightcast.sync.part_plan import KeptPart, KeptPiece, PartPlan
+from weightcast.sync.piece_views import slices_within, view_piece
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.staging import Staging
@@ -194,7 +194,7 @@ class PartStaging(Staging):
 class DevicePartStaging(PartStaging, DeviceStaging):
     """The same in a device's memory; chunk by chunk, of which parts are kept."""
 
-    lands_runs = False
+    run_kind = ""
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)

@@ -66,11 +66,12 @@ class WeightPublisher:
     room for one more copy of this rank's share (`device_packer.py`), and with `expose=("cuda_ipc",)`, which has that
     copy anyway and from which engines' GPUs read.
 
-    With `in_place` engines of this host that stage on the same GPU read the parameters themselves (`live_packer.py`):
-    the source writes nothing and keeps no copy on the device. It takes `expose=("cuda_ipc",)` and `delta="off"`. The
-    weights must stay as they are until the fleet serves the version: `publish`, `begin` without `hold` and the
-    publication's `packed` return then. An engine that joins later, or that the policy did not wait for, is given the
-    next version. CUDA shares whole segments of torch's allocator, whatever else lies in them (`cuda_ipc_live.py`).
+    With `in_place` the weights are read and sent where they lie, and this rank keeps no copy of its share. They must
+    stay as they are until the fleet serves the version: `publish`, `begin` without `hold` and the publication's
+    `packed` return then. An engine that joins later, or that the policy did not wait for, is given the next version.
+    It takes `delta="off"`. With `expose=("cuda_ipc",)` engines of this host that stage on the same GPU read parameters
+    there (`live_packer.py`), and CUDA shares whole segments of torch's allocator, whatever else lies in them. Otherwise
+    it is for weights in host memory (`host_live.py`), whose storages move into shared memory if that is exposed.
     Weights that cannot be read so are packed; where none can, all are, and a warning says why.
 
     Raises `AddressError` when the address cannot be had, `SourceError` when tensor names repeat, `ConfigError`.
@@ -97,7 +98,7 @@ class WeightPublisher:
             allowed = ", ".join(get_args(DeltaMode))
             raise ConfigError(f"delta={delta!r} with history={history}: use one of {allowed}, and 0 or more versions")
         kinds = choose_kinds(expose, address, keys)
-        check_in_place(in_place, delta, kinds)
+        check_in_place(in_place, delta)
         self._share = Share(source, history, kinds, keeps_bits_on_device=delta in ("on", "zstd"), in_place=in_place)
         self._timeout_s = timeout_s
         self._last_number = -1

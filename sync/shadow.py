@@ -19,6 +19,7 @@ import torch
 
 from weightcast.sync.device_landing import LandingPasses
 from weightcast.sync.device_pool import DevicePool
+from weightcast.sync.host_landing import HostLanding
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version
@@ -99,6 +100,8 @@ class Shadow:
         self._addresses: dict[str, int] = {}
         self.landings: dict[int, LandingPasses] = {}
         """By source rank, how chunks come to tensors on a device."""
+        self.host_landings: dict[int, HostLanding] = {}
+        """The same for tensors of the host."""
 
     def open(self, layouts: Mapping[int, SourceLayout], specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
         """The model's tensors, in HF order.
@@ -110,6 +113,7 @@ class Shadow:
             self._versions.clear()
             self.rests.clear()
             self.landings.clear()
+            self.host_landings.clear()
             self._layouts, self._specs = layouts, specs
         if self._whole is not None:
             for layout in layouts.values():

@@ -7,11 +7,14 @@ share.tickets                                                   # how engines ma
 
 import logging
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from weightcast.sync.chunks import Chunk, lay_out_chunks
+from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_packer import DevicePacker
 from weightcast.sync.device_room import find_room
 from weightcast.sync.errors import ConfigError, ReachError
+from weightcast.sync.host_live import HostLivePacker
 from weightcast.sync.live_packer import LivePacker
 from weightcast.sync.packer import Packer
 from weightcast.sync.records import Ticket
@@ -20,16 +23,17 @@ from weightcast.sync.snapshot import allocate_arena
 from weightcast.sync.source import WeightSource
 from weightcast.sync.transports.reaches import Arena, check_kinds, make_arena
 
+AnyLivePacker: TypeAlias = LivePacker | HostLivePacker
+
 logger = logging.getLogger(__name__)
 
 
-def check_in_place(in_place: bool, delta: str, kinds: Sequence[str]) -> None:
-    """`ConfigError` for what does not go with weights that engines read themselves."""
-    if in_place and (delta != "off" or "cuda_ipc" not in kinds):
+def check_in_place(in_place: bool, delta: str) -> None:
+    """`ConfigError` for what does not go with weights that are read where they lie."""
+    if in_place and delta != "off":
         raise ConfigError(
-            f"in_place=True with delta={delta!r} and expose={kinds}: engines read the parameters themselves, by CUDA "
-            'IPC alone, and there is no former version to compare with; use delta="off" and expose=("cuda_ipc",), or '
-            "leave out in_place"
+            f"in_place=True with delta={delta!r}: the weights are read where they lie, and there is no former version "
+            'to compare with; use delta="off", or leave out in_place'
         )
 
 
@@ -59,7 +63,7 @@ class Share:
         self._expose = check_kinds(expose)
         self._keeps_bits_on_device = keeps_bits_on_device
         self._in_place = in_place
-        self._live: LivePacker | None = None
+        self._live: AnyLivePacker | None = None
         self._laid_out: tuple[tuple[Region, ...], int] | None = None
         self._packer: Packer | None = None
         self._arena: Arena | None = None
@@ -87,14 +91,14 @@ class Share:
     def _lay_out(self, regions: tuple[Region, ...], chunk_bytes: int) -> tuple[Chunk, ...]:
         return lay_out_chunks(regions, {spec.name: spec.dtype for spec in self.specs}, chunk_bytes)
 
-    def _prepare_live(self, regions: tuple[Region, ...], chunk_bytes: int, *, is_read: bool) -> LivePacker | None:
+    def _prepare_live(self, regions: tuple[Region, ...], chunk_bytes: int, *, is_read: bool) -> AnyLivePacker | None:
         """As `prepare`, where engines can read the weights themselves; once they cannot None, and never again."""
         try:
             if self._live is None or self._laid_out != (regions, chunk_bytes):
                 self.close()
                 chunks = self._lay_out(regions, chunk_bytes)
                 arena = allocate_arena(sum(chunk.num_bytes for chunk in chunks))
-                self._live = LivePacker(self.held, self._specs_by_name, regions, chunks, arena)
+                self._live = self._make_live(regions, chunks, arena)
                 self._laid_out = (regions, chunk_bytes)
             elif is_read:
                 self._live.move(allocate_arena(self._live.num_bytes))
@@ -104,6 +108,12 @@ class Share:
             self.close()
             self._in_place, self._live, self._laid_out = False, None, None
         return self._live
+
+    def _make_live(self, regions: tuple[Region, ...], chunks: tuple[Chunk, ...], arena: ByteArray) -> AnyLivePacker:
+        arguments = (self.held, self._specs_by_name, regions, chunks, arena)
+        if "cuda_ipc" in self._expose:
+            return LivePacker(*arguments)
+        return HostLivePacker(*arguments, shares="shared_memory" in self._expose)
 
     def _make_packer(self, regions: tuple[Region, ...], chunks: tuple[Chunk, ...], arena: Arena) -> Packer:
         there = arena.device_memory

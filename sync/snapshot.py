@@ -42,6 +42,13 @@ class Body:
     encoding: str
     base: Version | None = None
     data: memoryview | None = None
+    spread: tuple[memoryview, ...] = ()
+    """In place of `data`, where it lies in several places."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what follows the header."""
+        return sum(map(len, self.spread)) if self.data is None else len(self.data)
 
     def hash(self) -> bytes:
         """The xxh3-128 of the data."""
@@ -64,6 +71,10 @@ class ChunkState:
         self.digests: Sequence[int] = ()
         """Of each piece, as it was packed last."""
         self.steps: deque[Step] = deque(maxlen=history)
+
+    def views(self) -> tuple[memoryview, ...]:
+        """Its bits where they lie, if those are several places; see `host_live`."""
+        return ()
 
     def piece_digests(self) -> Sequence[int]:
         """The digest of each piece of what was packed last."""
@@ -115,10 +126,11 @@ class Snapshot:
         """Whether chunk `index` is packed; pages of digests, which follow the chunks, are there with the last one."""
         return index < self.num_ready or (index >= len(self.states) and self.num_ready == len(self.states))
 
-    def body(self, index: int, base: Version | None, *, reached: bool = False) -> Body:
+    def body(self, index: int, base: Version | None, *, reached: bool = False, spreads: bool = False) -> Body:
         """The answer to a request for a chunk that is ready.
 
-        With `reached` the receiver reads the arena by itself, and is only told that it may.
+        With `reached` the receiver reads the arena by itself, and is only told that it may. With `spreads` a whole
+        chunk may come in several places.
         """
         if index >= len(self.states):
             # Pages of digests are sent, and lie in no memory that is read.
@@ -130,6 +142,8 @@ class Snapshot:
             return body
         if reached:
             return Body("dense")
+        if spreads and (views := state.views()):
+            return Body("dense", None, None, views)
         return Body("dense", None, state.bits.data.toreadonly())
 
     def _body_since(self, state: ChunkState, index: int, base: Version, reached: bool) -> Body | None:

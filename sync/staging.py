@@ -24,7 +24,7 @@ from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_hash, check_s
 from weightcast.sync.landing import Body, Landing
 from weightcast.sync.layout import SourceLayout
 from weightcast.sync.messages import ChunkHeader
-from weightcast.sync.packer import view_piece
+from weightcast.sync.piece_views import view_piece
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.shadow import ChunkKey, Shadow
 from weightcast.sync.stopwatch import Stopwatch
@@ -34,7 +34,7 @@ from weightcast.sync.version import Version
 class Staging:
     """See the module; `device_staging` has the one whose tensors are on a device."""
 
-    lands_runs = False  # whether `land` takes a header of many chunks
+    run_kind = ""  # the kind of memory of which `land` takes a header of many chunks (`run_staging`)
 
     def __init__(
         self, version: Version, specs: Sequence[TensorSpec], layouts: Mapping[int, SourceLayout], shadow: Shadow

@@ -210,7 +210,10 @@ class SubscriberLoop:
                 self._carry_out(self._land(before))
             elif received is None:
                 return
-            if received is not None:
+            if begun is not None and isinstance(begun.buffer, RunLanding) and begun.buffer.running.is_done:
+                self._carry_out(self._land(begun))  # the next one is asked for at once
+                num_turns, begun = num_turns + 1, None
+            elif received is not None:
                 num_turns += 1 if begun is not None else received.header.count
                 for one in received.one_by_one() if begun is None else ():
                     self._carry_out(self._land(one))

@@ -87,6 +87,11 @@ def _populate(mapping: mmap.mmap, advice: int, deadline_s: float | None) -> bool
     return True
 
 
+def populate(mapping: mmap.mmap, deadline_s: float) -> None:
+    """Map the pages of what is read, until the deadline (monotonic). `OSError`."""
+    _populate(mapping, _MADV_POPULATE_READ, deadline_s)
+
+
 def map_arena(descriptor: int, num_bytes: int, timeout_s: float) -> npt.NDArray[np.uint8]:
     """The arena behind `descriptor` as a read-only array; `descriptor` is not needed afterwards.
 
@@ -106,7 +111,7 @@ def map_arena(descriptor: int, num_bytes: int, timeout_s: float) -> npt.NDArray[
     mapping = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
-        _populate(mapping, _MADV_POPULATE_READ, deadline_s)
+        populate(mapping, deadline_s)
     return np.frombuffer(mapping, np.uint8)
 
 

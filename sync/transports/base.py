@@ -19,6 +19,7 @@ import zmq
 
 from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.effects import Request
+from weightcast.sync.host_pieces import HostPieces
 from weightcast.sync.landing import Landing
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.scattered import ScatteredBytes
@@ -155,8 +156,8 @@ class Reach(Protocol):
         ...
 
     @property
-    def scattered(self) -> ScatteredBytes | None:
-        """Where the bytes lie, if not in one piece of a device's memory; `device_view` then copies them together."""
+    def scattered(self) -> ScatteredBytes | HostPieces | None:
+        """Where the bytes lie, if not in one piece of memory; `device_view` or `read` then copies them together."""
         ...
 
     def view(self, start_byte: int, num_bytes: int) -> ByteArray | None:

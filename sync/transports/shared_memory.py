@@ -13,7 +13,6 @@ import hmac
 import os
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +21,22 @@ import numpy.typing as npt
 
 from weightcast.sync import schema
 from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WireError
-from weightcast.sync.host.arena import MAX_ARENA_BYTES, Arena, map_arena
-from weightcast.sync.host.doors import TOKEN_BYTES, Door, Open, check_door, host_name, knock
+from weightcast.sync.host.arena import Arena, map_arena
+from weightcast.sync.host.doors import Door, Open, host_name, knock
 from weightcast.sync.host.packets import Connection
 from weightcast.sync.host.server import PacketServer
-from weightcast.sync.schema import binary, checked, text, uint
-
-KIND = "shared_memory"
-MAX_TICKET_BYTES = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class SharedMemoryTicket:
-    """Where a source hands out its memory, and what to say there. `host` names a boot of a machine."""
-
-    host: str = checked(text)
-    path: str = checked(text)
-    token: bytes = checked(binary(TOKEN_BYTES))
-    num_bytes: int = checked(uint(MAX_ARENA_BYTES))
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The source's answer; a descriptor comes with it."""
-
-    num_bytes: int = checked(uint(MAX_ARENA_BYTES))
-
+from weightcast.sync.transports.cuda_ipc_table import Scattered
+from weightcast.sync.transports.shared_memory_live import ReachedPieces, open_pieces
+from weightcast.sync.transports.shared_memory_wire import (
+    KIND,
+    MAX_TICKET_BYTES,
+    Opened,
+    SharedMemoryTicket,
+    read_ticket,
+)
 
 _TO_SOURCE: dict[str, type[Any]] = {"open": Open}
-_TO_ENGINE: dict[str, type[Any]] = {"opened": Opened}
+_TO_ENGINE: dict[str, type[Any]] = {"opened": Opened, "scattered": Scattered}
 
 
 class ExposedMemory:
@@ -133,19 +119,10 @@ class ReachedMemory:
         self._memory = None
 
 
-def read_ticket(ticket: bytes) -> SharedMemoryTicket:
-    """The ticket, or `WireError` when it cannot be one of `expose`."""
-    if len(ticket) > MAX_TICKET_BYTES:
-        raise WireError(f"a ticket of {len(ticket)} bytes exceeds the limit of {MAX_TICKET_BYTES}")
-    read: SharedMemoryTicket = schema.unpack(ticket, {KIND: SharedMemoryTicket})
-    check_door(read.path)
-    if len(read.token) != TOKEN_BYTES or not read.num_bytes:
-        raise WireError(f"a ticket with a token of {len(read.token)} bytes for {read.num_bytes} bytes of memory")
-    return read
-
-
-def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()) -> ReachedMemory:
+def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()) -> ReachedMemory | ReachedPieces:
     """The memory behind a ticket, mapped; its pages too, as far as `timeout_s` allows.
+
+    That is what the source packs into, or, where it packs nothing, its parameters themselves (`shared_memory_live`).
 
     The source must be of this process's user or of `allowed_uids`. Raises `WireError` for a malformed ticket, and
     `ReachError` when the source is on another host, of another user, or gone, or when its memory is not what it says.
@@ -157,6 +134,11 @@ def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()
     try:
         connection.send("open", Open(read.token))
         answer, descriptor = connection.receive(_TO_ENGINE, deadline_s - time.monotonic())
+        if isinstance(answer, Scattered):
+            _check_size(read, answer.num_bytes)
+            if descriptor is None:
+                raise ReachError(f"the source at {read.path} handed over no table")
+            return open_pieces(connection, answer, descriptor, deadline_s)
     except DeadlineExceeded:
         raise ReachError(f"the source at {read.path} did not answer within {timeout_s:.1f} s") from None
     except PeerLost:
@@ -169,8 +151,12 @@ def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()
     if descriptor is None:
         raise ReachError(f"the source at {read.path} handed over no memory")
     try:
-        if answer.num_bytes != read.num_bytes:
-            raise ReachError(f"the source at {read.path} has {answer.num_bytes} bytes, its ticket {read.num_bytes}")
+        _check_size(read, answer.num_bytes)
         return ReachedMemory(map_arena(descriptor, read.num_bytes, deadline_s - time.monotonic()))
     finally:
         os.close(descriptor)
+
+
+def _check_size(ticket: SharedMemoryTicket, num_bytes: int) -> None:
+    if num_bytes != ticket.num_bytes:
+        raise ReachError(f"the source at {ticket.path} has {num_bytes} bytes, its ticket {ticket.num_bytes}")

@@ -3,6 +3,7 @@
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from weightcast.sync.errors import WireError
@@ -11,6 +12,9 @@ from weightcast.sync.transports import tcp_wire
 
 # Smaller answers are gathered: a version of which little changed has thousands.
 _GATHER_BYTES = 64 << 10
+
+# The system takes no more at once (IOV_MAX).
+_MAX_BUFFERS = 1024
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -83,12 +87,13 @@ class SendingLink:
         """Send something small, soon."""
         self._gathered += raw
 
-    def send_body(self, body: memoryview) -> None:
-        """Send a body after what was gathered."""
-        if len(self._gathered) + len(body) < _GATHER_BYTES:
-            self._gathered += body
+    def send_body(self, body: Sequence[memoryview]) -> None:
+        """Send a body, which may lie in several places, after what was gathered."""
+        if len(self._gathered) + sum(map(len, body)) < _GATHER_BYTES:
+            for part in body:
+                self._gathered += part
         else:
-            self._send([self._gathered, body])
+            self._send([self._gathered, *body])
             self._gathered = bytearray()
 
     def flush(self) -> None:
@@ -100,7 +105,7 @@ class SendingLink:
     def _send(self, buffers: list[Buffer]) -> None:
         left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
         while left:
-            num_sent = self.socket.sendmsg(left)
+            num_sent = self.socket.sendmsg(left[:_MAX_BUFFERS])
             while left and num_sent >= len(left[0]):
                 num_sent -= len(left.pop(0))
             if num_sent:

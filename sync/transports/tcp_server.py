@@ -170,9 +170,9 @@ class TcpChunkServer:
             link.flush()
         body, body_hash = found
         header = ChunkHeader(request.version, index, body.encoding, body.base, body_hash)
-        link.gather(tcp_wire.pack_header(header, 0 if body.data is None else len(body.data)))
-        if body.data is not None:
-            link.send_body(body.data)
+        link.gather(tcp_wire.pack_header(header, body.num_bytes))
+        if body.num_bytes:
+            link.send_body(body.spread if body.data is None else (body.data,))
         link.is_sending = False
 
     def _take(self, link: SendingLink, version: Version, index: int, base: Version | None) -> tuple[Body, bytes] | None:
@@ -200,7 +200,7 @@ class TcpChunkServer:
             if snapshot is None or snapshot.version != version:
                 return ABSENT, b""
             link.is_sending = True
-            body = snapshot.body(index, base)
+            body = snapshot.body(index, base, spreads=True)
             return body, b"" if body.encoding == "dense" else snapshot.hash(index, body)
 
     def _must_wait(self, version: Version, index: int) -> bool:

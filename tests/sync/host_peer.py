@@ -96,7 +96,9 @@ class Commands:
         self.exposed.memory[:] = byte
 
     def reach(self, ticket: str, allowed: list[int]) -> int:
-        self.reached = reach(bytes.fromhex(ticket), 10, allowed_uids=allowed)
+        reached = reach(bytes.fromhex(ticket), 10, allowed_uids=allowed)
+        assert isinstance(reached, ReachedMemory)
+        self.reached = reached
         return self.reached.num_bytes
 
     def see(self) -> list[int]:

@@ -68,7 +68,7 @@ def test_a_copy_brings_every_bit_and_has_the_digest_of_it(
     outside = whole.clone()
     view_like(outside, target).copy_(source)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digest_module, "_MIN_STREAM_BYTES", min_stream_bytes)
+        patch.setattr(digest_module, "MIN_STREAM_BYTES", min_stream_bytes)
         got = copy_with_digest(target, source, region, level=level)
     assert got == region_digest(source.contiguous(), region, level=NUMPY)
     assert torch.equal(bits(target.contiguous()), bits(source.contiguous()))

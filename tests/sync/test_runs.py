@@ -132,7 +132,9 @@ def test_a_device_lands_one_run_while_the_next_is_begun(
             header = ChunkHeader(snapshot.version, index, "dense", None, b"", count)
             assert arrival.lands_run(0, header)
             start, num_bytes = arrival.find_bytes(0, index, count) or (0, 0)
-            begun.append((header, staging.begin_run(0, header, memory[start : start + num_bytes])))
+            run = staging.begin_run(0, header, memory[start : start + num_bytes])
+            assert run is not None
+            begun.append((header, run))
             counts.append(count)
         if len(begun) > 1 or not requests:
             header, landing = begun.popleft()

@@ -7,7 +7,7 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from weightcast.sync.host.arena import Arena, map_arena
 from weightcast.sync.host.doors import Open
 from weightcast.sync.host.packets import Connection, listen
 from weightcast.sync.host.server import PacketServer
-from weightcast.sync.transports.shared_memory import SharedMemoryTicket, expose, reach, read_ticket
+from weightcast.sync.transports.shared_memory import ReachedMemory, expose
+from weightcast.sync.transports.shared_memory import reach as reach_any
+from weightcast.sync.transports.shared_memory_wire import SharedMemoryTicket, read_ticket
 
 NUM_BYTES = (3 << 20) + 5
 IS_ROOT = os.geteuid() == 0
@@ -33,6 +35,13 @@ def nothing_stays(base: Path) -> Iterator[None]:
     """Every test leaves the folder for sockets empty."""
     yield
     assert not list(base.iterdir())
+
+
+def reach(ticket: bytes, timeout_s: float, allowed_uids: Collection[int] = ()) -> ReachedMemory:
+    """The memory of a source that packs."""
+    reached = reach_any(ticket, timeout_s, allowed_uids=allowed_uids)
+    assert isinstance(reached, ReachedMemory)
+    return reached
 
 
 def altered(ticket: bytes, **changes: object) -> bytes:

@@ -1,0 +1,355 @@
+"""Weights in host memory that are read, sent and digested where they lie, by engines of the host and over the wire."""
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.sync.in_place_parts import copy_of, land, landing
+from tests.sync.parts import (
+    PATIENT,
+    PROPERTY,
+    WAIT_S,
+    Engine,
+    assert_same_bits,
+    make_model,
+    make_specs,
+    publishers,
+    running,
+)
+
+from weightcast.sync import FleetPolicy, HeldRegion, Region, TensorSpec, WeightPublisher, WeightSubscriber
+from weightcast.sync.errors import EngineError, PeerLost, ReachError, WireError
+from weightcast.sync.host.doors import Open, host_name, knock
+from weightcast.sync.host.packets import Connection
+from weightcast.sync.host_passes import has_passes
+from weightcast.sync.host_pieces import HostPieces
+from weightcast.sync.transports import shared_memory_live
+from weightcast.sync.transports.cuda_ipc_table import Scattered
+from weightcast.sync.transports.shared_memory import reach
+from weightcast.sync.transports.shared_memory_live import ExposedPieces, expose_live, share_storages
+from weightcast.sync.transports.shared_memory_wire import Ask, Storage, read_ticket
+
+pytestmark = pytest.mark.skipif(not has_passes(), reason="the loops in C were not built: no C compiler at install")
+CHUNK_BYTES = 8192
+TCP = "tcp://127.0.0.1:0"
+IN_PLACE = {"delta": "off", "in_place": True, "timeout_s": WAIT_S, "chunk_bytes": CHUNK_BYTES}
+
+
+# Pieces in memory that is mapped
+
+
+@PROPERTY
+@given(st.data())
+def test_pieces_are_found_where_they_lie_and_gathered_as_they_would_be_packed(data: st.DataObject) -> None:
+    memory = np.random.default_rng(1).integers(0, 256, 4096, np.uint8)
+    memories = [memory[:1000], memory[1000:]]
+    rows, wanted = [], np.zeros(0, np.uint8)
+    for _ in range(data.draw(st.integers(1, 6))):
+        num_rows, row_bytes = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 40))
+        step, gap = row_bytes + data.draw(st.integers(0, 60)), data.draw(st.integers(0, 9))
+        number, first = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 400))
+        wanted = np.concatenate([wanted, np.zeros(gap, np.uint8)])
+        rows.append((len(wanted), num_rows, row_bytes, number, first, step))
+        lines = [memories[number][first + n * step : first + n * step + row_bytes] for n in range(num_rows)]
+        wanted = np.concatenate([wanted, *lines])
+    pieces = HostPieces(len(wanted), np.array(rows, np.int64), memories)
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(wanted))] * 2)))
+    got = np.full(end - start, 9, np.uint8)
+    pieces.gather(start, got)
+    assert np.array_equal(got, wanted[start:end])
+    for begin, num_rows, row_bytes, number, first, step in rows:
+        assert pieces.locate(begin, num_rows, row_bytes) == (memories[number].ctypes.data + first, step)
+        assert pieces.locate(begin, num_rows, row_bytes + 1) is None
+        assert pieces.locate(begin, num_rows + 1, row_bytes) is None
+    assert pieces.locate(len(wanted) + 1, 1, 1) is None
+    with pytest.raises(WireError, match="outside the source's"):
+        pieces.gather(len(wanted), np.zeros(1, np.uint8))
+
+
+def test_a_table_that_reaches_outside_is_refused() -> None:
+    with pytest.raises(WireError, match="lies outside of its memory"):
+        HostPieces(100, np.array([(0, 3, 10, 0, 41, 40)], np.int64), [np.zeros(130, np.uint8)])
+
+
+# At the door
+
+
+@pytest.fixture
+def exposed(base: Path) -> Iterator[ExposedPieces]:
+    """Two storages of 64 bytes, read in rows."""
+    tensors = [torch.arange(64, dtype=torch.uint8), torch.arange(100, 164, dtype=torch.uint8)]
+    rows = np.array([(0, 2, 8, 0, 4, 16), (16, 1, 16, 1, 0, 16)], np.int64)
+    made = expose_live(rows, 32, [tensor.untyped_storage() for tensor in tensors], base=base)
+    tensors[1][3] = 7  # what the trainer writes, its engines see
+    yield made
+    made.close()
+    assert not list(base.iterdir())
+
+
+def test_an_engine_reads_the_trainers_storages(exposed: ExposedPieces) -> None:
+    reached = reach(exposed.ticket, 10)
+    got = np.zeros(32, np.uint8)
+    reached.read(0, got)
+    assert got.tolist() == [*range(4, 12), *range(20, 28), 100, 101, 102, 7, *range(104, 116)]
+    assert reached.view(0, 8) is None and reached.num_bytes == 32
+    reached.close()
+    exposed.close()
+    with pytest.raises(ReachError):
+        reach(exposed.ticket, 10)
+
+
+def enter(exposed: ExposedPieces, token: bytes | None = None) -> Connection:
+    """A connection at the door, whose first word was said."""
+    ticket = read_ticket(exposed.ticket)
+    connection = knock(Path(ticket.path), host_name(), frozenset({os.geteuid()}), 5)
+    if token is not None:
+        connection.send("open", Open(token))
+    return connection
+
+
+def test_nothing_is_handed_out_to_who_does_not_know_the_token(exposed: ExposedPieces) -> None:
+    for connection in (enter(exposed), enter(exposed, bytes(32))):
+        with pytest.raises(PeerLost):
+            connection.send("ask", Ask(0))
+            connection.receive({"storage": Storage, "scattered": Scattered}, 5)
+        connection.close()
+
+
+def test_descriptors_are_for_reading_and_none_is_there_but_those_of_the_table(exposed: ExposedPieces) -> None:
+    connection = enter(exposed, read_ticket(exposed.ticket).token)
+    _, table = connection.receive({"scattered": Scattered}, 5)
+    connection.send("ask", Ask(1))
+    answer, handed = connection.receive({"storage": Storage}, 5)
+    assert answer == Storage(64) and handed is not None and table is not None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(handed, b"x")
+    os.close(handed)
+    os.close(table)
+    connection.send("ask", Ask(2))
+    with pytest.raises(PeerLost):
+        connection.receive({"storage": Storage}, 5)
+    connection.close()
+
+
+def test_storages_that_find_no_room_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.ones(1 << 20)
+    info = SimpleNamespace(f_bavail=shared_memory_live._ROOM_BYTES // 4096 + 100, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: info)
+    with pytest.raises(ReachError, match=r"docker run --shm-size"):
+        share_storages([tensor.untyped_storage()])
+    assert not is_shared(tensor)
+    monkeypatch.setattr(shared_memory_live, "MAX_STORAGES", 1)
+    with pytest.raises(ReachError, match="2 storages; at most 1"):
+        share_storages([tensor.untyped_storage()] * 2)
+
+
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Whether its storage is in shared memory."""
+    return bool(tensor.untyped_storage().is_shared())
+
+
+# Versions
+
+
+class LiveSource:
+    """Parameters of a trainer: views of one buffer, tensors of their own, and some that must be packed."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self) -> None:
+        self.buffer = torch.zeros(600, 40, dtype=torch.bfloat16)
+        self.params = make_model(0, rows=300) | {
+            "buffered.0": self.buffer[:250],
+            "buffered.1": self.buffer[250:],
+            "wide": torch.zeros(40, 96, dtype=torch.bfloat16),
+            "cast": torch.zeros(30, 16),
+            "turned": torch.zeros(16, 24),
+        }
+
+    def live(self, name: str) -> torch.Tensor:
+        param = self.params[name]
+        match name:
+            case "wide":
+                return param[:, 16:80]
+            case "turned":
+                return param.t()
+            case "norm.weight":
+                return param + 1
+        return param
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As engines are to have them."""
+        return {
+            name: self.live(name).to(torch.bfloat16 if name == "cast" else self.params[name].dtype)
+            for name in self.params
+        }
+
+    def specs(self) -> list[TensorSpec]:
+        return make_specs(self.tensors())
+
+    def held(self) -> list[HeldRegion]:
+        cut = {"wide": [Region("wide", (0, 0), (40, 30)), Region("wide", (0, 30), (40, 34))]}
+        return [
+            HeldRegion(region, partial(self._part, region))
+            for spec in self.specs()
+            for region in cut.get(spec.name, [spec.whole()])
+        ]
+
+    def _part(self, region: Region) -> torch.Tensor:
+        return self.live(region.name)[region.slices] if region.shape else self.live(region.name)
+
+    def step(self, seed: int) -> None:
+        """Change every parameter where it lies."""
+        generator = torch.Generator().manual_seed(seed)
+        for param in self.params.values():
+            flat = param.view(-1).view(torch.uint8)
+            limit = 2 if param.dtype is torch.bool else 256
+            flat.copy_(torch.randint(0, limit, flat.shape, dtype=torch.uint8, generator=generator))
+
+
+def test_versions_reach_engines_of_the_host_and_over_the_wire(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    source = LiveSource()
+    kinds = {"near": "shared_memory", "auto": "auto", "link": "tcp", "wire": "zmq"}
+    with WeightPublisher(source, TCP, expose=("shared_memory", "tcp"), **IN_PLACE) as publisher:  # type: ignore[arg-type]
+        engines = [
+            Engine(name, publisher.address, limits=PATIENT, kwargs={"transport": kind}) for name, kind in kinds.items()
+        ]
+        with running(*engines):
+            publisher.wait_for_subscribers(len(engines))
+            for number in range(1, 6):
+                source.step(number)
+                if number == 4:  # as distributed optimizers do
+                    source.params["embed.weight"] = source.params["embed.weight"].clone()
+                report = publisher.publish(number)
+                for engine in engines:
+                    assert_same_bits(engine.tensors, source.tensors())
+                carried = {engine.engine: engine.transport for engine in report.engines}
+                assert carried == kinds | {"auto": "shared_memory"}
+                assert {engine.engine: engine.num_repeats for engine in report.engines} == dict.fromkeys(kinds, 0)
+                assert "hold" in report.phases_s
+        assert not any(engine.errors for engine in engines)
+    assert is_shared(source.buffer) and is_shared(source.params["embed.weight"])
+    assert not is_shared(source.params["cast"])
+    said = [record.message for record in caplog.records if "bytes are packed" in record.message]
+    assert len(said) == 2, "once, and once more when a parameter had moved"
+
+
+def test_ranks_give_their_own_parts(tmp_path: Path) -> None:
+    tensors, engine = make_model(3, rows=300), Engine("engine", f"ipc://{tmp_path}/p")
+    with publishers(tensors, 2, engine.address, expose=("shared_memory",), **IN_PLACE) as made, running(engine):
+        made[0].wait_for_subscribers(1)
+        for number in (1, 2):
+            for tensor in tensors.values():
+                tensor.view(-1).view(torch.uint8).bitwise_xor_(1)
+            begun = [publisher.begin(number, hold=True) for publisher in made]
+            assert {publication.wait().engines[0].transport for publication in begun} == {"shared_memory"}
+            assert_same_bits(engine.tensors, tensors)
+
+
+def test_from_parameter_to_parameter_nothing_is_staged_or_packed(tmp_path: Path) -> None:
+    tensors, address = make_model(1, rows=300), f"ipc://{tmp_path}/p"
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    engine = Engine("other", address)
+    publishing = publishers(tensors, 1, address, expose=("shared_memory",), **IN_PLACE)
+    with publishing as (publisher,), running(engine), landing(address, into, transport="shared_memory") as subscriber:
+        publisher.wait_for_subscribers(2)
+        for number in (1, 2):
+            tensors["embed.weight"].view(torch.int16).add_(number)
+            publication = publisher.begin(number, hold=True)
+            assert land(subscriber, into, tensors)
+            assert {engine.transport for engine in publication.wait().engines} == {"shared_memory"}
+    assert_same_bits(copy_of(into), tensors)
+
+
+def test_weights_that_change_while_they_are_read_are_never_served(tmp_path: Path) -> None:
+    tensors, address = make_model(1, rows=300), f"ipc://{tmp_path}/p"
+    engines = [
+        Engine("near", address, kwargs={"transport": "shared_memory"}),
+        Engine("wire", address, kwargs={"transport": "zmq"}),
+    ]
+    policy = FleetPolicy.all(minimum=len(engines))
+    with publishers(tensors, 1, address, policy=policy, expose=("shared_memory",), **IN_PLACE) as (publisher,):
+        publication = publisher.begin(1, hold=True)
+        publication.copied()
+        tensors["embed.weight"].view(torch.int16)[7, 7] += 1  # too early: nobody has read it yet
+        with running(*engines):
+            with pytest.raises(EngineError, match=r"embed\.weight"):
+                publication.wait()
+            publication.packed()
+            assert not any(engine.tensors for engine in engines)
+            publisher.publish(2)
+            for engine in engines:
+                assert_same_bits(engine.tensors, tensors)
+                assert engine.numbers == [2]
+
+
+def test_without_room_in_shared_memory_engines_of_the_host_are_sent_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(storages: object) -> list[int]:
+        raise ReachError("there is no room")
+
+    monkeypatch.setattr(shared_memory_live, "share_storages", refuse)
+    tensors, engine = make_model(1, rows=300), Engine("engine", f"ipc://{tmp_path}/p")
+    with publishers(tensors, 1, engine.address, expose=("shared_memory",), **IN_PLACE) as (publisher,), running(engine):
+        publisher.wait_for_subscribers(1)
+        for number in (1, 2):
+            tensors["embed.weight"].view(torch.int16).add_(1)
+            report = publisher.publish(number)
+            assert_same_bits(engine.tensors, tensors)
+            assert report.engines[0].transport == "zmq" and "hold" in report.phases_s
+    said = [record.message for record in caplog.records if "there is no room" in record.message]
+    assert len(said) == 1 and not is_shared(tensors["embed.weight"])
+
+
+def test_where_nothing_lies_in_host_memory_all_is_packed_as_usual(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class MadeSource(LiveSource):
+        def live(self, name: str) -> torch.Tensor:
+            return super().live(name).clone()
+
+    source, engine = MadeSource(), Engine("engine", f"ipc://{tmp_path}/p")
+    with WeightPublisher(source, engine.address, **IN_PLACE) as publisher, running(engine):  # type: ignore[arg-type]
+        publisher.wait_for_subscribers(1)
+        for number in (1, 2):
+            source.step(number)
+            report = publisher.publish(number)
+            assert_same_bits(engine.tensors, source.tensors())
+            assert "hold" not in report.phases_s
+    said = [record.message for record in caplog.records if "packed as usual" in record.message]
+    assert len(said) == 1 and "none of the weights lies in host memory" in said[0]
+
+
+def test_a_source_of_weights_in_place_takes_no_memory_for_them(tmp_path: Path) -> None:
+    tensors = {"w": torch.zeros(8 << 20, dtype=torch.float32)}
+    address = f"ipc://{tmp_path}/p"
+    publishing = publishers(tensors, 1, address, expose=("shared_memory",), **IN_PLACE)
+    with publishing as (publisher,), WeightSubscriber(address, engine="e", transport="shared_memory") as subscriber:
+        publisher.wait_for_subscribers(1)
+        publication = publisher.begin(1, hold=True)
+        update = subscriber.wait(WAIT_S)
+        update.commit()
+        publication.wait()
+        live = publisher._share._live
+        assert live is not None and live.arena is not None
+        # The host's copy was never touched: none of its pages is resident.
+        assert resident_bytes(live.arena) < live.arena.nbytes // 16
+
+
+def resident_bytes(memory: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> int:
+    """Of an array's pages, those that are there."""
+    first, last = memory.ctypes.data // 4096, (memory.ctypes.data + memory.nbytes) // 4096
+    with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        pages.seek(first * 8)
+        raw = np.frombuffer(pages.read((last - first) * 8), np.uint64)
+    return int((raw >> np.uint64(63)).sum()) * 4096
