@@ -7,11 +7,11 @@ import torch
 from weightcast.sync.errors import ModelMismatch, WireError
 from weightcast.sync.layout import SourceLayout, read_layout
 from weightcast.sync.messages import PROTOCOL, Layout, Welcome
-from weightcast.sync.part_plan import PartPlan, list_boxes, list_kept_specs, plan_parts
+from weightcast.sync.part_plan import PartPlan, list_staged_specs, plan_parts
 from weightcast.sync.regions import TensorSpec
+from weightcast.sync.union_tensors import cut_from_union
 from weightcast.sync.version import find_model_differences
 from weightcast.sync.wanted import Want, WantedRegions, resolve_want
-from weightcast.sync.wanted_tensors import WantedTensors
 
 MAX_DIFFERENCES_SHOWN = 5
 
@@ -27,9 +27,9 @@ class ModelView:
         """Why no version of this publisher can be taken."""
         self.want: Want | None = None
         """Which boxes of the tensors are wanted, where it is not all of them; set before a publisher is met."""
-        self.staged_specs: tuple[TensorSpec, ...] | None = None
-        """What is staged: the tensors, or one for each wanted box."""
-        self._wanted: WantedRegions | None = None
+        self.wanted: WantedRegions | None = None
+        """These boxes; None where the engine wants all."""
+        self._received: WantedRegions | None = None
         self._plan: PartPlan | None = None
         self._engine = engine
         self._expect = None if expect is None else tuple(expect)
@@ -51,7 +51,7 @@ class ModelView:
         if message.epoch != self.epoch or message.specs != self.specs:
             self._layout = self._layouts = self._plan = None
         self.epoch = message.epoch
-        self.specs = self.staged_specs = message.specs
+        self.specs = message.specs
         self.error = self._compare(message.specs)
         if self.error is None and self.want is not None:
             self.error = self._resolve(self.want, message.specs)
@@ -61,10 +61,15 @@ class ModelView:
             wanted = resolve_want(want, specs)
         except ModelMismatch as error:
             return ModelMismatch(f"engine {self._engine!r}: {error}")
-        if wanted != self._wanted:
-            self._wanted, self._plan = wanted, None
-        self.staged_specs = list_kept_specs(specs, wanted)
+        if wanted != self.wanted:
+            self.wanted = wanted
+            self.receive(wanted)
         return None
+
+    def receive(self, wanted: WantedRegions | None) -> None:
+        """Stage these boxes of versions, or all of them: what others of the host want too, or what this engine does."""
+        if wanted is not self._received and wanted != self._received:
+            self._received, self._plan = wanted, None
 
     def _compare(self, specs: tuple[TensorSpec, ...]) -> ModelMismatch | None:
         if self._expect is None:
@@ -102,15 +107,27 @@ class ModelView:
 
     @property
     def plan(self) -> PartPlan | None:
-        """What is kept of each chunk, where some boxes are wanted. Raises as `layouts`."""
-        if self._wanted is not None and self._plan is None:
-            assert self.specs is not None
-            self._plan = plan_parts(self.layouts, self.specs, self._wanted)
+        """What is kept of each chunk, where some boxes are received. Raises as `layouts`."""
+        if self._plan is None:
+            self._plan = self.plan_for(self._received)
         return self._plan
 
-    def present(self, staged: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """What was staged elsewhere, as an engine takes it."""
-        if self._wanted is None:
+    def plan_for(self, wanted: WantedRegions | None) -> PartPlan | None:
+        """The same for these boxes; None for all of the model."""
+        if wanted is None:
+            return None
+        assert self.specs is not None
+        return plan_parts(self.layouts, self.specs, wanted)
+
+    @property
+    def staged_specs(self) -> tuple[TensorSpec, ...]:
+        """What is staged: the tensors, or one for each box."""
+        assert self.specs is not None
+        return list_staged_specs(self.specs, self._received)
+
+    def present(self, staged: Mapping[str, torch.Tensor], union: WantedRegions | None) -> Mapping[str, torch.Tensor]:
+        """What was staged for `union`, boxes of several engines or all of the model, as this one takes it."""
+        if self.wanted is None:
             return dict(staged)
         assert self.specs is not None
-        return WantedTensors(self.specs, list_boxes(self.specs, self._wanted), staged)
+        return cut_from_union(self.specs, self.wanted, union, staged)

@@ -30,7 +30,7 @@ def open_arrival(
     try:
         staging = open_staging(announce.version, model, shadow)
     except MemoryError:
-        num_bytes = sum(spec.num_bytes for spec in model.staged_specs or ())
+        num_bytes = sum(spec.num_bytes for spec in model.staged_specs)
         raise WireError(
             f"engine {engine!r} has no memory for the {num_bytes} bytes of version {announce.version}"
         ) from None

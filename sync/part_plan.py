@@ -108,6 +108,11 @@ def list_kept_specs(specs: Sequence[TensorSpec], wanted: WantedRegions) -> tuple
     return tuple(_stage_box(spec, key, box, len(boxes[spec.name])) for spec in specs for key, box in boxes[spec.name])
 
 
+def list_staged_specs(specs: tuple[TensorSpec, ...], wanted: WantedRegions | None) -> tuple[TensorSpec, ...]:
+    """The same; where all is wanted the tensors themselves."""
+    return specs if wanted is None else list_kept_specs(specs, wanted)
+
+
 def _stage_box(spec: TensorSpec, key: str, box: Region, num_boxes: int) -> TensorSpec:
     itemsize = spec.dtype.itemsize
     start_byte = find_run(box.shape, box.offset, spec.shape, itemsize) if num_boxes == 1 and box.numel else None

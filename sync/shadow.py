@@ -11,6 +11,7 @@ serves, and a delta is applied where the old bits lie. The shadow knows of which
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -35,6 +36,16 @@ class TensorPool(Protocol):
     def take(self, spec: TensorSpec, *, keep_bits: bool = False) -> torch.Tensor:
         """A tensor to be written. With `keep_bits` it has those of the tensor of this name that was taken before."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What of a staged copy is still there when it goes on in other memory, for other boxes."""
+
+    chunks: frozenset[ChunkKey]
+    """All that is kept of them from now on was kept before."""
+    rests: frozenset[tuple[ChunkKey, int]]
+    """Pieces, by chunk and number, of which the same is left out as before."""
 
 
 # What numpy gives begins 16 bytes after a page: every vector of a copy from elsewhere would then lie on two lines.
@@ -128,6 +139,23 @@ class Shadow:
             self.rests.clear()
         self._addresses = addresses
         return tensors
+
+    def moved(
+        self,
+        pool: TensorPool,
+        layouts: Mapping[int, SourceLayout],
+        specs: Sequence[TensorSpec],
+        carried: Carried,
+    ) -> "Shadow":
+        """The shadow of other memory, on the host, which has what was carried there of this one, and nothing else."""
+        after = Shadow(pool)
+        after._layouts, after._specs, after.keeps_rests = layouts, specs, self.keeps_rests
+        if self._whole is not None or layouts == self._layouts:
+            for key in carried.chunks:
+                if (version := self._whole or self._versions.get(key)) is not None:
+                    after.note(key, version)
+            after.rests = {piece: self.rests[piece] for piece in carried.rests & self.rests.keys()}
+        return after
 
     def describe_engine(self, serving: Version | None) -> str:
         """What an engine does when a version does not come; what is staged apart from it harms nothing."""

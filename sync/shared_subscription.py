@@ -33,8 +33,8 @@ class SharedSubscription(Subscription):
 
     @property
     def shareable(self) -> tuple[TensorSpec, ...] | None:
-        """What this worker may share of every version, tensors or wanted boxes; None while it can take none."""
-        return None if self.model.error is not None or self.is_dismissed else self.model.staged_specs
+        """The tensors that this worker may share, some boxes of them or all; None while it can take no version."""
+        return None if self.model.error is not None or self.is_dismissed else self.model.specs
 
     @property
     def awaited(self) -> Announce | None:
@@ -77,7 +77,7 @@ class SharedSubscription(Subscription):
         return self._announced(waiting, now_s)
 
     def stage(self, shadow: Shadow, now_s: float) -> list[Effect]:
-        """Fetch what is awaited into `shadow`, whose memory may be written."""
+        """Fetch what is awaited into `shadow`, whose memory may be written; what of it says `ModelView.receive`."""
         arrival = self.arrival
         assert arrival is not None and self.awaited is not None
         self.shadow = shadow
@@ -86,7 +86,7 @@ class SharedSubscription(Subscription):
     def lend(self, lease: Lease) -> None:
         """What this worker has staged lies in memory that it shares: its engine reads it under a lease as all do."""
         assert self.arrival is not None and self.arrival.is_staged and lease.version == self.arrival.version
-        self.arrival.tensors, self.arrival.lease = self.model.present(lease.tensors), lease
+        self.arrival.tensors, self.arrival.lease = self.model.present(lease.tensors, lease.wanted), lease
 
     def adopt(self, lease: Lease, now_s: float) -> list[Effect]:
         """The awaited version is there, staged and checked by the worker that receives."""
@@ -94,7 +94,9 @@ class SharedSubscription(Subscription):
         assert arrival is not None and self.awaited is not None and lease.version == arrival.version
         assert self.model.specs is not None
         arrival.specs, arrival.staged_s = self.model.specs, now_s
-        arrival.tensors, arrival.lease = self.model.present(lease.tensors), lease
+        # What this worker received by itself before is of no more use.
+        self.shadow = Shadow()
+        arrival.tensors, arrival.lease = self.model.present(lease.tensors, lease.wanted), lease
         return self.tell_staged()
 
     def drop_void(self) -> str:

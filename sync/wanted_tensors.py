@@ -19,17 +19,22 @@ from weightcast.sync.wanted import WantedRegions
 
 
 class WantedTensors(Mapping[str, torch.Tensor]):
-    """See the module. `boxes` has the key of each wanted box in `staged`, by HF name and in HF order."""
+    """See the module. `boxes` has the key of each wanted box in `staged`, by HF name and in HF order.
+
+    `around` has tensors that are there in full shape, with all bits in (others of the host wanted the rest).
+    """
 
     def __init__(
         self,
         specs: Sequence[TensorSpec],
         boxes: Mapping[str, Sequence[tuple[str, Region]]],
         staged: Mapping[str, torch.Tensor],
+        around: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._boxes = boxes
-        self._staged = dict(staged)
+        self._staged = staged
+        self._around = around or {}
         self._device = next((tensor.device for tensor in self._staged.values()), torch.device("cpu"))
 
     @property
@@ -49,10 +54,13 @@ class WantedTensors(Mapping[str, torch.Tensor]):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are staged."""
-        return sum(part.numel() * part.element_size() for _, part in self.staged())
+        """Bytes of the wanted boxes."""
+        sizes = {name: spec.dtype.itemsize for name, spec in self._specs.items()}
+        return sum(box.numel * sizes[name] for name, boxes in self._boxes.items() for _, box in boxes)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if (full := self._around.get(name)) is not None:
+            return full
         spec, parts = self._specs[name], self.parts(name)
         if len(parts) == 1 and (around := _look_around(spec, *parts[0])) is not None:
             return around

@@ -18,6 +18,7 @@ from weightcast.sync.host.share_messages import (
     Denied,
     GiveBack,
     Granted,
+    Moved,
     Offered,
     Refused,
     Withdrawn,
@@ -30,18 +31,30 @@ class HostFollower:
 
         lease = follower.wait(after=serving, timeout_s=60)     # or poll(), whenever fileno() is readable
 
-    Both raise `PeerLost` when the leader died or closed: join again, with this one as `previous`. A lease that is held
-    then stays good, for nobody else can write its memory.
+    Both raise `PeerLost` when the leader died, closed, or receives into other memory from now on: join again, with this
+    one as `previous`. A lease that is held then stays good, for nobody writes its memory any more. There is no `pool`
+    before the first version is to be received.
     """
 
     is_leader = False
 
-    def __init__(self, connection: Connection, pool: SharedPool, offered: Staged | None) -> None:
-        self.pool = pool
+    def __init__(self, connection: Connection, pool: SharedPool | None, offered: Staged | None) -> None:
+        self._pool = pool
         self._connection = connection
         self._state = FollowerState(offered)
         self._is_leased = False
         close_in_children(self)
+
+    @property
+    def pool(self) -> SharedPool:
+        """What the leader writes."""
+        assert self._pool is not None, "nothing was received yet"
+        return self._pool
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether there is one."""
+        return self._pool is not None
 
     @property
     def version(self) -> Version | None:
@@ -119,6 +132,8 @@ class HostFollower:
             message, descriptor = self._connection.receive(TO_FOLLOWER, 0)
         except DeadlineExceeded:
             return None
+        if isinstance(message, Moved):
+            raise PeerLost(f"process {self.leader_pid} receives into other memory from now on; join it again")
         if descriptor is not None or not isinstance(message, Offered | Withdrawn | Refused | Granted | Denied):
             raise WireError(f"the leader sent {type(message).__name__}, which it must not now")
         return message

@@ -20,6 +20,8 @@ class Lease:
     def __init__(self, pool: SharedPool, staged: Staged, give_back: Callable[[], None]) -> None:
         self.version: Version = staged.version
         self.tensors: Mapping[str, torch.Tensor] = pool.tensors
+        self.wanted = pool.wanted
+        """Of which boxes there are tensors; None where they are the model's."""
         self._pool = pool
         self._staged = staged
         self._give_back: Callable[[], None] | None = give_back

@@ -16,8 +16,12 @@ import torch
 
 from weightcast.sync.errors import ConfigError, VersionError
 from weightcast.sync.host.arena import Arena, as_tensor, map_arena
-from weightcast.sync.regions import TensorSpec
+from weightcast.sync.packer import slices_within
+from weightcast.sync.part_plan import box_key, list_staged_specs
+from weightcast.sync.regions import Region, TensorSpec
+from weightcast.sync.union import find_shares
 from weightcast.sync.version import Version
+from weightcast.sync.wanted import WantedRegions
 
 # Tensors begin at multiples of this: a cache line, and more than any dtype needs.
 ALIGNMENT_BYTES = 64
@@ -54,12 +58,20 @@ def lay_out_pool(specs: Iterable[TensorSpec]) -> tuple[dict[str, int], int]:
 
 
 class SharedPool:
-    """The tensors of a model on shared memory. `tensors` has them by name, in the order of the specs.
+    """The tensors of a model, or boxes of them, on shared memory. `tensors` has them by name, in the specs' order.
 
     Those of an attached pool must not be written: the process would end with SIGSEGV. Copy from them, or `clone()`.
+    `wanted` says which boxes the specs are (`part_plan.list_kept_specs`), where they are not the model's tensors.
     """
 
-    def __init__(self, specs: Iterable[TensorSpec], memory: npt.NDArray[np.uint8], arena: Arena | None) -> None:
+    def __init__(
+        self,
+        specs: Iterable[TensorSpec],
+        memory: npt.NDArray[np.uint8],
+        arena: Arena | None,
+        wanted: WantedRegions | None = None,
+    ) -> None:
+        self.wanted = wanted
         self._specs = {spec.name: spec for spec in specs}
         self._memory = memory
         self._arena = arena
@@ -72,17 +84,19 @@ class SharedPool:
         }
 
     @classmethod
-    def create(cls, specs: Iterable[TensorSpec]) -> "SharedPool":
+    def create(cls, specs: Iterable[TensorSpec], wanted: WantedRegions | None = None) -> "SharedPool":
         """A pool of one's own, zeroed. `StorageError` when there is too little memory."""
         specs = tuple(specs)
         arena = Arena(lay_out_pool(specs)[1])
-        return cls(specs, arena.memory, arena)
+        return cls(specs, arena.memory, arena, wanted)
 
     @classmethod
-    def attach(cls, specs: Iterable[TensorSpec], descriptor: int, timeout_s: float) -> "SharedPool":
+    def attach(
+        cls, specs: Iterable[TensorSpec], descriptor: int, timeout_s: float, wanted: WantedRegions | None = None
+    ) -> "SharedPool":
         """The pool of another worker for the same specs. `ReachError` when the memory does not fit them."""
         specs = tuple(specs)
-        return cls(specs, map_arena(descriptor, lay_out_pool(specs)[1], timeout_s), None)
+        return cls(specs, map_arena(descriptor, lay_out_pool(specs)[1], timeout_s), None, wanted)
 
     @property
     def is_writable(self) -> bool:
@@ -102,7 +116,8 @@ class SharedPool:
 
     def map_again(self) -> "SharedPool":
         """The same memory, read-only, in the process that made it."""
-        return SharedPool(self._specs.values(), map_arena(self.descriptor, self.num_bytes, _OWN_MAPPING_S), None)
+        memory = map_arena(self.descriptor, self.num_bytes, _OWN_MAPPING_S)
+        return SharedPool(self._specs.values(), memory, None, self.wanted)
 
     @property
     def is_open(self) -> bool:
@@ -154,7 +169,29 @@ class SharedPool:
         assert self.is_writable and len(other._memory) == len(self._memory)
         self._memory[_HEADER_BYTES:] = other._memory[_HEADER_BYTES:]
 
+    def follow_on(self, other: "SharedPool", specs: Iterable[TensorSpec]) -> None:
+        """Take the place of `other`, a pool for other boxes of the model's tensors `specs`: with all bits that both
+        have, and states that it never had. Nothing is staged then."""
+        assert self.is_writable and int(self._header[_STATE]) == _EMPTY
+        for spec in specs:
+            ours, theirs = self._list_boxes(spec), other._list_boxes(spec)
+            for box, tensor in ours.items():
+                for common, around in find_shares(box, theirs):
+                    tensor[slices_within(common, box)] = theirs[around][slices_within(common, around)]
+        self._header[_STATE] = int(other._header[_STATE]) | 1
+
+    def _list_boxes(self, spec: TensorSpec) -> dict[Region, torch.Tensor]:
+        """What lies here of a tensor of the model."""
+        if self.wanted is None:
+            return {spec.whole(): self.tensors[spec.name]}
+        return {box: self.tensors[box_key(box)] for box in self.wanted[spec.name]}
+
     def close(self) -> None:
         """Nobody can attach any more. The memory goes with the last tensor on it, here and elsewhere."""
         if self._arena is not None:
             self._arena.close()
+
+
+def make_pool(specs: tuple[TensorSpec, ...], wanted: WantedRegions | None) -> SharedPool:
+    """A pool for these boxes of a model; None is all of it. `StorageError` when there is too little memory."""
+    return SharedPool.create(list_staged_specs(specs, wanted), wanted)

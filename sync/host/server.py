@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from weightcast.sync.errors import DeadlineExceeded, PeerLost, WireError
@@ -34,7 +34,11 @@ class Handler(Protocol):
 
 
 class PacketServer:
-    """The thread and its connections. `listener` becomes its own; `close` ends all."""
+    """The thread and its connections. `listener` becomes its own; `close` ends all.
+
+    `with_descriptor` is what is done with a packet that carries a descriptor, which is closed afterwards; without it
+    such packets are malformed.
+    """
 
     def __init__(
         self,
@@ -45,10 +49,12 @@ class PacketServer:
         *,
         max_peers: int = MAX_PEERS,
         first_message_s: float = FIRST_MESSAGE_S,
+        with_descriptor: Callable[[Connection, Any, int], bool] | None = None,
     ) -> None:
         self._listener = listener
         self._kinds = dict(kinds)
         self._handler = handler
+        self._with_descriptor = with_descriptor
         self._allowed_uids = allowed_uids
         self._max_peers = max_peers
         self._first_message_s = first_message_s
@@ -122,16 +128,25 @@ class PacketServer:
         try:
             message, descriptor = peer.receive(self._kinds, 0)
             if descriptor is not None:
-                os.close(descriptor)
-                raise WireError("no descriptor was expected")
-            self._peers[peer] = None
-            goes_on = self._handler.heard(peer, message)
+                goes_on = self._hear_with(peer, message, descriptor)
+            else:
+                self._peers[peer] = None
+                goes_on = self._handler.heard(peer, message)
         except DeadlineExceeded:
             return
         except (WireError, PeerLost):
             goes_on = False
         if not goes_on:
             self._drop(peer)
+
+    def _hear_with(self, peer: Connection, message: Any, descriptor: int) -> bool:
+        try:
+            if self._with_descriptor is None:
+                raise WireError("no descriptor was expected")
+            self._peers[peer] = None
+            return self._with_descriptor(peer, message, descriptor)
+        finally:
+            os.close(descriptor)
 
     def _drop(self, peer: Connection) -> None:
         del self._peers[peer]

@@ -1,7 +1,10 @@
-"""What the workers that share a copy say to each other. A file descriptor of the arena comes with `Joined`.
+"""What the workers that share a copy say to each other.
 
 follower -> leader    Join, Take, GiveBack
-leader -> follower    Joined | OtherModel, Offered, Withdrawn, Refused, Granted | Denied
+leader -> follower    Boxes, Joined | OtherModel, Offered, Withdrawn, Refused, Granted | Denied, Moved
+
+Descriptors come with `Join` (a file of the boxes that are wanted, where it is not all of the model), `Boxes` (one of
+those that lie in the arena) and `Joined` (of the arena, once there is one).
 """
 
 from dataclasses import dataclass
@@ -24,8 +27,13 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
+class Boxes:
+    """What lies in the arena is not all of the model; comes before `Joined`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Joined:
-    """It does; what is staged now, if anything."""
+    """It does; what is staged now, if anything. Without an arena `num_bytes` is 0: `Moved` comes when there is one."""
 
     num_bytes: int = checked(uint(MAX_ARENA_BYTES))
     offered: Staged | None = checked(optional(_STAGED))
@@ -48,6 +56,11 @@ class Offered:
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
     """The staged version is to be overwritten; no more leases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What is received from now on lies in another arena: join again for that. Nothing is offered here any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,7 @@ class GiveBack:
 
 TO_LEADER: dict[str, type[Any]] = {"join": Join, "take": Take, "give_back": GiveBack}
 TO_FOLLOWER: dict[str, type[Any]] = {
+    "boxes": Boxes,
     "joined": Joined,
     "other_model": OtherModel,
     "offered": Offered,
@@ -95,5 +109,6 @@ TO_FOLLOWER: dict[str, type[Any]] = {
     "refused": Refused,
     "granted": Granted,
     "denied": Denied,
+    "moved": Moved,
 }
 KINDS = {cls: kind for kind, cls in (TO_LEADER | TO_FOLLOWER).items()}

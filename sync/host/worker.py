@@ -12,17 +12,21 @@ import logging
 from collections.abc import Callable
 
 from weightcast.sync.effects import Effect
-from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WeightcastError
+from weightcast.sync.errors import DeadlineExceeded, PeerLost, ReachError, WeightcastError, WireError
 from weightcast.sync.host.errand import Errand
 from weightcast.sync.host.follower import HostFollower
 from weightcast.sync.host.leader import HostLeader
 from weightcast.sync.host.lease import Lease
+from weightcast.sync.host.pool import SharedPool
 from weightcast.sync.host.share import HostShare, join_host_share
 from weightcast.sync.messages import Announce
+from weightcast.sync.part_plan import list_staged_specs
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.shadow import Shadow
 from weightcast.sync.shared_subscription import SharedSubscription
+from weightcast.sync.union import is_within, list_carried
 from weightcast.sync.version import fingerprint
+from weightcast.sync.wanted import WantedRegions
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +53,15 @@ class HostWorker:
         self._reach = reach
         self._wake = wake
         self._specs: tuple[TensorSpec, ...] | None = None
+        self._wanted: WantedRegions | None = None
         self._member: HostLeader | HostFollower | None = None
         self._previous: HostFollower | None = None
         self._joining: Errand[HostLeader | HostFollower] | None = None
         self._clearing: Errand[None] | None = None
         self._shadow = Shadow()
+        self._pool: SharedPool | None = None  # that of the shadow, where it is the host's
+        self._own: Shadow | None = None  # what this worker received by itself, beside a receiver
+        self._is_enough = False  # whether what the host receives has all that this worker wants
         self._is_alone = False
         self._failure = ""
         self._leases: list[Lease] = []
@@ -65,11 +73,12 @@ class HostWorker:
     def step(self, now_s: float) -> list[Effect]:
         """Do what is missing; returns what to tell the publisher and whom to ask."""
         self._return_leases()
-        specs = self._subscription.shareable
-        if specs is not self._specs:  # a publisher that is met again says the same in other words
-            if specs != self._specs:
+        specs, wanted = self._subscription.shareable, self._subscription.model.wanted
+        if specs is not self._specs or wanted is not self._wanted:
+            # A publisher that is met again says the same in other words.
+            if specs != self._specs or wanted != self._wanted:
                 self._leave()
-            self._specs = specs
+            self._specs, self._wanted = specs, wanted
         effects = self._end_joining() if self._joining is not None and self._joining.is_done else []
         effects += self._subscription.receive_for_others(isinstance(self._member, HostLeader), now_s)
         if isinstance(self._member, HostLeader):
@@ -77,7 +86,7 @@ class HostWorker:
         elif isinstance(self._member, HostFollower):
             effects += self._follow(self._member, now_s)
         elif self._is_alone:
-            effects += self._receive(now_s)
+            effects += self._receive(self._shadow, self._wanted, now_s)
         elif self._joining is None and self._specs is not None:
             effects += self._join()
         return effects
@@ -116,7 +125,7 @@ class HostWorker:
         # Models of other tensors have shares of their own, so that those who have not yet heard of a new one, after
         # its publisher was replaced, are in nobody's way.
         group = f"{self._share.group}\0{fingerprint(self._specs)}"
-        specs, previous = self._specs, self._previous
+        specs, wanted, previous, share = self._specs, self._wanted, self._previous, self._share
 
         def join() -> HostLeader | HostFollower:
             while True:
@@ -126,9 +135,12 @@ class HostWorker:
                         group,
                         specs,
                         timeout_s=_JOIN_S,
-                        lease_s=self._share.lease_s,
+                        wanted=wanted,
+                        lease_s=share.lease_s,
+                        workers=share.workers,
+                        gather_s=share.gather_s,
                         previous=previous,
-                        base=self._share.base,
+                        base=share.base,
                     )
                 except DeadlineExceeded:
                     if errand.is_abandoned:
@@ -151,8 +163,11 @@ class HostWorker:
             self._is_alone = True
             return []
         self._previous = None
+        self._is_enough = self._member.has_pool and is_within(self._wanted, self._member.pool.wanted)
         if isinstance(self._member, HostLeader):
-            self._shadow = Shadow(self._member.pool, self._member.version)
+            if self._member.has_pool:
+                self._pool = self._member.pool
+                self._shadow = Shadow(self._pool, self._member.version)
             logger.info("engine %s receives for the share %s of its host", engine, self._share.group)
         else:
             logger.info("engine %s reads what process %d of its host receives", engine, self._member.leader_pid)
@@ -166,70 +181,104 @@ class HostWorker:
             if member is not None:
                 member.close()
         self._joining = self._clearing = self._member = self._previous = None
-        self._shadow, self._is_alone, self._failure = Shadow(), False, ""
+        self._pool = self._own = None
+        self._shadow, self._is_alone, self._is_enough, self._failure = Shadow(), False, False, ""
 
     # What each part does
 
-    def _receive(self, now_s: float) -> list[Effect]:
-        """Fetch what is awaited, into memory that may be written."""
+    def _receive(self, shadow: Shadow, wanted: WantedRegions | None, now_s: float) -> list[Effect]:
+        """Fetch these boxes of what is awaited, into memory that may be written."""
         awaited = self._subscription.awaited
         if awaited is None:
             return []
-        refusal = self._reach(awaited)
-        return self._subscription.give_up(refusal) if refusal else self._subscription.stage(self._shadow, now_s)
+        if refusal := self._reach(awaited):
+            return self._subscription.give_up(refusal)
+        self._subscription.model.receive(wanted)
+        return self._subscription.stage(shadow, now_s)
 
     def _lead(self, leader: HostLeader, now_s: float) -> list[Effect]:
         subscription = self._subscription
-        self._end_clearing()
+        effects = self._end_clearing(leader)
+        is_shared = subscription.shadow is not self._own
         if subscription.refused is not None:
-            leader.refuse(subscription.refused.version, subscription.refused.reason)
+            if is_shared:
+                leader.refuse(subscription.refused.version, subscription.refused.reason)
             subscription.refused = None
         arrival = subscription.arrival
         if arrival is None:
-            return []
+            return effects
         if arrival.is_staged:
-            if arrival.lease is None:
+            if arrival.lease is None and is_shared:
                 leader.finish_overwrite(arrival.version)
                 lease = leader.take()
                 assert lease is not None, "what was just staged is on offer"
                 subscription.lend(self._note(lease))
-            return []
+            return effects
         if subscription.awaited is None:
-            return []
-        if leader.is_overwriting:
-            return self._receive(now_s)
+            return effects
+        if leader.is_overwriting and self._clearing is None:
+            return effects + self._receive(self._shadow, leader.pool.wanted, now_s)
         # After a takeover the version may be there already.
-        if leader.version == arrival.version and (lease := leader.take()) is not None:
-            return subscription.adopt(self._note(lease), now_s)
+        if self._is_enough and leader.version == arrival.version and (lease := leader.take()) is not None:
+            return effects + subscription.adopt(self._note(lease), now_s)
         if self._clearing is None:
-            subscription.waits_for = f"the workers of this host that still load version {leader.version}"
+            self._own = None
+            subscription.waits_for = (
+                f"the workers of this host that still load version {leader.version}"
+                if leader.has_pool
+                else "other workers of this host, which may want more of it"
+            )
             patience_s = self._share.lease_s + _OVERWRITE_MARGIN_S
             self._clearing = Errand(lambda: leader.begin_overwrite(patience_s), self._wake)
-        return []
+        return effects
 
-    def _end_clearing(self) -> None:
+    def _end_clearing(self, leader: HostLeader) -> list[Effect]:
         if self._clearing is None or not self._clearing.is_done:
-            return
+            return []
         errand, self._clearing = self._clearing, None
+        engine = self._subscription.engine
         try:
             errand.result()
         except (DeadlineExceeded, PeerLost) as error:
-            logger.warning("engine %s: %s; it is tried again", self._subscription.engine, error)
+            logger.warning("engine %s: %s; it is tried again", engine, error)
+            return []
+        except OSError as error:
+            return self._subscription.give_up(f"engine {engine!r} cannot receive for its host: {error}")
+        if leader.pool is not self._pool:
+            before, self._pool, self._is_enough = self._pool, leader.pool, True
+            self._shadow = Shadow(self._pool) if before is None else self._move_shadow(before, self._pool)
+        return []
+
+    def _move_shadow(self, before: SharedPool, pool: SharedPool) -> Shadow:
+        """The shadow for the boxes that are received from now on, with what is known of those before."""
+        model = self._subscription.model
+        assert self._specs is not None
+        specs = list_staged_specs(self._specs, pool.wanted)
+        try:
+            carried = list_carried(model.layouts, model.plan_for(before.wanted), model.plan_for(pool.wanted))
+            return self._shadow.moved(pool, model.layouts, specs, carried)
+        except WireError:  # of layouts: then no version can be received anyway
+            return Shadow(pool)
 
     def _follow(self, follower: HostFollower, now_s: float) -> list[Effect]:
         subscription = self._subscription
         awaited, subscription.refused = subscription.awaited, None
         subscription.waits_for = f"process {follower.leader_pid}, which receives for this host"
         try:
-            lease = follower.take(None if awaited is None else awaited.version)
-        except WeightcastError as error:  # it died, left, or makes no sense
-            logger.info("engine %s: %s; another worker of the host takes over", subscription.engine, error)
+            lease = follower.take(awaited.version if awaited is not None and self._is_enough else None)
+        except WeightcastError as error:  # it died, left, receives into other memory, or makes no sense
+            logger.info("engine %s: %s; this worker joins again", subscription.engine, error)
             self._previous, self._member = follower, None
             return self._join()
         if awaited is None:
             return []
         if lease is not None:
             return subscription.adopt(self._note(lease), now_s)
+        if not self._is_enough and follower.version == awaited.version:
+            # It came after the others; the version after this one is received for it too.
+            logger.info("engine %s receives version %s by itself", subscription.engine, awaited.version)
+            self._own = Shadow()
+            return self._receive(self._own, self._wanted, now_s)
         refused = follower.refused
         if refused is not None and refused.version == awaited.version:
             return subscription.give_up(

@@ -22,7 +22,6 @@ from tests.sync.parts import (
 )
 
 from weightcast.sync import (
-    HostShare,
     PublishReport,
     Region,
     TensorSpec,
@@ -274,35 +273,3 @@ def test_boxes_that_cannot_be_are_refused_by_name(address: str, want: Want, mess
 def test_an_observer_wants_nothing() -> None:
     with pytest.raises(ConfigError, match="leave out role or want"):
         WeightSubscriber("tcp://127.0.0.1:1", role="observer", want=whole)
-
-
-def test_workers_of_a_host_that_want_the_same_share_one_copy_of_it(address: str, base: Path) -> None:
-    tensors = make_layers(5)
-    specs = tuple(make_specs(tensors))
-    share = HostShare("workers", base=base)
-    # Two workers of one half, and one of the other, which therefore has a share of its own.
-    halves = (0, 0, 1)
-    with ExitStack() as stack:
-        publisher = stack.enter_context(
-            WeightPublisher(TensorSource(tensors), address, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S, delta="on")
-        )
-        engines = [
-            stack.enter_context(
-                WeightSubscriber(address, engine=f"w{n}", limits=LIMITS, want=want_of(half), share=share)
-            )
-            for n, half in enumerate(halves)
-        ]
-        publisher.wait_for_subscribers(3)
-        for number in (1, 2):
-            pending = publisher.begin(number)
-            updates = [engine.wait(WAIT_S) for engine in engines]
-            for half, update in zip(halves, updates, strict=True):
-                assert_wanted(update, want_of(half)(specs), tensors)
-                update.release()
-                update.commit()
-            report = pending.wait()
-            bump(tensors)
-        received = [line.num_bytes for line in report.engines]
-    transports = sorted(line.transport for line in report.engines)
-    assert transports.count("host") == 1 and received.count(0) == 1
-    assert all(line.num_bytes < 0.9 * report.dense_bytes for line in report.engines)
