@@ -80,9 +80,8 @@ class HostLeader:
         self._followers: dict[Connection, int] = {}
         self._last_number = _OWN
         self._changed = threading.Condition()
-        owners = frozenset({os.geteuid()})
         self._server: PacketServer | None = PacketServer(
-            listen(path), TO_LEADER, self, owners, with_descriptor=self._heard_boxes
+            listen(path), TO_LEADER, self, frozenset({os.geteuid()}), with_descriptor=self._heard_boxes
         )
 
     @property
@@ -132,8 +131,7 @@ class HostLeader:
     def _gather(self) -> None:
         """Wait for workers that are about to come, when nothing was received yet; the lock is held."""
         while self._pool is None and not self._is_closed:
-            wait_s = self._members.first_wait_s(time.monotonic())
-            if not wait_s:
+            if not (wait_s := self._members.first_wait_s(time.monotonic())):
                 return
             self._changed.wait(wait_s)
 
@@ -148,14 +146,10 @@ class HostLeader:
                 self._give_up(timeout_s)
             end_s = self._leases.next_end_s
             self._changed.wait(max(0.0, min(deadline_s, end_s if end_s is not None else deadline_s) - now_s))
-        self._check_open()
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise PeerLost("this worker receives for its host no longer: it was closed")
 
     def _open_pool(self, pool: SharedPool) -> None:
-        self._check_open()
+        if self._is_closed:
+            raise PeerLost("this worker receives for its host no longer: it was closed")
         self._leases.begin_overwrite()
         pool.begin()
 
@@ -163,9 +157,7 @@ class HostLeader:
         """Write from now on to a pool for `union`, with what was there of that. Nobody gets a lease meanwhile."""
         before = self._pool
         try:
-            pool = make_pool(self._specs, union)
-            if before is not None:
-                pool.follow_on(before, self._specs)
+            pool = make_pool(self._specs, union, before)
             readable = pool.map_again()
         except StorageError as error:
             if before is None:
@@ -177,8 +169,8 @@ class HostLeader:
             self._open_pool(pool)
             self._pool, self._readable = pool, readable
             self._tell_all(Moved())
-            if before is not None:
-                before.close()
+        if before is not None:
+            before.close()
 
     def finish_overwrite(self, version: Version) -> None:
         """The pool holds `version`, whole and checked, and is not written any more: offer it."""
@@ -238,8 +230,7 @@ class HostLeader:
         """From the server's thread: a worker joins that does not want all of the model."""
         if not isinstance(message, Join):
             raise WireError("boxes come with a worker's first word")
-        is_same = message.model == fingerprint(self._specs)
-        wanted = read_boxes(descriptor, self._specs) if is_same else None
+        wanted = read_boxes(descriptor, self._specs) if message.model == fingerprint(self._specs) else None
         with self._changed:
             return self._join(peer, message, wanted)
 

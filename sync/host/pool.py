@@ -192,6 +192,14 @@ class SharedPool:
             self._arena.close()
 
 
-def make_pool(specs: tuple[TensorSpec, ...], wanted: WantedRegions | None) -> SharedPool:
-    """A pool for these boxes of a model; None is all of it. `StorageError` when there is too little memory."""
-    return SharedPool.create(list_staged_specs(specs, wanted), wanted)
+def make_pool(
+    specs: tuple[TensorSpec, ...], wanted: WantedRegions | None, before: SharedPool | None = None
+) -> SharedPool:
+    """A pool for these boxes of a model, None for all of it, in the place of one `before`.
+
+    `StorageError` when there is too little memory.
+    """
+    pool = SharedPool.create(list_staged_specs(specs, wanted), wanted)
+    if before is not None:
+        pool.follow_on(before, specs)
+    return pool

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from weightcast.sync.errors import DeadlineExceeded, PeerLost, WireError
+from weightcast.sync.errors import DeadlineExceeded, WireError
 from weightcast.sync.host.packets import Connection
 
 MAX_PEERS = 256
@@ -134,7 +134,7 @@ class PacketServer:
                 goes_on = self._handler.heard(peer, message)
         except DeadlineExceeded:
             return
-        except (WireError, PeerLost):
+        except (WireError, OSError):  # the peer is gone (`PeerLost`), say, or no descriptor is free for an answer
             goes_on = False
         if not goes_on:
             self._drop(peer)

@@ -102,8 +102,8 @@ def join_host_share(
     name = hashlib.sha256(f"{address}\0{group}".encode()).hexdigest()[:16]
     deadline_s = time.monotonic() + timeout_s
     while True:
-        member = _follow(folder / f"{name}.sock", specs, wanted, deadline_s)
-        member = member or _lead(folder, name, specs, wanted, terms, previous)
+        follower = _follow(folder / f"{name}.sock", specs, wanted, deadline_s)
+        member = follower or _lead(folder, name, specs, wanted, terms, previous)
         if member is not None:
             if previous is not None:
                 previous.close()

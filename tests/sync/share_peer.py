@@ -1,6 +1,8 @@
 """An engine in a process of its own that shares its host's copy, driven by lines of JSON, that a test may stop or kill.
 
-python -m tests.sync.share_peer ADDRESS NAME BASE
+python -m tests.sync.share_peer ADDRESS NAME BASE [RANK WORKERS]
+
+With RANK it wants the slices of that one of four ranks, of a model of `slice_wants`, and WORKERS are to come.
 
 Each command is {"do": NAME, ...}; the answer is what the function of that name returns, or {"error": ..., "text": ...}.
 """
@@ -15,6 +17,7 @@ from typing import Any
 from tests.ranks import ROOT
 from tests.sync.parts import LIMITS, WAIT_S
 from tests.sync.peer import Peer
+from tests.sync.slice_wants import slices_of
 
 from weightcast.sync import HostShare, Update, WeightSubscriber
 from weightcast.sync.digest import region_digest
@@ -22,15 +25,17 @@ from weightcast.sync.errors import WeightcastError
 
 GROUP = "engine"
 LEASE_S = 30.0
+NUM_RANKS = 4
 
 
 class SharePeer(Peer):
     """The parent's handle of such a process."""
 
-    def __init__(self, address: str, name: str, base: Path) -> None:
+    def __init__(self, address: str, name: str, base: Path, rank: int | None = None, workers: int = 1) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, "-m", "tests.sync.share_peer", address, name, str(base)]
+        command += [] if rank is None else [str(rank), str(workers)]
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT, text=True
@@ -57,10 +62,14 @@ class Commands:
         self._update: Update | None = None
 
     def take(self, timeout_s: float = WAIT_S) -> list[Any]:
-        """The next version's number, the digest of each tensor, and the transport."""
+        """The next version's number, the digest of each tensor or wanted box, and the transport."""
         update = self._update = self._subscriber.wait(timeout_s)
         specs = {spec.name: spec for spec in update.specs}
-        digests = [region_digest(tensor, specs[name].whole()) for name, tensor in update]
+        if update.wanted is None:
+            digests = [region_digest(tensor, specs[name].whole()) for name, tensor in update]
+        else:
+            parts = (part for name in update.wanted for part in update.wanted.parts(name))
+            digests = [region_digest(tensor, box) for box, tensor in parts]
         return [update.version.number, digests, update.stats.transport]
 
     def commit(self) -> None:
@@ -80,10 +89,11 @@ class Commands:
         return {name: int(size) * 1024 for name, size, _ in (line.replace(":", "").split() for line in lines)}
 
 
-def main(address: str, name: str, base: str) -> None:
+def main(address: str, name: str, base: str, rank: str = "", workers: str = "1") -> None:
     """Do what the lines say."""
-    share = HostShare(GROUP, lease_s=LEASE_S, base=Path(base))
-    with WeightSubscriber(address, engine=name, limits=LIMITS, share=share) as subscriber:
+    share = HostShare(GROUP, lease_s=LEASE_S, base=Path(base), workers=int(workers))
+    want = slices_of(int(rank), NUM_RANKS) if rank else None
+    with WeightSubscriber(address, engine=name, limits=LIMITS, share=share, want=want) as subscriber:
         commands = Commands(subscriber)
         for line in sys.stdin:
             arguments = json.loads(line)

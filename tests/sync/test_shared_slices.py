@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,13 +34,9 @@ def subscribe(base: Path) -> Iterator[Subscribe]:
     """Makes workers of this host that share a copy, and end with the test."""
     with ExitStack() as stack:
 
-        def make(
-            address: str, name: str, want: Want | None, workers: int | None = None, **settings: object
-        ) -> WeightSubscriber:
+        def make(address: str, name: str, want: Want | None, workers: int | None = None) -> WeightSubscriber:
             share = HostShare("engine", base=base, workers=workers, gather_s=GATHER_S)
-            made = WeightSubscriber(
-                address, engine=name, limits=LIMITS, share=share, want=want, **{"transport": "zmq"} | settings
-            )  # type: ignore[arg-type]
+            made = WeightSubscriber(address, engine=name, limits=LIMITS, share=share, want=want, transport="zmq")
             return stack.enter_context(made)
 
         yield make
@@ -63,7 +59,7 @@ def publish(
     publisher: WeightPublisher,
     number: int,
     tensors: dict[str, torch.Tensor],
-    engines: dict[WeightSubscriber, WantOf | None],
+    engines: Mapping[WeightSubscriber, WantOf | None],
 ) -> PublishReport:
     """Publish; each engine takes what it wants, and commits."""
     publication = publisher.begin(number)
@@ -251,7 +247,7 @@ def test_without_memory_for_a_larger_union_the_present_one_goes_on(
         late.wait(WAIT_S).commit()
         engines[late] = wants[1]
 
-        def fail(specs: object, wanted: object) -> SharedPool:
+        def fail(*_: object) -> SharedPool:
             raise StorageError(12, "no memory for the weights")
 
         monkeypatch.setattr(leaders, "make_pool", fail)
@@ -265,7 +261,7 @@ def test_without_memory_for_a_larger_union_the_present_one_goes_on(
 def test_the_first_version_is_refused_where_there_is_no_memory_for_it(
     subscribe: Subscribe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(specs: object, wanted: object) -> SharedPool:
+    def fail(*_: object) -> SharedPool:
         raise StorageError(12, "no memory for the weights")
 
     tensors = make_layers(7)
@@ -289,7 +285,7 @@ def test_the_first_version_is_refused_where_there_is_no_memory_for_it(
 def test_terms_of_a_share_are_checked() -> None:
     for settings in ({"workers": 0}, {"gather_s": -1.0}, {"gather_s": float("inf")}):
         with pytest.raises(ConfigError, match="needs workers of at least 1 or None, and seconds for gather_s"):
-            HostShare("engine", **settings)  # type: ignore[arg-type]
+            HostShare("engine", **settings)
 
 
 def test_versions_in_haste_and_workers_with_other_slices_each_time_never_mix(base: Path) -> None:
