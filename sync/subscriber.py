@@ -66,7 +66,9 @@ class WeightSubscriber:
     it), or is a function of the publisher's tensors that does; it is called by the subscriber's thread, once a model.
     Only chunks that hold some of them are asked for, only the boxes are staged, and all of what is kept is checked.
     Where boxes cannot be those of the publisher's model, every version is refused with `ModelMismatch`. With `share`
-    all workers that want the same boxes, say those of all of them together, share one copy of these.
+    each worker gives its own: what any of them wants is received once, and each has its own boxes of that. The first
+    version waits for who may still come (`HostShare.workers`, `gather_s`); a worker that comes later with boxes that
+    are not received yet gets the present version by itself, and the next one with the others.
 
     With `prepares` the fleet is told of a staged version only when the engine has looked at it: a thread of the
     engine's calls `preview`, makes ready for the version while another one serves, and accepts or refuses it.

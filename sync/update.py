@@ -27,8 +27,8 @@ class UpdateStats:
     """What it took to stage a version. Times are seconds since 1970; checksums are of chunks and of tensors.
 
     `num_bytes` counts bodies as they came, `num_repeats` chunks that were asked for again. `asked_bytes` are those of
-    all chunks that hold something wanted, as they are without deltas (0 where another worker of the host receives),
-    `kept_bytes` what is staged of them, and `model_bytes` what the publisher's model has.
+    all chunks that hold something wanted, by any worker that shares the copy, as they are without deltas (0 where another
+    one receives), `kept_bytes` those of this engine's boxes, and `model_bytes` what the publisher's model has.
     """
 
     num_bytes: int
@@ -53,7 +53,7 @@ class Update:
     rejected.
 
     Of a subscriber with `want`, iterating gives tensors of full shape, made one by one, of which the wanted boxes alone
-    may be read; `wanted` has just the boxes.
+    may be read; `wanted` has just the boxes. Where workers share, both may be views of the shared copy.
     """
 
     def __init__(

@@ -10,8 +10,8 @@ reload begins and ends inside one call: a driver that dies between calls leaves 
     vllm serve path/to/hf --weight-transfer-config '{"backend": "weightcast"}'
 
 Several workers of one host receive each version once, into memory that all of them load from (`WeightSubscriber`'s
-`share`); workers that do not, receive the slices that they keep (`slices.py`). Each reads a store of versions by
-itself. What only the server's operator may set is in `settings.py`.
+`share`): all of it, or the slices that any of them keeps (`slices.py`). Each reads a store of versions by itself.
+What only the server's operator may set is in `settings.py`.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import snapshot_download
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.parallel_state import get_node_count
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -113,7 +114,7 @@ class WeightcastTransferEngine(WeightTransferEngine):  # type: ignore[misc]
             expect=None if self._aliases.keys() & {spec.name for spec in self._specs} else self._specs,
             keys=read_engine_keys(self._settings.keys),
             key=read_store_key(self._settings.key_file),
-            share=choose_share(self._settings, init_info.publisher, init_info.engine, num_workers),
+            share=choose_share(self._settings, init_info.publisher, init_info.engine, num_workers, get_node_count()),
             want=choose_want(self._settings, init_info.publisher, self.vllm_config, self._specs, self._aliases),
             prepares=spare is not None,
         )

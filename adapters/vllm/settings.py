@@ -14,6 +14,10 @@ from weightcast.sync.errors import AddressError, ConfigError
 
 PrepareMode: TypeAlias = Literal["auto", "on", "off"]
 """Whether versions are prepared while the engine serves: where it can be done, or else they are refused, or never."""
+SliceMode: TypeAlias = Literal["auto", "on", "off"]
+"""Whether workers of one model ask for their own slices: where that is less than all of it, always, or never."""
+# How long a host's receiver waits for the other workers, which say what they want once each has watched its loader.
+_GATHER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +34,10 @@ class BackendSettings:
     """A file with the key that a store's versions are sealed with."""
     share: bool = True
     """Whether several workers of one host receive each version once: "on" or "off". Each reads a store by itself."""
-    slices: str = "auto"
-    """Whether workers of one model ask for their own slices of tensors: "auto", where they do not all read one host's
-    copy (`share` is off, or they are on several hosts), or "off". A store's versions are read whole."""
+    slices: SliceMode = "auto"
+    """Whether workers of one model ask for their own slices of tensors: "auto", where a host's workers do not need all
+    of the model together (`share` is off, or they are on several hosts), "on" or "off". Those of a host that share
+    receive what any of them asks for, once. A store's versions are read whole."""
     lease_s: float = 120.0
     """How long such a worker may go on loading a version when the next one is announced."""
     prepare: PrepareMode = "auto"
@@ -56,13 +61,11 @@ def read_settings(additional_config: Any) -> BackendSettings:
             settings[name] = Path(settings[name])
     if "share" in settings:
         settings["share"] = _read_switch(settings["share"])
-    if settings.get("slices", "auto") not in ("auto", "off"):
-        raise ConfigError(f'--additional-config weightcast: slices must be "auto" or "off", got {settings["slices"]!r}')
-    if settings.get("prepare", "auto") not in get_args(PrepareMode):
-        allowed_modes = ", ".join(get_args(PrepareMode))
-        raise ConfigError(
-            f"--additional-config weightcast: prepare must be one of {allowed_modes}, got {settings['prepare']!r}"
-        )
+    for name, modes in (("slices", get_args(SliceMode)), ("prepare", get_args(PrepareMode))):
+        if settings.get(name, "auto") not in modes:
+            raise ConfigError(
+                f"--additional-config weightcast: {name} must be one of {', '.join(modes)}, got {settings[name]!r}"
+            )
     lease_s = settings.get("lease_s", 1.0)
     if isinstance(lease_s, bool) or not isinstance(lease_s, int | float) or not lease_s > 0:
         raise ConfigError(f"--additional-config weightcast: lease_s must be seconds above 0, got {lease_s!r}")
@@ -85,22 +88,25 @@ def check_publisher(publisher: Any) -> None:
         raise ConfigError(f"publisher: {error}") from error
 
 
-def choose_share(settings: BackendSettings, publisher: str, engine: str, num_workers: int) -> HostShare | None:
+def choose_share(
+    settings: BackendSettings, publisher: str, engine: str, num_workers: int, num_hosts: int
+) -> HostShare | None:
     """The share of a server's workers on one host, under the engine's name; None for one worker, or where it is off.
 
-    A store has none: each worker reads it by itself.
+    A store has none: each worker reads it by itself. How many share it is known where all are on one host.
     """
     if not settings.share or num_workers == 1 or kind_of(publisher) == "store":
         return None
-    return HostShare(engine, lease_s=settings.lease_s)
+    workers = num_workers if num_hosts == 1 else None
+    return HostShare(engine, lease_s=settings.lease_s, workers=workers, gather_s=_GATHER_S)
 
 
 def takes_slices(settings: BackendSettings, publisher: str, num_workers: int, num_hosts: int) -> bool:
     """Whether each of `num_workers` that hold one model together, on so many hosts, asks for its own slices. Pure.
 
-    On one host, workers that share receive everything once and read it where it lies. On several, those of a host that
-    want the same slices share them. A store's versions are read whole.
+    On one host, workers that share need all of the model together, which they receive without having to say who needs
+    what. On several, those of a host receive what any of them needs, once. A store's versions are read whole.
     """
-    if settings.slices != "auto" or num_workers == 1 or kind_of(publisher) == "store":
+    if settings.slices == "off" or num_workers == 1 or kind_of(publisher) == "store":
         return False
-    return not settings.share or num_hosts > 1
+    return settings.slices == "on" or not settings.share or num_hosts > 1

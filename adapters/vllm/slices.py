@@ -1,8 +1,9 @@
 """Which slices of a model a vLLM worker asks for, when it asks for its own.
 
 A worker of several receives the tensors that its loader cuts as the slices that it keeps (`twin`), where that is worth
-it: with `"slices": "auto"`, when it receives by itself, or when the workers are on several hosts. Workers that share
-one host's memory take whole tensors once for all, of which together they need everything.
+it: with `"slices": "auto"`, when it receives by itself, or when the workers are on several hosts, of which each then
+receives what its own workers keep, once. Workers that are all on one host, and share its memory, take whole tensors
+once for all, of which together they need everything; with `"slices": "on"` they too ask for what each keeps.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

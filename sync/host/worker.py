@@ -1,5 +1,8 @@
 """An engine worker's part in its host's share: it joins, receives or reads, and keeps its subscription supplied.
 
+Who receives does so for all (`HostLeader` says which boxes); who reads takes its own out of that, or receives a version
+by itself that was begun before its boxes were known.
+
     worker = HostWorker(subscription, address, HostShare("llama-8b"), reach, wake)
     effects = worker.step(now_s)        # after everything that happened to the subscription
 

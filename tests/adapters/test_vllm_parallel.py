@@ -16,9 +16,12 @@ from weightcast.sync import WeightPublisher
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("share", ["on", pytest.param("off", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("share", "slices"),
+    [("on", "auto"), *(pytest.param(*case, marks=pytest.mark.long) for case in (("off", "auto"), ("on", "on")))],
+)
 def test_every_worker_receives_and_the_version_is_one(
-    share: str, first: Checkpoint, second: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: str, slices: str, first: Checkpoint, second: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # two workers on one NUMA node must be bound by hand
     address, stop = f"tcp://127.0.0.1:{free_port()}", threading.Event()
@@ -28,7 +31,7 @@ def test_every_worker_receives_and_the_version_is_one(
         dtype="float32",
         max_model_len=256,
         arguments=["--enforce-eager", "--tensor-parallel-size", "2"],
-        settings={"events": str(tmp_path / "events.jsonl"), "share": share},
+        settings={"events": str(tmp_path / "events.jsonl"), "share": share, "slices": slices},
     )
     source = TensorSource(second.tensors)
     with server, WeightPublisher(source, address, timeout_s=60, chunk_bytes=4096) as publisher:

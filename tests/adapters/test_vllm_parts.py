@@ -76,18 +76,20 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 def test_without_settings_the_workers_of_a_host_share(nothing: object) -> None:
     settings = read_settings(nothing)
     assert settings == BackendSettings()
-    assert choose_share(settings, ADDRESS, "vllm", 4) == HostShare("vllm", lease_s=120.0)
-    assert choose_share(settings, ADDRESS, "vllm", 1) is None
-    assert choose_share(settings, "/shared/versions", "vllm", 4) is None
+    assert choose_share(settings, ADDRESS, "vllm", 4, 1) == HostShare("vllm", lease_s=120.0, workers=4, gather_s=10.0)
+    assert choose_share(settings, ADDRESS, "vllm", 4, 2) == HostShare("vllm", lease_s=120.0, gather_s=10.0)
+    assert choose_share(settings, ADDRESS, "vllm", 1, 1) is None
+    assert choose_share(settings, "/shared/versions", "vllm", 4, 1) is None
 
 
 def test_the_operators_settings() -> None:
     given = {"events": "e.jsonl", "keys": "k.json", "publisher": "tcp://a:1", "share": "off", "lease_s": 7}
     settings = read_settings({"weightcast": given})
     assert (settings.events, settings.keys, settings.publisher) == (Path("e.jsonl"), Path("k.json"), "tcp://a:1")
-    assert choose_share(settings, ADDRESS, "vllm", 4) is None
+    assert choose_share(settings, ADDRESS, "vllm", 4, 1) is None
     assert read_settings({"weightcast": {"prepare": "off"}}).prepare == "off"
-    assert choose_share(read_settings({"weightcast": {"lease_s": 7}}), ADDRESS, "v", 2) == HostShare("v", lease_s=7)
+    share = choose_share(read_settings({"weightcast": {"lease_s": 7}}), ADDRESS, "v", 2, 1)
+    assert share is not None and (share.group, share.lease_s) == ("v", 7)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +102,11 @@ def test_the_operators_settings() -> None:
         ({"share": "off"}, 1, 1, False),
         ({"share": "off", "slices": "off"}, 2, 1, False),
         ({"slices": "off"}, 4, 2, False),
+        ({"slices": "on"}, 2, 1, True),  # and share what both ask for
+        ({"slices": "on"}, 1, 1, False),
     ],
 )
-def test_workers_that_share_no_copy_take_their_slices(
+def test_workers_that_do_not_need_all_together_take_their_slices(
     given: dict[str, str], num_workers: int, num_hosts: int, takes: bool
 ) -> None:
     settings = read_settings({"weightcast": given})
@@ -116,7 +120,7 @@ def test_workers_that_share_no_copy_take_their_slices(
         ({"evnts": "x"}, "evnts unknown; allowed: events, key_file, keys, lease_s, prepare, publisher, share, slices"),
         ("on", "'on' unknown"),
         ({"share": "maybe"}, 'share must be "on" or "off", got \'maybe\''),
-        ({"slices": "on"}, 'slices must be "auto" or "off", got \'on\''),
+        ({"slices": "yes"}, "slices must be one of auto, on, off, got 'yes'"),
         ({"prepare": "yes"}, "prepare must be one of auto, on, off, got 'yes'"),
         ({"prepare": ["on"]}, r"prepare must be one of auto, on, off, got \['on'\]"),
         ({"lease_s": 0}, "lease_s must be seconds above 0, got 0"),

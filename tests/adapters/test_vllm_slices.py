@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from weightcast.sync import TensorSpec, UpdateStats, WeightPublisher, WeightSubscriber, wanted_tensors
+from weightcast.sync import HostShare, TensorSpec, UpdateStats, WeightPublisher, WeightSubscriber, wanted_tensors
 from weightcast.sync.checkpoint_files import open_checkpoint
 from weightcast.sync.wanted import WantedRegions, share_of
 
@@ -65,19 +65,24 @@ MODELS: dict[str, PretrainedConfig] = {
 }
 
 
-def receive(address: str, wanted: WantedRegions) -> tuple[dict[str, torch.Tensor], UpdateStats]:
-    """The version that is published there, of which this rank gets its slices, with NaN in everything else."""
+def receive(
+    address: str, wanted: WantedRegions, share: HostShare | None = None
+) -> tuple[dict[str, torch.Tensor], UpdateStats]:
+    """The version that is published there, of which this rank gets its slices, with NaN in everything else.
+
+    With `share` both ranks' are received once, and what lies beside this rank's may be the other's.
+    """
 
     def make_poisoned(spec: TensorSpec, device: torch.device) -> torch.Tensor:
         return torch.full(spec.shape, float("nan"), dtype=spec.dtype, device=device)
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        WeightSubscriber(address, engine=f"rank-{os.environ['RANK']}", want=wanted) as subscriber,
+        WeightSubscriber(address, engine=f"rank-{os.environ['RANK']}", want=wanted, share=share) as subscriber,
     ):
         patch.setattr(wanted_tensors, "make_empty", make_poisoned)
         update = subscriber.wait(60)
-        return dict(update), update.stats
+        return {name: tensor.clone() for name, tensor in update}, update.stats
 
 
 def watch_and_load(folders: dict[str, str], addresses: dict[str, str], cache: str) -> dict[str, Any]:
@@ -107,8 +112,10 @@ def watch_and_load(folders: dict[str, str], addresses: dict[str, str], cache: st
             for box in boxes:
                 sliced[key][box.slices] = full[key][box.slices]
         received, stats = receive(addresses[name], wanted)
+        share = HostShare("slices", base=Path(cache), workers=2, gather_s=60)
+        together, shared = receive(addresses[name], wanted, share)
         expected = load(build(config), config, full)
-        for given in (sliced, received):
+        for given in (sliced, received, together):
             found = load(build(config), config, given)
             assert expected.keys() == found.keys()
             for key, tensor in expected.items():
@@ -116,6 +123,7 @@ def watch_and_load(folders: dict[str, str], addresses: dict[str, str], cache: st
         seen[name] = {
             "received": stats.num_bytes / stats.model_bytes,
             "asked": stats.asked_bytes / stats.model_bytes,
+            "shared": (shared.transport, shared.num_bytes, stats.model_bytes),
             "kept": stats.kept_bytes / stats.model_bytes,
             "share": share_of(wanted, checkpoint.specs),
             "computed": list(record.computed),
@@ -159,6 +167,10 @@ def test_a_load_of_the_wanted_slices_alone_fills_a_worker(tmp_path: Path, monkey
         (f"{layer}.input_layernorm.weight", "[0:64]", "[0:64]"),
     ):
         assert [dense[0][name], dense[1][name]] == [[name + first], [name + second]]
+    for name in folders:
+        (read, received) = sorted(rank[name]["shared"] for rank in ranks)
+        assert read[:2] == ("host", 0) and received[0] == "shared_memory", (name, read, received)
+        assert received[1] == received[2], "all of the model, once for both"
     for rank in ranks:
         for name in ("qwen3", "qwen3-tied", "qwen3-moe", "deepseek-v2"):
             assert rank[name]["computed"] == [] and rank[name]["unfilled"] == [], name

@@ -62,6 +62,13 @@ CPU_CASES: tuple[Case, ...] = (
         "1 worker",
     ),
     Case(
+        "slices_4_workers",
+        "shared memory, 4 engine workers of one host that want a quarter each: time against 1 worker that wants all",
+        at_most(1.3),
+        partial(moves.race_workers, workers=4, slices=True),
+        "1 worker",
+    ),
+    Case(
         "zmq_vs_sockets",
         "ZeroMQ over tcp loopback, staged and verified: speed against raw sockets doing the same",
         at_least(0.95),

@@ -60,14 +60,18 @@ def race(
     )
 
 
-def race_workers(settings: Settings, *, workers: int) -> Reading:
-    """Seconds until the last of several engine workers of a host, which share a copy, has it, against one alone."""
+def race_workers(settings: Settings, *, workers: int, slices: bool = False) -> Reading:
+    """Seconds until the last of several engine workers of a host, which share a copy, has it, against one alone.
+
+    With `slices` each wants its own part of the model, together all of it, and bits are those of all that was received.
+    """
     model = model_for(settings)
     options = PLACES["host"][0]
+    receivers = _named(workers)
+    if slices:
+        receivers = [named | {"slices": (rank, workers)} for rank, named in enumerate(receivers)]
     with (
-        Link(
-            OURS, model, options=options, receiver_options=_named(workers), receiver_namespaces=[None] * workers
-        ) as many,
+        Link(OURS, model, options=options, receiver_options=receivers, receiver_namespaces=[None] * workers) as many,
         Link(OURS, model, options=options) as one,
     ):
         times_s = take_turns({"many": _seconds(many), "one": _seconds(one)}, settings.rounds)

@@ -3,7 +3,8 @@
 Options of both: `address` to publish on; `transport`, `delta`, `chunk_bytes` as the classes take them; `keys` as
 (publisher's public, secret, engine's public, secret). Of the sender: `expose`, as its class takes it; `direct`, whether
 engines read its parameters where they lie. Of the receiver: `engine`, its name; `share`, the group of its host's
-workers with which it receives once; `device`, where it stages every version and loads it into parameters of its own
+workers with which it receives once; `slices`, (rank, ranks) of a tensor-parallel engine, of whose tensors it wants its
+own; `device`, where it stages every version and loads it into parameters of its own
 (otherwise what was staged is what it has, as an engine that iterates over an update gets it). With `points` its
 parameters point to what was staged there instead, as those of an engine do that takes pointers; the ones before stay
 whole until then. With `into` versions land in its parameters, and nothing is staged.
@@ -18,7 +19,16 @@ import torch
 from model_state import ModelState, allocate
 from peer_process import synchronize
 
-from weightcast.sync import CurveKeys, FleetPolicy, Limits, PublishReport, TensorSpec, WeightPublisher, WeightSubscriber
+from weightcast.sync import (
+    CurveKeys,
+    FleetPolicy,
+    Limits,
+    PublishReport,
+    Region,
+    TensorSpec,
+    WeightPublisher,
+    WeightSubscriber,
+)
 
 # Nobody is lost before this: where other work has the machine, a case is slow and not over.
 TIMEOUT_S = 120.0
@@ -100,6 +110,7 @@ class SubscribingReceiver:
             into=self._own,
             keys=engine_keys(options.get("keys")),
             limits=Limits(lost_after_s=TIMEOUT_S),
+            want=None if "slices" not in options else cut_slices(specs, *options["slices"]),
             **arguments,
         )
         self._commit: Callable[[], None] = _nothing
@@ -130,6 +141,19 @@ class SubscribingReceiver:
     def close(self) -> None:
         """End."""
         self._subscriber.close()
+
+
+def cut_slices(specs: Sequence[TensorSpec], rank: int, num_ranks: int) -> dict[str, tuple[Region, ...]]:
+    """What such a worker keeps: columns of the matrices that are multiplied last, rows of others, vectors whole."""
+    wanted = {spec.name: (spec.whole(),) for spec in specs}
+    for spec in specs:
+        if len(spec.shape) == 2:
+            dim = 1 if spec.name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+            first, end = (spec.shape[dim] * part // num_ranks for part in (rank, rank + 1))
+            offset = tuple(first if d == dim else 0 for d in range(2))
+            shape = tuple(end - first if d == dim else size for d, size in enumerate(spec.shape))
+            wanted[spec.name] = (Region(spec.name, offset, shape),)
+    return wanted
 
 
 def publisher_keys(keys: Sequence[str] | None) -> CurveKeys | None:
