@@ -1,6 +1,7 @@
 """What an engine knows of the model that its publisher publishes: tensors, epoch, and who serves what. Pure."""
 
 from collections.abc import Mapping, Sequence
+from operator import is_not
 
 import torch
 
@@ -9,7 +10,7 @@ from weightcast.sync.layout import SourceLayout, read_layout
 from weightcast.sync.messages import PROTOCOL, Layout, Welcome
 from weightcast.sync.part_plan import PartPlan, list_staged_specs, plan_parts
 from weightcast.sync.regions import TensorSpec
-from weightcast.sync.union_tensors import cut_from_union
+from weightcast.sync.union_tensors import UnionCuts, plan_cuts
 from weightcast.sync.version import find_model_differences
 from weightcast.sync.wanted import Want, WantedRegions, resolve_want
 
@@ -31,6 +32,8 @@ class ModelView:
         """These boxes; None where the engine wants all."""
         self._received: WantedRegions | None = None
         self._plan: PartPlan | None = None
+        self._cuts: UnionCuts | None = None
+        self._cuts_of: tuple[object, ...] = ()
         self._engine = engine
         self._expect = None if expect is None else tuple(expect)
         self._layout: Layout | None = None
@@ -129,5 +132,8 @@ class ModelView:
         """What was staged for `union`, boxes of several engines or all of the model, as this one takes it."""
         if self.wanted is None:
             return dict(staged)
-        assert self.specs is not None
-        return cut_from_union(self.specs, self.wanted, union, staged)
+        found = (self.specs, self.wanted, union)
+        if self._cuts is None or any(map(is_not, found, self._cuts_of)):
+            assert self.specs is not None
+            self._cuts, self._cuts_of = plan_cuts(self.specs, self.wanted, union), found
+        return self._cuts.present(staged)

@@ -1,10 +1,14 @@
 """A worker's own boxes, out of what was staged once for all workers of its host.
 
+    cuts = plan_cuts(specs, wanted, union)          # once, pure
+    tensors = cuts.present(staged)                  # of each version, without a copy
+
 A box that lies in one box of the union is a view of it. One that lies in several (where workers want boxes that cross)
 is put together when it is asked for. A tensor that lies in the union whole is there in full shape without a copy.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,20 +20,56 @@ from weightcast.sync.wanted import WantedRegions
 from weightcast.sync.wanted_tensors import WantedTensors
 
 
-class UnionCuts(Mapping[str, torch.Tensor]):
-    """Boxes by key, each made of its shares: (what lies there, the box of the union, its contents)."""
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What of a worker's box lies in a box of the union: where that is in the two, and the key of what was staged."""
 
-    def __init__(self, cuts: Mapping[str, tuple[Region, Sequence[tuple[Region, Region, torch.Tensor]]]]) -> None:
+    in_own: tuple[slice, ...]
+    in_staged: tuple[slice, ...]
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A worker's box, and its shares: one, unless it crosses borders of the union."""
+
+    box: Region
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnionCuts:
+    """See the module."""
+
+    specs: Sequence[TensorSpec]
+    boxes: Mapping[str, tuple[tuple[str, Region], ...]]
+    """By HF name, the key and the place of each of the worker's boxes."""
+    cuts: Mapping[str, Cut]
+    around: Mapping[str, str]
+    """By HF name of a tensor that lies in the union whole, the key of it."""
+
+    def present(self, staged: Mapping[str, torch.Tensor]) -> WantedTensors:
+        """What the worker takes of a version of which the boxes of the union were staged, by `box_key`."""
+        return WantedTensors(
+            self.specs, self.boxes, _Parts(self.cuts, staged), {name: staged[key] for name, key in self.around.items()}
+        )
+
+
+class _Parts(Mapping[str, torch.Tensor]):
+    """A worker's boxes by key, made when they are asked for."""
+
+    def __init__(self, cuts: Mapping[str, Cut], staged: Mapping[str, torch.Tensor]) -> None:
         self._cuts = cuts
+        self._staged = staged
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        box, shares = self._cuts[key]
-        first = shares[0][2]
-        if len(shares) == 1:
-            return first[slices_within(box, shares[0][1])]
-        full = torch.empty(box.shape, dtype=first.dtype, device=first.device)
-        for common, around, tensor in shares:
-            full[slices_within(common, box)] = tensor[slices_within(common, around)]
+        cut = self._cuts[key]
+        first = self._staged[cut.shares[0].key]
+        if len(cut.shares) == 1:
+            return first[cut.shares[0].in_staged]
+        full = torch.empty(cut.box.shape, dtype=first.dtype, device=first.device)
+        for share in cut.shares:
+            full[share.in_own] = self._staged[share.key][share.in_staged]
         return full
 
     def __iter__(self) -> Iterator[str]:
@@ -39,25 +79,19 @@ class UnionCuts(Mapping[str, torch.Tensor]):
         return len(self._cuts)
 
 
-def cut_from_union(
-    specs: Sequence[TensorSpec],
-    wanted: WantedRegions,
-    union: WantedRegions | None,
-    staged: Mapping[str, torch.Tensor],
-) -> WantedTensors:
-    """What an engine that wants `wanted` takes of a version that was staged for `union`, which has all of it.
-
-    `staged` has a tensor for each box of the union, by `box_key`; for all of the model (None) the tensors by name.
-    """
+def plan_cuts(specs: Sequence[TensorSpec], wanted: WantedRegions, union: WantedRegions | None) -> UnionCuts:
+    """How an engine that wants `wanted` finds it in `union`, which has all of it; None is all of the model."""
     boxes = list_boxes(specs, wanted)
-    cuts: dict[str, tuple[Region, Sequence[tuple[Region, Region, torch.Tensor]]]] = {}
-    around: dict[str, torch.Tensor] = {}
+    cuts: dict[str, Cut] = {}
+    around: dict[str, str] = {}
     for spec in specs:
-        united = (spec.whole(),) if union is None else union[spec.name]
-        there = {box: staged[spec.name if union is None else box_key(box)] for box in united}
-        if spec.whole() in there:
-            around[spec.name] = there[spec.whole()]
+        full = spec.whole()
+        keys = {full: spec.name} if union is None else {box: box_key(box) for box in union[spec.name]}
+        if full in keys:
+            around[spec.name] = keys[full]
         for key, box in boxes[spec.name]:
-            shares = find_shares(box, united) if box.numel else ((box, spec.whole()),)
-            cuts[key] = (box, [(common, whole_box, there[whole_box]) for common, whole_box in shares])
-    return WantedTensors(specs, boxes, UnionCuts(cuts), around)
+            shares = find_shares(box, keys) if box.numel else ((box, full),)
+            cuts[key] = Cut(
+                box, tuple(Share(slices_within(part, box), slices_within(part, at), keys[at]) for part, at in shares)
+            )
+    return UnionCuts(specs, boxes, cuts, around)

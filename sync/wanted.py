@@ -218,7 +218,7 @@ def check_wanted(wanted: WantedRegions, specs: Iterable[TensorSpec]) -> None:
         for box in boxes:
             if box.name != name or len(box.shape) != len(full.shape) or (box.numel and intersect(box, full) != box):
                 raise ModelMismatch(f"wanted box {box} lies outside {name} of shape {full.shape}; give boxes inside it")
-        if sum(box.numel for box in boxes) != sum(box.numel for box in merge_boxes(boxes)):
+        if len(boxes) > 1 and sum(box.numel for box in boxes) != sum(box.numel for box in merge_boxes(boxes)):
             raise ModelMismatch(
                 f"wanted boxes of {name} overlap: {', '.join(map(str, boxes[:5]))}; `merge_boxes` makes others of them"
             )

@@ -11,6 +11,7 @@ back (after the receiver's death, say) what they want goes on being received.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_not
 
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.union import unite_wanted
@@ -34,6 +35,8 @@ class Members:
         self._terms = terms
         self._wants: dict[int, WantedRegions | None] = {}
         self._changed_s = 0.0
+        self._united: list[WantedRegions | None] = []
+        self._union: WantedRegions | None = unite_wanted(specs, ())
 
     def join(self, holder: int, wanted: WantedRegions | None, now_s: float) -> None:
         """A worker is here."""
@@ -47,13 +50,17 @@ class Members:
 
     def first_wait_s(self, now_s: float) -> float:
         """Seconds to wait for others before there is a first union; 0 when nobody could change it."""
-        left_s = self._settled_after_s(now_s)
-        return left_s if left_s > 0 and unite_wanted(self._specs, self._wants.values()) is not None else 0.0
+        wants_all = any(wanted is None for wanted in self._wants.values())
+        return 0.0 if wants_all else self._settled_after_s(now_s)
 
     def unite(self, held: Sequence[WantedRegions | None], now_s: float) -> WantedRegions | None:
         """What all want, and, while some may still come, what is `held` now (nothing, or one union)."""
         kept = held if self._settled_after_s(now_s) > 0 else ()
-        return unite_wanted(self._specs, [*self._wants.values(), *kept])
+        wants = [*self._wants.values(), *kept]
+        if len(wants) != len(self._united) or any(map(is_not, wants, self._united)):
+            # Of many tensors it takes a while, and most versions are for whom the ones before were.
+            self._union, self._united = unite_wanted(self._specs, wants), wants
+        return self._union
 
     def _settled_after_s(self, now_s: float) -> float:
         if self._terms.workers is not None and len(self._wants) >= self._terms.workers:

@@ -41,8 +41,9 @@ from weightcast.sync.wanted import WantedRegions
 
 DEFAULT_LEASE_S = 60.0
 DEFAULT_GATHER_S = 1.0
-# A leader answers within milliseconds; one that does not is dying, or stopped.
-_ANSWER_S = 2.0
+# A leader answers within milliseconds, or within some seconds where workers of a model of many tensors say all at once
+# what they want; one that does not is stopped.
+_ANSWER_S = 10.0
 _RETRY_S = 0.02
 
 
@@ -58,8 +59,8 @@ class HostShare:
     workers: int | None = None
     """How many workers of this host share it, where that is known: the first version is received when all are there."""
     gather_s: float = DEFAULT_GATHER_S
-    """How long after a worker came the first version waits for more of them, unless all are there or the ones that came
-    want all of the model; and how long after one came or left what the others want is received all the same."""
+    """How long after a worker came the first version waits for more of them, unless all are there, or one that wants
+    all of the model; and how long after one came or left what it wanted is received all the same."""
 
     def __post_init__(self) -> None:
         if not self.group or not self.lease_s > 0:

@@ -34,7 +34,7 @@ from weightcast.sync.wanted import WantedRegions
 logger = logging.getLogger(__name__)
 
 # One try to join; between two of them it is seen whether somebody still wants to.
-_JOIN_S = 2.0
+_JOIN_S = 10.0
 # Beyond the leases' time, after which nobody reads any more.
 _OVERWRITE_MARGIN_S = 5.0
 

@@ -145,7 +145,7 @@ class SubscribingReceiver:
 
 def cut_slices(specs: Sequence[TensorSpec], rank: int, num_ranks: int) -> dict[str, tuple[Region, ...]]:
     """What such a worker keeps: columns of the matrices that are multiplied last, rows of others, vectors whole."""
-    wanted = {spec.name: (spec.whole(),) for spec in specs}
+    wanted: dict[str, tuple[Region, ...]] = {spec.name: (spec.whole(),) for spec in specs}
     for spec in specs:
         if len(spec.shape) == 2:
             dim = 1 if spec.name.endswith(("o_proj.weight", "down_proj.weight")) else 0

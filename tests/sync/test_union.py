@@ -21,7 +21,7 @@ from weightcast.sync.part_plan import PartPlan, box_key, plan_parts
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.shadow import ChunkKey
 from weightcast.sync.union import is_within, list_carried, unite_boxes, unite_wanted
-from weightcast.sync.union_tensors import cut_from_union
+from weightcast.sync.union_tensors import plan_cuts
 from weightcast.sync.wanted import WantedRegions, cut_for, merge_boxes, whole
 
 BF16 = torch.bfloat16
@@ -75,7 +75,7 @@ def test_a_worker_finds_its_own_boxes_in_the_union(case: Case) -> None:
     staged = {spec.name if union is None else box_key(box): tensor[box.slices].clone() for box in united}
     for wanted in wants:
         assert is_within(wanted, union)
-        found = cut_from_union([spec], wanted, union, staged)
+        found = plan_cuts([spec], wanted, union).present(staged)
         assert found.regions == wanted and found.num_bytes == sum(2 * box.numel for box in wanted["t"])
         for box, part in found.parts("t"):
             assert torch.equal(part, tensor[box.slices])
