@@ -35,8 +35,10 @@ def subscribe(base: Path) -> Iterator[Subscribe]:
     """Makes workers of this host that share a copy, and end with the test."""
     with ExitStack() as stack:
 
-        def make(address: str, name: str, want: Want | None, workers: int | None = None) -> WeightSubscriber:
-            share = HostShare("engine", base=base, workers=workers, gather_s=GATHER_S)
+        def make(
+            address: str, name: str, want: Want | None, workers: int | None = None, lease_s: float = 30.0
+        ) -> WeightSubscriber:
+            share = HostShare("engine", base=base, workers=workers, gather_s=GATHER_S, lease_s=lease_s)
             made = WeightSubscriber(address, engine=name, limits=LIMITS, share=share, want=want, transport="zmq")
             return stack.enter_context(made)
 
@@ -252,6 +254,43 @@ def test_the_heir_wants_boxes_that_the_one_before_did_not_receive(
         report = publish(p, 2, tensors, {heir: wants[1], again: wants[0]})
         assert transports(report) == {"host": 1, "zmq": 1}
         assert report.num_bytes < (1.5 if is_staged else 0.5) * quarter
+
+
+def test_who_loads_for_longer_than_its_lease_when_the_union_grows_has_what_it_took(
+    subscribe: Subscribe, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next version comes to other memory, so nothing was overwritten under it; nobody waits for it any longer."""
+    tensors = make_layers(9)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    wants = [slices_of(rank, 4) for rank in range(3)]
+    specs = tuple(make_specs(tensors))
+    policy = FleetPolicy.quorum(1)
+    with WeightPublisher(TensorSource(tensors), TCP, policy=policy, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S) as p:
+        first = subscribe(p.address, "first", wants[0], 2, lease_s=0.5)
+        wait_until(lambda: is_member(first))
+        slow = subscribe(p.address, "slow", wants[1], 2, lease_s=0.5)
+        p.wait_for_subscribers(2)
+        publication = p.begin(1, timeout_s=2.0)
+        held = slow.wait(WAIT_S)
+        first.wait(WAIT_S).commit()
+        publication.wait()
+        late = subscribe(p.address, "late", wants[2], 2, lease_s=0.5)
+        late.wait(WAIT_S).commit()
+        change(tensors, 2)
+        publication = p.begin(2, timeout_s=10.0)
+        for engine, want in ((first, wants[0]), (late, wants[2])):
+            update = engine.wait(WAIT_S)
+            assert_slices(update, want(specs), tensors)
+            update.commit()
+        assert "kept version 1" in caplog.text
+        held.check()
+        assert_slices(held, wants[1](specs), before)
+        held.commit()
+        update = slow.wait(WAIT_S)
+        assert (update.version.number, update.stats.transport) == (2, "host")
+        assert_slices(update, wants[1](specs), tensors)
+        update.commit()
+        publication.wait()
 
 
 def cross(specs: Sequence) -> WantedRegions:  # type: ignore[type-arg]
