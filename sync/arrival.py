@@ -8,19 +8,19 @@ delta began from may not have been what they should, and memory that was read ma
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import torch
 
-from weightcast.sync.effects import Effect, Request
+from weightcast.sync.effects import Effect, Request, list_reads
 from weightcast.sync.errors import WireError
 from weightcast.sync.host.lease import Lease
 from weightcast.sync.landing import Body
-from weightcast.sync.limits import Limits, size_device_run, size_run
+from weightcast.sync.ledger import ChunkKey
+from weightcast.sync.limits import MAX_AT_ONCE_BYTES, Limits, size_device_run, size_run
 from weightcast.sync.messages import MAX_RUN_CHUNKS, Announce, ChunkHeader, ChunkRequest, Staged
 from weightcast.sync.records import Span
 from weightcast.sync.regions import TensorSpec
-from weightcast.sync.shadow import ChunkKey
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
@@ -94,9 +94,24 @@ class Arrival:
         return 0 if self.staging is None else self.staging.checksums_checked
 
     def begin(self, now_s: float) -> list[Effect]:
-        """The first requests, to every source."""
+        """The first requests, to every source; of one whose chunks are all there and are read, all is read at once."""
         assert self.staging is not None
-        self._askable.extend(rank for rank, indices in self.staging.order.items() if indices)
+        ranks = [rank for rank, indices in self.staging.order.items() if indices]
+        at_once = {rank: len(self.staging.order[rank]) for rank in ranks if self._reads_at_once(rank)}
+        self._next_place |= at_once
+        self._askable.extend(rank for rank in ranks if rank not in at_once)
+        reads = (list_reads(rank, self.version, count, self.chunk_bytes) for rank, count in at_once.items())
+        return [*chain.from_iterable(reads), *self._ask(now_s)]
+
+    def _reads_at_once(self, rank: int) -> bool:
+        """Whether all of a source is read without asking. While a host does that the engine hears and says nothing."""
+        if rank not in self.announce.ready or not self._lands_runs(rank):
+            return False
+        return self._lands_on_device(rank) or self.asked_bytes <= MAX_AT_ONCE_BYTES
+
+    def ask_for(self, rank: int, header: ChunkHeader, now_s: float) -> list[Effect]:
+        """Ask for chunks, one by one."""
+        self._again.extend((rank, index) for index in range(header.index, header.index + header.count))
         return self._ask(now_s)
 
     def _ask(self, now_s: float) -> list[Effect]:
@@ -268,7 +283,6 @@ class Arrival:
     def make_staged(self, wall_offset_s: float) -> Staged:
         """The message that says all is here and checked."""
         end_s = self.staged_s + wall_offset_s
-        span = Span("stage", self.started_s + wall_offset_s, end_s)
         # Passes that do nothing but check, put together; where bytes are copied they are digested in the same pass.
         check_s = 0.0 if self.staging is None else min(self.staging.checking.seconds, self.staged_s - self.started_s)
         return Staged(
@@ -276,7 +290,7 @@ class Arrival:
             self.num_bytes,
             self.staged_s - self.started_s,
             self.checksums_checked,
-            (span, Span("check", end_s - check_s, end_s)),
+            (Span("stage", self.started_s + wall_offset_s, end_s), Span("check", end_s - check_s, end_s)),
             self.transport,
             self.num_repeats,
             self.asked_bytes,

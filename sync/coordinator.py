@@ -118,7 +118,8 @@ class Coordinator:
     def _announce(self, publication: Publication, now_s: float) -> list[Outgoing]:
         version = Version(self.epoch, publication.number)
         tickets = tuple(ticket for _, packing in sorted(publication.begun.items()) for ticket in packing.tickets)
-        publication.announce = self.current = Announce(version, tickets)
+        ready = tuple(rank for rank, packing in sorted(publication.begun.items()) if packing.is_ready)
+        publication.announce = self.current = Announce(version, tickets, ready)
         publication.announced_s = now_s
         self.sealed = None
         self.engines = {peer: fleet.begin_version(engine) for peer, engine in self.engines.items()}
@@ -227,6 +228,9 @@ class Coordinator:
     def _finish(self, publication: Publication, version: Version, now_s: float) -> list[Outgoing]:
         self.publication = None
         self._ended = publication.number
+        if self.current is not None:
+            # Sources may change what engines read: who comes later asks whether it is still there.
+            self.current = replace(self.current, ready=())
         engines: Iterable[EngineStatus] = self.engines.values()
         late = sorted(set(range(self.roster.world_size)) - publication.parts.keys())
         error = ""

@@ -32,6 +32,10 @@ class RunningRun(Protocol):
         """Of each piece; when this returns all are in their places. Once only."""
         ...
 
+    def wait(self) -> None:
+        """Until all are in their places."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class RunLanding:
@@ -61,6 +65,7 @@ class LandingPasses:
         self.passes = ChunkPasses(layout.chunks, {spec.name: spec.dtype for spec in specs}, device)
         numbers = {spec.name: number for number, spec in enumerate(specs)}
         self._tensors = np.array([numbers[piece.region.name] for _, piece in self.pieces], np.int64)
+        self._owners: list[int] = self._tensors.tolist()
         rows = [
             (layout.start_bytes[index] + piece.start_byte, lanes, *_place_in(specs[number], strides[number], piece))
             for (index, piece), lanes, number in zip(self.pieces, self.passes.row_lanes, self._tensors, strict=True)
@@ -70,6 +75,11 @@ class LandingPasses:
         self._shapes = np.array([(shape.num_rows, shape.row_bytes) for shape in self.passes.shapes], np.int64).reshape(
             -1, 2
         )
+
+    def owners(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """Of a run: where each chunk's pieces begin among its own, and where the last ones end; each one's tensor."""
+        firsts = self.passes.first_pieces[first : first + count + 1]
+        return [number - firsts[0] for number in firsts], self._owners[firsts[0] : firsts[-1]]
 
     def places(self, first: int, count: int, came: torch.Tensor | ScatteredBytes, addresses: Int64Array) -> Int64Array:
         """Of the pieces of a run, out of its bytes in `came`, into tensors at `addresses`, for `launch`."""

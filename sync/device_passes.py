@@ -73,11 +73,16 @@ class RunningPass:
     _end: torch.cuda.Event | None
     is_done = False
 
-    def digests(self) -> list[int]:
-        """Of each piece; when this returns, the device is done with them. Once only."""
+    def wait(self) -> None:
+        """Until the device is done with it."""
         if self._end is not None:
             self._end.synchronize()
+            self._end = None
         self._held = ()
+
+    def digests(self) -> list[int]:
+        """Of each piece; when this returns, the device is done with them."""
+        self.wait()
         return [total & MASK for total in self._sums.tolist()]
 
 

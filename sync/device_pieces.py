@@ -17,12 +17,13 @@ from weightcast.sync.snapshot import ChunkState
 
 
 def share_out(
-    found: Sequence[int], states: Sequence[ChunkState], owners_of: Sequence[tuple[int, ...]], totals: list[int]
+    found: list[int], states: Sequence[ChunkState], owners_of: Sequence[tuple[int, ...]], totals: list[int]
 ) -> None:
     """Note the digests of pieces, in order, at their chunks, and add each to that of the region around it."""
-    left = iter(found)
+    start = 0
     for state, owners in zip(states, owners_of, strict=True):
-        state.digests = digests = [next(left) for _ in owners]
+        state.digests = digests = found[start : start + len(owners)]
+        start += len(owners)
         for number, digest in zip(owners, digests, strict=True):
             totals[number] += digest
 
@@ -66,3 +67,8 @@ def step_within(
         return 0, 0
     start = sum((at - base) * step for at, base, step in zip(piece.offset, region.offset, strides, strict=True))
     return live.data_ptr() + start * dtype.itemsize, step
+
+
+def lies_at(live: torch.Tensor | None) -> tuple[object, ...]:
+    """Where a tensor lies; two that lie alike may be read by one table."""
+    return () if live is None else (live.data_ptr(), live.stride(), live.dtype, live.device)

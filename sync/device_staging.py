@@ -22,12 +22,13 @@ from weightcast.sync.digest_torch import as_digests, region_sum
 from weightcast.sync.host_bytes import ChunkBytes, check_size, elements_of, writable
 from weightcast.sync.host_pieces import HostPieces
 from weightcast.sync.layout import SourceLayout
+from weightcast.sync.ledger import ChunkKey
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.pass_plan import Int64Array
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.run_staging import HostStaging, RunBytes, RunStaging
 from weightcast.sync.scattered import ScatteredBytes
-from weightcast.sync.shadow import ChunkKey, Shadow
+from weightcast.sync.shadow import Shadow
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 
@@ -40,6 +41,9 @@ class DeviceStaging(RunStaging):
 
     def open_landing(self, rank: int, header: ChunkHeader, num_bytes: int, scratch: ByteArray) -> None:
         """Nowhere: what is received comes to host memory first."""
+
+    def _owners(self, rank: int, first: int, count: int) -> tuple[list[int], list[int]]:
+        return self._shadow.landings[rank].owners(first, count)
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)
@@ -57,7 +61,7 @@ class DeviceStaging(RunStaging):
             landing = LandingPasses(self.layouts[rank], self.specs, strides, self.device)
             self._shadow.landings[rank] = landing
         if self._addresses is None:
-            self._addresses = np.array([self._tensors[spec.name].data_ptr() for spec in self.specs], np.int64)
+            self._addresses = np.fromiter(self._shadow.addresses.values(), np.int64, len(self.specs))
         span = landing.passes.span(first, count)
         starts = self.layouts[rank].start_bytes
         opened: dict[int, torch.Tensor] = {}

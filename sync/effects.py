@@ -1,8 +1,11 @@
 """What an engine's side of the protocol wants done: effects, which a thread carries out (`subscriber_loop`)."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
-from weightcast.sync.messages import ChunkRequest, Message
+from weightcast.sync.limits import cut_runs
+from weightcast.sync.messages import ChunkHeader, ChunkRequest, Message
+from weightcast.sync.version import Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,4 +25,22 @@ class Tell:
     message: Message
 
 
-Effect = Request | Tell
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read the chunks that `header` stands for out of the memory of the source `rank`, as if it had answered so."""
+
+    rank: int
+    header: ChunkHeader
+
+
+def list_reads(rank: int, version: Version, num_chunks: int, chunk_bytes: int) -> list[Read]:
+    """All chunks of a source, in runs that a device lands at once."""
+    counts = cut_runs(num_chunks, chunk_bytes)
+    starts = accumulate(counts, initial=0)
+    return [
+        Read(rank, ChunkHeader(version, start, "dense", None, b"", count))
+        for start, count in zip(starts, counts, strict=False)
+    ]
+
+
+Effect = Request | Tell | Read

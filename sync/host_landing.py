@@ -36,7 +36,8 @@ class HostLanding:
         numbers = {name: number for number, name in enumerate(tensors)}
         itemsizes = [tensors[piece.region.name].element_size() for _, piece in pieces]
         self._passes = HostPasses([piece.region for _, piece in pieces], itemsizes)
-        self._tensors = np.array([numbers[piece.region.name] for _, piece in pieces], np.int64)
+        self._owners: list[int] = [numbers[piece.region.name] for _, piece in pieces]
+        self._tensors = np.array(self._owners, np.int64)
         self._sources = np.array([layout.start_bytes[index] + piece.start_byte for index, piece in pieces], np.int64)
         self._targets: Int64Array = np.zeros(len(pieces), np.int64)
         self._is_taken = np.ones(len(layout.chunks), np.bool_)
@@ -52,6 +53,11 @@ class HostLanding:
             start = sum(at * step for at, step in zip(piece.region.offset, strides, strict=True))
             self._targets[number] = start * tensor.element_size()
             self._is_taken[index] &= can_take(tensor)
+
+    def owners(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """Of a run: where each chunk's pieces begin among its own, and where the last ones end; each one's tensor."""
+        firsts = self._first_pieces[first : first + count + 1]
+        return [number - firsts[0] for number in firsts], self._owners[firsts[0] : firsts[-1]]
 
     def takes(self, first: int, count: int) -> bool:
         """Whether all pieces of these chunks can be brought to their places so."""

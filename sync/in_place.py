@@ -18,14 +18,15 @@ bits of several versions, or of one that the fleet has not released.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightcast.sync.arrival import Arrival
 from weightcast.sync.effects import Effect
 from weightcast.sync.engine_tensors import EngineTensors
 from weightcast.sync.errors import SourceError, WireError
+from weightcast.sync.ledger import ChunkKey
 from weightcast.sync.limits import Limits
-from weightcast.sync.shadow import ChunkKey, Shadow
+from weightcast.sync.shadow import Shadow
 from weightcast.sync.subscription import Subscription
 from weightcast.sync.version import Version
 
@@ -131,7 +132,8 @@ class InPlaceSubscription(Subscription):
         """The engine does not serve: its memory may be written until `take_back`."""
         self._is_lent = True
         waiting, self._waiting = self._waiting, None
-        return [] if waiting is None else self._announced(waiting, now_s)
+        # Sources may have gone on since: nothing is written before they were asked.
+        return [] if waiting is None else self._announced(replace(waiting, ready=()), now_s)
 
     def take_back(self) -> None:
         """From now on nothing is written; what was not taken is begun anew when the memory is lent again."""

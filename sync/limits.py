@@ -14,6 +14,8 @@ MAX_CREDIT_CHUNKS = 64
 _RUN_BYTES = 32 << 20
 # So much is packed by one call: few enough for an engine that is sent chunks not to wait.
 _PACKING_RUN_BYTES = 16 << 20
+# Of memory that is read on the host all is read at once where it is no more: in a second or two.
+MAX_AT_ONCE_BYTES = 8 << 30
 # On a device a hand-over takes as long as to copy this much there,
 _DEVICE_RUN_BYTES = 512 << 20
 # and this much is enough to make it nothing.
@@ -62,6 +64,15 @@ def size_packing_run(num_done: int, num_left: int, chunk_bytes: int) -> int:
     In step with the runs that engines ask for.
     """
     return min(size_run(num_done, num_left, chunk_bytes), max(1, _PACKING_RUN_BYTES // max(1, chunk_bytes)))
+
+
+def cut_runs(num_chunks: int, chunk_bytes: int) -> list[int]:
+    """How many chunks a device lands at once, of those that are all there: as few runs as may be, of like sizes.
+
+    Host memory notes one while the next is landed, and nothing else is heard until all are.
+    """
+    num_runs = -(-num_chunks // max(1, _MAX_DEVICE_RUN_BYTES // chunk_bytes))
+    return [num_chunks * (n + 1) // num_runs - num_chunks * n // num_runs for n in range(num_runs)]
 
 
 def size_device_run(num_done: int, num_left: int, chunk_bytes: int) -> int:

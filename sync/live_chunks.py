@@ -44,6 +44,11 @@ class LiveChunkState(ChunkState):
 class LiveSnapshot(Snapshot):
     """`num_ready` counts chunks that are digested; those of which nothing is packed are ready before."""
 
+    @property
+    def is_all_ready(self) -> bool:
+        """See `Snapshot`: when nothing is to be packed."""
+        return all(isinstance(state, LiveChunkState) and state.is_live for state in self.states)
+
     def is_ready(self, index: int) -> bool:
         """See `Snapshot`."""
         state = self.states[index] if index < len(self.states) else None

@@ -24,7 +24,7 @@ from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_packer import MAX_MADE_BYTES
 from weightcast.sync.device_passes import ChunkPasses, RunningPass
-from weightcast.sync.device_pieces import share_out, step_within
+from weightcast.sync.device_pieces import lies_at, share_out, step_within
 from weightcast.sync.digest import add_digests
 from weightcast.sync.live_chunks import LiveChunkState, LiveSnapshot
 from weightcast.sync.packer import Packer, PackMode
@@ -91,9 +91,9 @@ class LivePacker(Packer):
         lives: list[torch.Tensor | None] = [None] * len(self._regions)
         for number, region, find in self._fixed:
             lives[number] = self._check_shape(region, find())
-        if self._exposed is None or [_place(live) for live in lives] != self._seen:
+        if self._exposed is None or [lies_at(live) for live in lives] != self._seen:
             self._expose([None if live is None else live.detach() for live in lives])
-            self._seen = [_place(live) for live in self._lives]
+            self._seen = [lies_at(live) for live in self._lives]
 
     def _expose(self, lives: list[torch.Tensor | None]) -> None:
         for number, _, find in list(self._fixed):
@@ -126,11 +126,9 @@ class LivePacker(Packer):
     def _list_pieces(self) -> Int64Array:
         """See `cuda_ipc_live.PIECE_FIELDS`."""
         rows = []
-        start = 0
-        numbers = iter(range(len(self._pieces)))
+        start = number = 0
         for state in self._states:
             for piece in state.chunk.pieces:
-                number = next(numbers)
                 shape, owner = self._passes.shapes[number], self._pieces[number][1]
                 live, region = self._lives[owner], self._regions[owner]
                 address, step = 0, 0
@@ -138,6 +136,7 @@ class LivePacker(Packer):
                     dtype = self._dtypes[region.name]
                     address, step = step_within(piece.region, region, live, dtype, self._device)
                 rows.append((start + piece.start_byte, shape.num_rows, shape.row_bytes, address, step))
+                number += 1
             start += state.chunk.num_bytes
         return np.array(rows, np.int64)
 
@@ -164,7 +163,7 @@ class LivePacker(Packer):
     def begin(self, version: Version, mode: PackMode, *, rereads: bool = True) -> Snapshot:
         """See `Packer.begin`. When it returns the device is done with the weights: engines may read them."""
         assert mode == "off" and self._exposed is not None, "`look` comes first"
-        super().begin(version, mode, rereads=rereads)
+        self.delta_bytes = 0
         self._totals = [0] * len(self._regions)
         if self._ahead is not None:  # of a version that broke off: it still reads its tables, which this one writes
             self._ahead.running.digests()
@@ -259,8 +258,3 @@ class LivePacker(Packer):
         for number in self._numbers(chunk.index):
             piece: Piece = self._pieces[number][0]
             view_piece(piece, self._dtypes[piece.region.name], into).copy_(self._find_now(number))
-
-
-def _place(live: torch.Tensor | None) -> tuple[object, ...]:
-    """Where a tensor lies; two that lie alike may be read by one table."""
-    return () if live is None else (live.data_ptr(), live.stride(), live.dtype, live.device)

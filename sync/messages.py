@@ -38,7 +38,7 @@ from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.schema import checked, many, optional, real, text, uint
 from weightcast.sync.version import Version
 
-PROTOCOL = 4
+PROTOCOL = 5
 ENCODINGS = ("dense", "delta", "zdelta", "same", "absent")
 DELTA_MODES = ("off", "on", "zstd")
 # Chunks that one request or header may stand for, where no bytes travel.
@@ -123,10 +123,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """A version is being packed: its chunks may be asked for, and come as they are ready."""
+    """A version is being packed: its chunks may be asked for, and come as they are ready.
+
+    Of the source ranks `ready` all are there: who reads such a source's memory need not ask.
+    """
 
     version: Version = checked(VERSION)
     tickets: tuple[Ticket, ...] = checked(TICKETS)
+    ready: tuple[int, ...] = checked(many(uint(MAX_SOURCES), MAX_SOURCES), default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +187,14 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """A source begins to pack a version: it takes requests for its chunks from now on."""
+    """A source begins to pack a version: it takes requests for its chunks from now on.
+
+    With `is_ready` all chunks are there, for those that read its memory.
+    """
 
     number: int = checked(uint())
     tickets: tuple[Ticket, ...] = checked(TICKETS)
+    is_ready: bool = checked(schema.boolean, default=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.digest_pages import find_page, size_page
 from weightcast.sync.host_bytes import find_run
 from weightcast.sync.layout import SourceLayout
+from weightcast.sync.ledger import ChunkKey
 from weightcast.sync.regions import Region, TensorSpec
-from weightcast.sync.shadow import ChunkKey
 from weightcast.sync.wanted import BoxSpec, WantedChunk, WantedRegions, plan_wanted, subtract
 
 

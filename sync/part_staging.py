@@ -22,12 +22,13 @@ from weightcast.sync.errors import WireError
 from weightcast.sync.host_bytes import ChunkBytes, check_size, writable
 from weightcast.sync.landing import Body, Landing
 from weightcast.sync.layout import SourceLayout
+from weightcast.sync.ledger import ChunkKey, Ledger, plan_ledger
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.model_view import ModelView
 from weightcast.sync.part_plan import KeptPart, KeptPiece, PartPlan
 from weightcast.sync.piece_views import slices_within, view_piece
 from weightcast.sync.regions import Region, TensorSpec
-from weightcast.sync.shadow import ChunkKey, Shadow
+from weightcast.sync.shadow import Shadow
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
 from weightcast.sync.wanted_tensors import WantedTensors
@@ -53,11 +54,6 @@ class PartStaging(Staging):
         if plan.kept and len(plan.cut) == len(plan.kept):
             # Nothing else could tell that the sources send what changed.
             shadow.keeps_rests = True
-        self._unchecked = {name for name, boxes in plan.boxes.items() if boxes}
-        for key in plan.pages:
-            for name in self._names(key):
-                self._chunks_of[name].append(key)
-                self._left_chunks[name] += 1
 
     def _kept_specs(self) -> Sequence[TensorSpec]:
         return self._plan.kept_specs
@@ -65,11 +61,13 @@ class PartStaging(Staging):
     def _list_chunks(self) -> Mapping[int, Sequence[int]]:
         return self._plan.order
 
-    def _names(self, key: ChunkKey) -> Iterable[str]:
-        page = self._plan.pages.get(key)
-        if page is not None:
-            return dict.fromkeys(name for _, name in page.places)
-        return dict.fromkeys(kept.piece.region.name for kept in self._plan.kept[key])
+    def _open_ledger(self) -> Ledger:
+        plan = self._plan
+        waits_for = {key: dict.fromkeys(kept.piece.region.name for kept in plan.kept[key]) for key in plan.kept}
+        waits_for |= {key: dict.fromkeys(name for _, name in page.places) for key, page in plan.pages.items()}
+        names = [spec.name for spec in self.specs]
+        unwanted = (name for name, boxes in plan.boxes.items() if not boxes)
+        return Ledger(plan_ledger(names, self.layouts, self.order, waits_for), plan.pages, unwanted)
 
     def find_spans(self, rank: int, index: int) -> list[tuple[int, int]]:
         """See `Staging`."""
@@ -87,7 +85,7 @@ class PartStaging(Staging):
 
     def seal(self, digests: bytes) -> None:
         """See `Staging`; from now on the pages are missing."""
-        self._missing.update(self._plan.pages)
+        self._ledger.open_late(self._plan.pages)
         super().seal(digests)
 
     def open_landing(self, rank: int, header: ChunkHeader, num_bytes: int, scratch: ByteArray) -> None:
@@ -117,7 +115,8 @@ class PartStaging(Staging):
         assert not isinstance(body, torch.Tensor)
         self.num_bytes += len(body)
         digests = read_page(body)
-        self._add(key, tuple((name, digests[place]) for place, name in page.places))
+        owners = [self._ledger.plan.numbers[name] for _, name in page.places]
+        self._ledger.add([key], (0, len(owners)), owners, [digests[place] for place, _ in page.places])
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)

@@ -242,7 +242,7 @@ class WeightPublisher:
         tickets = (*self._share.tickets, *self._loop.tickets)
         version = Version(assigned.epoch, number)
         snapshot = packer.begin(version, self._choose_mode(), rereads=server.has_sent or not tickets)
-        self._loop.offer(snapshot, Packing(number, tickets), deadline_s)
+        self._loop.offer(snapshot, Packing(number, tickets, snapshot.is_all_ready), deadline_s)
         self._is_offering = True
         return packer, snapshot
 

@@ -105,7 +105,7 @@ class Roster:
             regions = self._assigned[rank]
             if len(part.digests) != 8 * len(regions):
                 raise WireError(f"source rank {rank} gives {len(part.digests)} digest bytes for {len(regions)} regions")
-            for region, digest in zip(regions, np.frombuffer(part.digests, "<u8"), strict=True):
+            for region, digest in zip(regions, np.frombuffer(part.digests, "<u8").tolist(), strict=True):
                 index = self._order[region.name]
-                totals[index] = (totals[index] + int(digest)) & MASK
+                totals[index] = (totals[index] + digest) & MASK
         return np.array(totals, "<u8").tobytes()

@@ -36,11 +36,11 @@ class RunStaging(Staging):
             super().land(rank, header, body, is_hashed=is_hashed)
             return
         assert body.owner is self and not is_hashed and header.encoding == "dense"
-        found = iter(body.running.digests())
-        for chunk in self.layouts[rank].chunks[header.index : header.index + header.count]:
-            digests = tuple((piece.region.name, next(found)) for piece in chunk.pieces)
-            self._shadow.note((rank, chunk.index), self.version)
-            self._add((rank, chunk.index), digests)
+        keys = [(rank, index) for index in range(header.index, header.index + header.count)]
+        firsts, owners = self._owners(rank, header.index, header.count)
+        digests = body.running.digests()
+        self._shadow.note_all(keys, self.version)
+        self._ledger.add(keys, firsts, owners, digests)
         self.num_bytes += len(body)
 
     def begin_run(self, rank: int, header: ChunkHeader, there: RunBytes) -> RunLanding | None:
@@ -50,7 +50,7 @@ class RunStaging(Staging):
         here and there. What is returned is landed as any body is; others may be begun before, none of the same chunks.
         """
         keys = [(rank, index) for index in range(header.index, header.index + header.count)]
-        assert all(key in self._missing for key in keys)
+        assert self._ledger.missing.issuperset(keys)
         if not self._takes(rank, header.index, header.count, there):
             return None
         self._shadow.forget(keys)
@@ -66,6 +66,10 @@ class RunStaging(Staging):
         """Bring the pieces of chunks to their places."""
         raise NotImplementedError
 
+    def _owners(self, rank: int, first: int, count: int) -> tuple[list[int], list[int]]:
+        """Of a run that was begun: where each chunk's pieces begin among its own, and each one's tensor."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, slots=True)
 class _Done:
@@ -74,6 +78,9 @@ class _Done:
 
     def digests(self) -> list[int]:
         return self.found
+
+    def wait(self) -> None:
+        pass
 
 
 class HostStaging(RunStaging):
@@ -90,6 +97,9 @@ class HostStaging(RunStaging):
         if self._addresses is None:
             self._addresses = np.array([tensor.data_ptr() for tensor in self._tensors.values()], np.int64)
         return _Done(self._open_landing(rank, came).run(first, count, came, self._addresses))
+
+    def _owners(self, rank: int, first: int, count: int) -> tuple[list[int], list[int]]:
+        return self._shadow.host_landings[rank].owners(first, count)
 
     def _open_landing(self, rank: int, there: RunBytes) -> HostLanding:
         scattered = there if isinstance(there, HostPieces) else None

@@ -12,7 +12,7 @@ serves, and a delta is applied where the old bits lie. The shadow knows of which
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,10 @@ from weightcast.sync.device_landing import LandingPasses
 from weightcast.sync.device_pool import DevicePool
 from weightcast.sync.host_landing import HostLanding
 from weightcast.sync.layout import SourceLayout
+from weightcast.sync.ledger import ChunkKey, LedgerPlan
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.version import Version
 from weightcast.sync.wanted import BoxSpec
-
-ChunkKey: TypeAlias = tuple[int, int]
-"""(source rank, index)."""
 
 
 class TensorPool(Protocol):
@@ -108,7 +106,10 @@ class Shadow:
         self.keeps_rests = False
         self.reads_all = False
         """Whether all sources' memory on a device is read: bits that an engine still holds are then read anew."""
-        self._addresses: dict[str, int] = {}
+        self.addresses: dict[str, int] = {}
+        """Of the tensors that were opened last, in order."""
+        self.ledger_plan: LedgerPlan | None = None
+        """What is counted of a version of this layout; made by whoever stages the first."""
         self.landings: dict[int, LandingPasses] = {}
         """By source rank, how chunks come to tensors on a device."""
         self.host_landings: dict[int, HostLanding] = {}
@@ -125,6 +126,7 @@ class Shadow:
             self.rests.clear()
             self.landings.clear()
             self.host_landings.clear()
+            self.ledger_plan = None
             self._layouts, self._specs = layouts, specs
         if self._whole is not None:
             for layout in layouts.values():
@@ -134,10 +136,10 @@ class Shadow:
         keeps_bits = bool(self._versions) and not self.reads_all
         tensors = {spec.name: self._pool.take(spec, keep_bits=keeps_bits) for spec in specs}
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        if not keeps_bits and addresses != self._addresses:
+        if not keeps_bits and addresses != self.addresses:
             self._versions.clear()
             self.rests.clear()
-        self._addresses = addresses
+        self.addresses = addresses
         return tensors
 
     def moved(
@@ -173,3 +175,7 @@ class Shadow:
     def note(self, key: ChunkKey, version: Version) -> None:
         """A chunk's pieces have the bits of `version` now."""
         self._versions[key] = version
+
+    def note_all(self, keys: Iterable[ChunkKey], version: Version) -> None:
+        """So have the pieces of many chunks."""
+        self._versions.update(dict.fromkeys(keys, version))

@@ -122,6 +122,11 @@ class Snapshot:
     def __len__(self) -> int:
         return len(self.states)
 
+    @property
+    def is_all_ready(self) -> bool:
+        """Whether all chunks are there, for those that read this source's memory."""
+        return self.num_ready == len(self.states)
+
     def is_ready(self, index: int) -> bool:
         """Whether chunk `index` is packed; pages of digests, which follow the chunks, are there with the last one."""
         return index < self.num_ready or (index >= len(self.states) and self.num_ready == len(self.states))

@@ -18,15 +18,16 @@ from weightcast.sync.chunks import Chunk, Piece
 from weightcast.sync.delta_codec import apply_parsed
 from weightcast.sync.delta_format import ByteArray, Delta, ElementArray
 from weightcast.sync.device_landing import RunLanding
-from weightcast.sync.digest import MASK, copy_bytes_with_digest, copy_with_digest, region_digest
+from weightcast.sync.digest import copy_bytes_with_digest, copy_with_digest, region_digest
 from weightcast.sync.errors import SourceError, WireError
 from weightcast.sync.host_bytes import ChunkBytes, bytes_of, check_hash, check_size, elements_of, find_bytes, writable
 from weightcast.sync.landing import Body, Landing
 from weightcast.sync.layout import SourceLayout
+from weightcast.sync.ledger import ChunkKey, Ledger, plan_ledger
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.piece_views import view_piece
 from weightcast.sync.regions import Region, TensorSpec
-from weightcast.sync.shadow import ChunkKey, Shadow
+from weightcast.sync.shadow import Shadow
 from weightcast.sync.stopwatch import Stopwatch
 from weightcast.sync.version import Version
 
@@ -40,7 +41,7 @@ class Staging:
         self, version: Version, specs: Sequence[TensorSpec], layouts: Mapping[int, SourceLayout], shadow: Shadow
     ) -> None:
         self.version, self.specs, self.layouts = version, tuple(specs), layouts
-        self.num_bytes = self.checksums_checked = 0
+        self.num_bytes = self._num_hashes = 0
         self.checking = Stopwatch()  # passes over bytes that only check them
         self._shadow = shadow
         self.device = shadow.device
@@ -52,19 +53,7 @@ class Staging:
         """What is asked for once the sources' digests are known."""
         self.asked_bytes = sum(layout.start_bytes[-1] for layout in layouts.values())
         """Bytes of the chunks that are asked for, as they are without deltas."""
-        self._missing: set[ChunkKey] = set()
-        self._chunks_of: dict[str, list[ChunkKey]] = {spec.name: [] for spec in specs}
-        for rank, indices in self.order.items():
-            for index in indices:
-                self._missing.add((rank, index))
-                for name in self._names((rank, index)):
-                    self._chunks_of[name].append((rank, index))
-        self._left_chunks = {name: len(keys) for name, keys in self._chunks_of.items()}
-        self._digests = {spec.name: 0 for spec in specs}
-        self._digests_of: dict[ChunkKey, tuple[tuple[str, int], ...]] = {}
-        self._wanted: dict[str, int] | None = None
-        self._unchecked = {spec.name for spec in specs}
-        self._wrong: dict[str, bool] = {}  # and whether it was told
+        self._ledger = self._open_ledger()
 
     # What is staged: all of it, here; `part_staging` has the one that keeps some boxes
 
@@ -74,10 +63,12 @@ class Staging:
     def _list_chunks(self) -> Mapping[int, Sequence[int]]:
         return {rank: range(len(layout.chunks)) for rank, layout in self.layouts.items()}
 
-    def _names(self, key: ChunkKey) -> Iterable[str]:
-        """The tensors whose digests wait for a chunk."""
-        pieces = self.layouts[key[0]].chunks[key[1]].pieces
-        return dict.fromkeys(piece.region.name for piece in pieces)
+    def _open_ledger(self) -> Ledger:
+        plan = self._shadow.ledger_plan
+        if plan is None:
+            plan = plan_ledger([spec.name for spec in self.specs], self.layouts, self.order)
+            self._shadow.ledger_plan = plan
+        return Ledger(plan)
 
     def find_spans(self, rank: int, index: int) -> list[tuple[int, int]]:
         """(first byte, end) of what is needed of a chunk's bytes."""
@@ -88,16 +79,21 @@ class Staging:
     @property
     def num_missing(self) -> int:
         """Chunks that have not landed."""
-        return len(self._missing)
+        return len(self._ledger.missing)
+
+    @property
+    def checksums_checked(self) -> int:
+        """Hashes of chunks, and digests of tensors, that were right."""
+        return self._num_hashes + self._ledger.num_checked
 
     @property
     def is_sealed(self) -> bool:
         """Whether the sources' digests are known."""
-        return self._wanted is not None
+        return self._ledger.is_sealed
 
     def is_missing(self, rank: int, index: int) -> bool:
         """Whether this chunk is still wanted; duplicates are not."""
-        return (rank, index) in self._missing
+        return (rank, index) in self._ledger.missing
 
     def base(self, rank: int, index: int) -> Version | None:
         """The version from which a delta of this chunk may begin."""
@@ -139,17 +135,7 @@ class Staging:
         if body is not None:
             is_read = not is_hashed and header.encoding == "dense"
             self.num_bytes += sum(end - start for start, end in self.find_spans(*key)) if is_read else len(body)
-        self._add(key, tuple((piece.region.name, d) for piece, d in zip(chunk.pieces, digests, strict=True)))
-
-    def _add(self, key: ChunkKey, digests: tuple[tuple[str, int], ...]) -> None:
-        """A chunk is here: what it adds to the digests of its tensors."""
-        self._missing.remove(key)
-        self._digests_of[key] = digests
-        for name, digest in digests:
-            self._digests[name] = (self._digests[name] + digest) & MASK
-        for name in self._names(key):
-            self._left_chunks[name] -= 1
-            self._check_digest(name)
+        self._ledger.add([key], (0, len(digests)), self._ledger.plan.owners_of[key], digests)
 
     def _check_hash(self, header: ChunkHeader, body: ChunkBytes | None, is_hashed: bool) -> None:
         if body is None or not is_hashed or (header.encoding == "dense" and not header.hash):
@@ -157,7 +143,7 @@ class Staging:
         assert not isinstance(body, torch.Tensor), "what was read from a device has no hash"
         with self.checking:
             check_hash(body, header.hash)
-        self.checksums_checked += 1
+        self._num_hashes += 1
 
     def _land_dense(self, key: ChunkKey, chunk: Chunk, body: ChunkBytes | None) -> tuple[int, ...]:
         body = check_size(chunk, body)
@@ -237,62 +223,40 @@ class Staging:
         """The digest that each tensor must have, 8 bytes a tensor; `WireError` when their number is wrong."""
         if len(digests) != 8 * len(self.specs):
             raise WireError(f"version {self.version} carries {len(digests) // 8} digests for {len(self.specs)} tensors")
-        wanted = (int(digest) for digest in np.frombuffer(digests, "<u8"))
-        self._wanted = {spec.name: digest for spec, digest in zip(self.specs, wanted, strict=True)}
-        for spec in self.specs:
-            self._check_digest(spec.name)
-
-    def _check_digest(self, name: str) -> None:
-        """The digest is that of the bytes which were written, piece by piece: it vouches for what the engine gets."""
-        if self._wanted is None or self._left_chunks[name] or name not in self._unchecked or name in self._wrong:
-            return
-        if self._digests[name] == self._wanted[name]:
-            self._unchecked.remove(name)
-            self.checksums_checked += 1
-        else:
-            self._wrong[name] = False
+        self._ledger.seal(np.frombuffer(digests, "<u8").tolist())
 
     def take_wrong(self) -> list[str]:
         """Tensors that are complete and have another digest than announced, each named once."""
-        wrong = [name for name, is_told in self._wrong.items() if not is_told]
-        self._wrong |= dict.fromkeys(wrong, True)
-        return wrong
+        return self._ledger.take_wrong()
 
     def describe_wrong(self, name: str) -> str:
         """What is wrong with such a tensor."""
-        assert self._wanted is not None
+        got, wanted = self._ledger.digests_of(name)
         return (
-            f"tensor {name!r} of version {self.version} has the digest {self._digests[name]:#x} after assembly, "
-            f"{self._wanted[name]:#x} was announced; the version is refused"
+            f"tensor {name!r} of version {self.version} has the digest {got:#x} after assembly, "
+            f"{wanted:#x} was announced; the version is refused"
         )
 
     def reopen(self, names: Iterable[str]) -> list[ChunkKey]:
         """Want the chunks of these tensors again, whole; those that are wanted already are not named once more."""
-        keys = list(dict.fromkeys(key for name in names for key in self._chunks_of[name] if key not in self._missing))
+        keys = self._ledger.reopen(names)
         self._shadow.forget(keys)
-        for key in keys:
-            for name, digest in self._digests_of.pop(key):
-                self._digests[name] = (self._digests[name] - digest) & MASK
-            for name in self._names(key):
-                self._left_chunks[name] += 1
-                self._unchecked.add(name)
-                self._wrong.pop(name, None)
-            self._missing.add(key)
         return keys
 
     @property
     def is_whole(self) -> bool:
         """Whether every chunk landed and every digest was right."""
-        return self.is_sealed and not self._missing and not self._unchecked
+        return self._ledger.is_whole
 
     def finish(self) -> Mapping[str, torch.Tensor]:
         """All tensors, in HF order. `SourceError` unless `is_whole`."""
         if not self.is_whole:
-            if not self._missing:
+            missing = self._ledger.missing
+            if not missing:
                 raise SourceError(f"version {self.version} is incomplete: the digests are not there, or not right")
-            rank, index = min(self._missing)
+            rank, index = min(missing)
             raise SourceError(
-                f"version {self.version} is incomplete: {len(self._missing)} chunks are missing, "
+                f"version {self.version} is incomplete: {len(missing)} chunks are missing, "
                 f"the first is chunk {index} of source rank {rank}"
             )
         tensors, self._tensors = self._tensors, {}

@@ -16,7 +16,7 @@ import zmq
 
 from weightcast.sync.chunk_reading import ChunkReader
 from weightcast.sync.device_landing import RunLanding
-from weightcast.sync.effects import Effect, Request, Tell
+from weightcast.sync.effects import Effect, Read, Request, Tell
 from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
 from weightcast.sync.host.share import HostShare
 from weightcast.sync.host.worker import HostWorker
@@ -205,7 +205,8 @@ class SubscriberLoop:
                 logger.warning("engine %s ignored a chunk: %s", self._subscription.engine, error)
                 received = None
             # A device copies one run while the one before is counted here, and the next is asked for.
-            before, begun = begun, None if received is None else self._begin_run(received)
+            is_run = received is not None and received.header.count > 1
+            before, begun = begun, self._begin_run(received) if received is not None and is_run else None
             if before is not None:
                 self._carry_out(self._land(before))
             elif received is None:
@@ -220,14 +221,23 @@ class SubscriberLoop:
 
     def _begin_run(self, received: ReceivedChunk) -> ReceivedChunk | None:
         """Chunks that come all at once on a device, and are on their way there; None where they come one by one."""
-        run = self._reader.begin_run(received.rank, received.header) if received.header.count > 1 else None
+        run = self._reader.begin_run(received.rank, received.header)
         return None if run is None else replace(received, buffer=run)
+
+    def _begin_read(self, read: Read) -> ReceivedChunk | None:
+        """Begin to read what its source said is there; where that cannot be, the source is asked for it."""
+        begun = self._begin_run(ReceivedChunk(read.rank, read.header, None))
+        if begun is None:
+            self._carry_out(self._subscription.ask(read.rank, read.header, time.monotonic()))
+        return begun
 
     def _land(self, received: ReceivedChunk) -> list[Effect]:
         rank, header, body = received.rank, received.header, received.buffer
         assert not isinstance(body, Landing), "ZeroMQ gives whole chunks"
         if isinstance(body, RunLanding):
-            return self._subscription.land(rank, header, body, time.monotonic(), is_hashed=False)
+            effects = self._subscription.land(rank, header, body, time.monotonic(), is_hashed=False)
+            body.running.wait()  # also for one that nobody wants any more: the next version is written there
+            return effects
         if body is not None or header.encoding != "dense" or not self._reader.reads(rank, header.index):
             return self._subscription.land(rank, header, body, time.monotonic())
         try:
@@ -240,13 +250,17 @@ class SubscriberLoop:
         return self._subscription.land(rank, header, read, time.monotonic(), is_hashed=False)
 
     def _carry_out(self, effects: list[Effect]) -> None:
+        begun = [self._begin_read(effect) for effect in effects if isinstance(effect, Read)]
         for effect in effects:
             if isinstance(effect, Tell):
                 if isinstance(effect.message, Staged):
                     self._reaches.note_rate(effect.message.transport, effect.message.num_bytes, effect.message.stage_s)
                 self._tell(encode(effect.message))
             elif isinstance(effect, Request) and not self._ask(effect):
-                return
+                break
+        # A device works while others are asked, and on one run while the one before is noted.
+        for received in filter(None, begun):
+            self._carry_out(self._land(received))
 
     def _tell(self, raw: bytes) -> None:
         try:

@@ -221,6 +221,11 @@ class Subscription:
             return self._refuse(arrival.version, error)
         return self.tell_staged() if arrival.is_staged else effects
 
+    def ask(self, rank: int, header: ChunkHeader, now_s: float) -> list[Effect]:
+        """The source `rank` is asked for chunks that were to be read, and could not be."""
+        arrival = self.arrival
+        return [] if arrival is None or not arrival.wants(rank, header) else arrival.ask_for(rank, header, now_s)
+
     def stop_reaching(self, rank: int, now_s: float) -> list[Effect]:
         """The memory of the source `rank` cannot be read any more."""
         self.reached = {other: kind for other, kind in self.reached.items() if other != rank}

@@ -11,6 +11,7 @@ import digests
 import engines
 import links
 import moves
+import overhead
 import train_gpu
 import train_step
 from records import Case, CaseError, Reading, Settings, at_least, at_most
@@ -202,6 +203,13 @@ CPU_CASES: tuple[Case, ...] = (
             ("copy_with_digest", "a copy with its digest, in one pass"),
             ("land_chunks", "chunks hashed, then copied with their digests"),
         )
+    ),
+    Case(
+        "ipc_overhead_ms",
+        "a version in place over CUDA IPC but for the device's work, 399 tensors as Qwen3-8B's: time against 1 tensor",
+        None,
+        overhead.measure_overhead,
+        "1 tensor",
     ),
     Case(
         "train_step_cpu",

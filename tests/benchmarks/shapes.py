@@ -48,8 +48,18 @@ def _qwen3_8b() -> list[TensorSpec]:
     return qwen3_specs(layers=36, hidden=4096, heads=32, intermediate=12_288, tied=False)
 
 
+def _qwen3_8b_small() -> list[TensorSpec]:
+    return qwen3_specs(layers=36, hidden=32, heads=4, kv_heads=1, head_dim=8, intermediate=96, vocab=1184, tied=False)
+
+
+def _one() -> list[TensorSpec]:
+    return [TensorSpec("model.norm.weight", torch.bfloat16, (32,))]
+
+
 MODELS: dict[str, Callable[[], list[TensorSpec]]] = {
     "tiny": _tiny,  # 71 MB: to try the program
     "qwen3-0.6b": qwen3_specs,  # 1.19 GB
     "qwen3-8b": _qwen3_8b,  # 16.4 GB
+    "qwen3-8b-small": _qwen3_8b_small,  # its 399 tensors, each side a 128th: in chunks of 4 KiB as many as in 64 MiB
+    "one-tensor": _one,  # 64 bytes
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 import bench
 import model_state
 import network
+import overhead
 import pytest
 import results
 import torch
@@ -25,8 +26,10 @@ from machine import find_lack
 from page import render
 from peers import Link
 from records import Case, CaseError, Reading, Settings, at_least, at_most, make_empty_record, make_record
+from shapes import MODELS
 
 import gpu
+from weightcast.sync.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, lay_out_chunks
 
 HERE = Path(__file__).parent
 QUICK = Settings(rounds=1, quick=True)
@@ -305,21 +308,6 @@ def test_the_pass_alone_is_compared_with_torch_wherever_it_runs() -> None:
     assert reading.values[0] > 0 and reading.details["digests_alone_gbps"] > 0 and reading.note.endswith("torch")
 
 
-HOST_MOVER = """
-import model_state
-from tests.sync.host_driver import HostDriver
-from tests.sync.table_runner import run_by_numpy
-from weightcast.sync import device_passes
-from weightcast.sync.transports import cuda_ipc
-from weightcast_mover import open_receiver, open_sender
-driver = HostDriver()
-cuda_ipc.find_driver = lambda: driver
-device_passes.find_runner = lambda device: run_by_numpy
-allocate = model_state.allocate
-model_state.allocate = lambda *arguments: driver.move_in(allocate(*arguments))
-"""
-
-
 WAYS: dict[str, dict[str, bool]] = {
     "staged": {},
     "pointed": {"points": True},
@@ -330,15 +318,21 @@ WAYS: dict[str, dict[str, bool]] = {
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
-def test_the_case_of_cuda_ipc_moves_the_bits_where_a_stand_in_is_the_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, bool]
-) -> None:
-    (tmp_path / "host_mover.py").write_text(HOST_MOVER)
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(tmp_path), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    )
-    reading = gpu.race_ipc(QUICK, baseline=None, device="cpu", mover="host_mover", **way)
+def test_the_case_of_cuda_ipc_moves_the_bits_where_a_stand_in_is_the_gpu(way: dict[str, bool]) -> None:
+    reading = gpu.race_ipc(QUICK, baseline=None, device="cpu", mover="host_gpu_mover", **way)
     assert reading.note.startswith("carried by cuda_ipc,") and len(reading.values) == 1
     phases = {"pack_s", "stage_s", "check_s", "load_s", "publish_s", "ours_s", "theirs_s"}
     assert set(reading.details) == phases | ({"hold_s"} if "direct" in way else set())
     assert 0 < reading.details["pack_s"] < reading.details["publish_s"]
+
+
+def test_the_overhead_of_a_version_is_measured_on_a_model_of_as_many_tensors_and_chunks_as_a_real_one() -> None:
+    real, small = MODELS["qwen3-8b"](), MODELS[overhead.MODEL]()
+    assert [spec.name for spec in small] == [spec.name for spec in real] and len(real) == 399
+    counts = [
+        len(lay_out_chunks([s.whole() for s in specs], {s.name: s.dtype for s in specs}, chunk_bytes))
+        for specs, chunk_bytes in ((real, MAX_CHUNK_BYTES), (small, MIN_CHUNK_BYTES))
+    ]
+    assert counts[0] <= counts[1] < 1.5 * counts[0]
+    reading = overhead.measure_overhead(QUICK)
+    assert len(reading.values) == 1 and 0 < reading.details["work_ms"] < reading.values[0]

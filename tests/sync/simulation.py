@@ -198,6 +198,7 @@ class World:
             if isinstance(effect, Tell):
                 engine.up.append(encode(effect.message))
             else:
+                assert isinstance(effect, Request), "these sources say of no chunk that it is ready"
                 engine.asked.append(effect)
 
     def send(self, outgoing: list[Outgoing]) -> None:

@@ -22,6 +22,7 @@ from tests.sync.parts import (
     WAIT_S,
     Engine,
     assert_same_bits,
+    bits,
     make_model,
     make_specs,
     publishers,
@@ -29,8 +30,9 @@ from tests.sync.parts import (
     wait_until,
 )
 
-from weightcast.sync import FleetPolicy, HeldRegion, TensorSpec, WeightPublisher
-from weightcast.sync.errors import ConfigError, EngineError, ReachError, WireError
+from weightcast.sync import FleetPolicy, HeldRegion, TensorSpec, WeightPublisher, WeightSubscriber
+from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, ReachError, WireError
+from weightcast.sync.in_place import Held
 from weightcast.sync.pass_plan import Int64Array
 from weightcast.sync.scattered import ScatteredBytes, check_table
 from weightcast.sync.transports import cuda_driver, cuda_ipc
@@ -307,6 +309,28 @@ def test_weights_may_be_changed_when_begin_returns_and_who_joins_later_gets_the_
             publisher.publish(2)
             assert late.numbers == [2]
             assert_same_bits(late.tensors, tensors)
+
+
+def test_an_engine_that_waits_too_late_reads_nothing_that_may_have_changed(as_gpu: HostDriver, tmp_path: Path) -> None:
+    tensors, address = as_gpu.move_in(make_model(1, rows=300)), f"ipc://{tmp_path}/p"
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    with (
+        publishers(tensors, 1, address, policy=FleetPolicy.all(minimum=1), **IN_PLACE) as (publisher,),
+        WeightSubscriber(address, engine="e", into=into, device="cpu", limits=PATIENT) as engine,
+    ):
+        publisher.wait_for_subscribers(1)
+        with pytest.raises(DeadlineExceeded):
+            publisher.publish(1, timeout_s=0.5)
+        for tensor in tensors.values():
+            tensor.view(-1).view(torch.uint8).fill_(1)
+        with pytest.raises(DeadlineExceeded):
+            engine.wait(0.5)
+        assert engine.held == Held() and not any(bits(tensor).any() for tensor in into.values())
+        publication = publisher.begin(2, hold=True)
+        update = engine.wait(WAIT_S)
+        update.commit()
+        assert publication.wait().engines[0].transport == "cuda_ipc"
+        assert_same_bits(into, tensors)
 
 
 @pytest.mark.parametrize("delta", ["auto", "on", "zstd"])

@@ -49,6 +49,8 @@ EXAMPLES: list[m.Message] = [
     m.ChunkHeader(V, 3, "same", V, b""),
     m.ChunkHeader(V, 3, "same", V, b"", 2),
     m.ChunkRequest(V, 3, V, True, m.MAX_RUN_CHUNKS),
+    m.Announce(V, (TICKET,), (0, 3)),
+    m.Packing(7, (), is_ready=True),
 ]
 
 

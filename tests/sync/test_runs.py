@@ -15,7 +15,7 @@ from weightcast.sync.arrival import ON_DEVICE, Arrival
 from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.device_passes import Runner
 from weightcast.sync.device_staging import DeviceStaging
-from weightcast.sync.effects import Effect, Request
+from weightcast.sync.effects import Effect, Read, Request
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.limits import size_device_run, size_run
 from weightcast.sync.messages import MAX_RUN_CHUNKS, Announce, ChunkHeader
@@ -147,3 +147,59 @@ def test_a_device_lands_one_run_while_the_next_is_begun(
 def test_limits_that_grant_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="grant no sound credit"):
         Limits(credit_chunks=0)
+
+
+@given(num_chunks=st.integers(0, 10**5), chunk_bytes=st.integers(4096, 64 << 20))
+def test_what_is_all_there_is_cut_into_few_runs_of_like_sizes(num_chunks: int, chunk_bytes: int) -> None:
+    counts = limits.cut_runs(num_chunks, chunk_bytes)
+    assert sum(counts) == num_chunks
+    if counts:
+        assert 1 <= max(counts) <= min(counts) + 1 and max(counts) * chunk_bytes <= 4 << 30
+        assert len(counts) == 1 or len(counts) <= 2 + num_chunks * chunk_bytes / (4 << 30) * 1.02
+
+
+@pytest.mark.parametrize(
+    ("ready", "kind", "device", "reads"),
+    [
+        ((0,), ON_DEVICE, "cpu", True),
+        ((), ON_DEVICE, "cpu", False),
+        ((1,), ON_DEVICE, "cpu", False),
+        ((0,), "shared_memory", "cpu", False),
+        ((0,), ON_DEVICE, None, False),
+    ],
+)
+def test_of_a_source_that_has_all_ready_a_device_reads_without_asking(
+    packed: Packed, ready: tuple[int, ...], kind: str, device: str | None, reads: bool
+) -> None:
+    snapshot = packed.pack(1, "off")
+    staging = packed.stage(snapshot, Shadow(device=None if device is None else torch.device(device)))
+    arrival = Arrival(Announce(snapshot.version, (), ready), staging, CHUNK_BYTES, Limits(), 0.0, {0: kind})
+    effects = arrival.begin(0.0)
+    assert effects and all(isinstance(effect, Read if reads else Request) for effect in effects)
+    if not reads:
+        return
+    (read,) = effects
+    assert isinstance(read, Read) and isinstance(staging, DeviceStaging) and not arrival.asked_s
+    assert (read.header.index, read.header.count) == (0, NUM_CHUNKS) and arrival.lands_run(0, read.header)
+    landing = staging.begin_run(0, read.header, torch.from_numpy(packed.packer.arena))
+    assert arrival.land(0, read.header, landing, 0.0, is_hashed=False) == [] and arrival.is_staged
+    assert arrival.tensors is not None and torch.equal(arrival.tensors["w"], packed.tensors["w"])
+
+
+def test_what_was_to_be_read_and_cannot_be_is_asked_for(packed: Packed) -> None:
+    snapshot = packed.pack(1, "off")
+    staging = packed.stage(snapshot, Shadow(device=torch.device("cpu")))
+    arrival = Arrival(Announce(snapshot.version, (), (0,)), staging, CHUNK_BYTES, Limits(), 0.0, {0: ON_DEVICE})
+    (read,) = arrival.begin(0.0)
+    assert isinstance(read, Read)
+    asked = deque(arrival.ask_for(0, read.header, 0.0))
+    indices = []
+    while asked:
+        request = asked.popleft()
+        assert isinstance(request, Request) and request.message.count == 1
+        index = request.message.index
+        indices.append(index)
+        raw = np.array(snapshot.states[index].bits)
+        header = ChunkHeader(snapshot.version, index, "dense", None, b"")
+        asked += arrival.land(0, header, raw, 0.0, is_hashed=False)
+    assert indices == list(range(NUM_CHUNKS)) and arrival.is_staged
