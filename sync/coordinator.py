@@ -7,7 +7,7 @@ Every method takes the time and returns the messages to send; a thread elsewhere
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -51,6 +51,8 @@ class Publication:
     parts: dict[int, Packed] = field(default_factory=dict)
     announce: Announce | None = None
     sealed: Sealed | None = None
+    left: dict[str, EngineStatus] = field(default_factory=dict)
+    """By name, engines that have served it and left before it ended."""
     released: bool = False
     announced_s: float = 0.0
     released_s: float = 0.0
@@ -153,8 +155,8 @@ class Coordinator:
             return [Outgoing(peer, Pong(self.epoch, False))]
         engine = replace(engine, last_seen_s=now_s)
         if isinstance(message, Bye):
-            del self.engines[peer]
-            return self._advance(now_s)
+            # The answer says that everything before it was heard as well.
+            return [Outgoing(peer, Goodbye("goodbye", final=True)), *self._leave(peer, now_s)]
         if isinstance(message, Ping):
             self.engines[peer] = engine
             return [Outgoing(peer, Pong(self.epoch, True))]
@@ -168,6 +170,14 @@ class Coordinator:
             self.engines[peer] = fleet.note_failed(engine, message)
         else:
             raise WireError(f"engine {engine.engine!r} sent a {type(message).__name__}, which engines do not send")
+        return self._advance(now_s)
+
+    def _leave(self, peer: bytes, now_s: float) -> list[Outgoing]:
+        """An engine leaves; one that has served the version on its way stays in that one's report."""
+        engine, publication = self.engines.pop(peer), self.publication
+        announce = None if publication is None else publication.announce
+        if publication is not None and announce is not None and engine.state(announce.version) == "serving":
+            publication.left[engine.engine] = engine
         return self._advance(now_s)
 
     def _meet(self, peer: bytes, hello: Hello, now_s: float) -> list[Outgoing]:
@@ -231,7 +241,8 @@ class Coordinator:
         if self.current is not None:
             # Sources may change what engines read: who comes later asks whether it is still there.
             self.current = replace(self.current, ready=())
-        engines: Iterable[EngineStatus] = self.engines.values()
+        present = {engine.engine: engine for engine in self.engines.values()}
+        engines = list((publication.left | present).values())
         late = sorted(set(range(self.roster.world_size)) - publication.parts.keys())
         error = ""
         if late:

@@ -236,7 +236,7 @@ class WeightSubscriber:
         self._loop.lock.wait(min(left_s, 1.0))
 
     def close(self) -> None:
-        """Leave the fleet."""
+        """Leave the fleet. What was committed is in the version's report: the publisher answers, or a second passes."""
         self._loop.close()
 
     def __enter__(self) -> "WeightSubscriber":

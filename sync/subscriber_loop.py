@@ -14,6 +14,7 @@ from typing import Any
 
 import zmq
 
+from weightcast.sync.acquaintance import is_farewell
 from weightcast.sync.chunk_reading import ChunkReader
 from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.effects import Effect, Read, Request, Tell
@@ -35,6 +36,7 @@ from weightcast.sync.transports.zmq_sockets import CurveKeys
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 100
+_GOODBYE_S = 1.0
 # Chunks taken from one link before the others are looked at again.
 _CHUNKS_A_TURN = 8
 
@@ -99,7 +101,7 @@ class SubscriberLoop:
                 zmq_sockets.wake(self._wake_out)
 
     def close(self) -> None:
-        """Send what is due, say goodbye, and close every socket."""
+        """Send what is due, say goodbye, wait until that has arrived (a second at most), and close every socket."""
         with self.lock:
             if self._stopping:
                 return
@@ -121,6 +123,9 @@ class SubscriberLoop:
                         self.lock.notify_all()
             with self.lock:
                 self._carry_out([*self._outbox, *self._subscription.leave()])
+            if self._subscription.known.awaits_goodbye:
+                # A socket that is closed while something comes in may lose what it has sent.
+                zmq_sockets.read_until(self._control, is_farewell, _GOODBYE_S)
         except Exception as error:  # whatever it is, the engine must hear of it instead of waiting
             logger.exception("the subscriber's thread of engine %s ended", self._subscription.engine)
             with self.lock:

@@ -9,6 +9,7 @@ method takes the time and returns what to send; a thread elsewhere carries it ou
 
 from collections.abc import Mapping, Sequence
 
+from weightcast.sync.acquaintance import Acquaintance
 from weightcast.sync.arrival import Arrival
 from weightcast.sync.effects import Effect, Tell
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
@@ -61,9 +62,7 @@ class Subscription:
         self._sealed: Sealed | None = None
         self.prepares = False  # see `preview.py`
         self.shadow = Shadow()
-        self._heard_s: float | None = None
-        self._pinged_s = self._greeted_s = -1e9
-        self._is_met = self.is_dismissed = False
+        self.known = Acquaintance(limits)
 
     @property
     def is_ready(self) -> bool:
@@ -76,6 +75,11 @@ class Subscription:
         """Whether a version may be taken, or looked at before the fleet hears of it."""
         arrival = self.arrival
         return self.is_ready or (arrival is not None and arrival.is_staged and arrival.waits_for_engine)
+
+    @property
+    def is_dismissed(self) -> bool:
+        """Whether the publisher said that this engine need not come back."""
+        return self.known.is_dismissed
 
     @property
     def is_fenced(self) -> bool:
@@ -104,18 +108,10 @@ class Subscription:
         """Make this engine known."""
         return [Tell(Hello(PROTOCOL, self.engine, self.role, self.serving))]
 
-    def _greet_again(self, now_s: float) -> list[Effect]:
-        """Every ping that queued up while nobody was there gets its pong; one greeting answers them all."""
-        if now_s - self._greeted_s < self._limits.ping_every_s:
-            return []
-        self._greeted_s = now_s
-        return self.hello()
-
     def receive(self, message: Message, now_s: float) -> list[Effect]:
         """A message of the coordinator."""
-        self._heard_s = now_s
+        self.known.hear(message, now_s)
         if isinstance(message, Welcome):
-            self._is_met = True
             return self._welcome(message)
         if isinstance(message, Layout):
             self.model.lay_out(message)
@@ -129,12 +125,9 @@ class Subscription:
             if message.version.epoch == self.model.epoch:
                 self.released = message.version if self.released is None else max(self.released, message.version)
         elif isinstance(message, Pong):
-            if not message.known or not self._is_met:
-                return self._greet_again(now_s)
+            return self.hello() if self.known.must_greet(message, now_s) else []
         elif isinstance(message, Goodbye):
             self.error = PeerLost(f"the publisher ended or refused engine {self.engine!r}: {message.reason}")
-            # Two engines of one name would otherwise put each other out for ever.
-            self.is_dismissed = message.final
             self._drop_unreleased()
         else:
             raise WireError(f"the publisher sent a {type(message).__name__}, which publishers do not send")
@@ -284,14 +277,8 @@ class Subscription:
         """Ping, ask again for chunks that did not come, and notice a coordinator that fell silent."""
         if self.is_dismissed:
             return []
-        effects: list[Effect] = []
-        if now_s - self._pinged_s >= self._limits.ping_every_s:
-            self._pinged_s = now_s
-            effects.append(Tell(Ping()))
-        if self._heard_s is not None and now_s - self._heard_s > self._limits.lost_after_s:
-            self._heard_s = None
-            # What was dropped must be announced again, even by a publisher that did not miss this engine.
-            self._is_met = False
+        effects: list[Effect] = [Tell(Ping())] if self.known.is_ping_due(now_s) else []
+        if self.known.is_lost(now_s):
             self._lose()
         return effects if self.arrival is None else effects + self.arrival.repeat_overdue(now_s)
 

@@ -10,6 +10,8 @@ import os
 import re
 import secrets
 import socket as os_socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +161,15 @@ def connect(
         socket.curve_serverkey = keys.server
     socket.connect(str(parsed))
     return socket
+
+
+def read_until(socket: zmq.Socket[bytes], is_it: Callable[[list[bytes]], bool], timeout_s: float) -> bool:
+    """Read what comes, and drop it, until `is_it` says so of a message's frames; False when that takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        if socket.poll(int(left_s * 1000) + 1) and is_it(socket.recv_multipart()):
+            return True
+    return False
 
 
 def wake(socket: zmq.Socket[bytes]) -> None:
