@@ -155,4 +155,6 @@ def _make_publisher(
         timeout_s=publish.timeout_s,
         delta=cast(DeltaMode, delta_mode(publish)),
         policy=None if publish.policy is None else parse_policy(publish.policy),
+        expose=publish.expose,
+        in_place=publish.in_place,
     )

@@ -15,6 +15,7 @@ from weightcast.trainer.checks import check_config
 from weightcast.trainer.config import ConfigContainer
 from weightcast.trainer.overrides import known_keys, load_config, save_config
 
+IN_PLACE = ["publish.to=ipc:///tmp/x", "publish.expose=[cuda_ipc]", "publish.delta=off", "publish.in_place=true"]
 SFT = ("dataset.kind=sft", "dataset.dataset_name=x")
 
 
@@ -34,6 +35,8 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("dataset.files=[a.txt, 'b c.txt']", "dataset", "files", ["a.txt", "b c.txt"]),
         ("publish.to=tcp://127.0.0.1:5600", "publish", "to", "tcp://127.0.0.1:5600"),
         ("publish.to=null", "publish", "to", None),
+        ("publish.expose=[cuda_ipc, tcp]", "publish", "expose", ["cuda_ipc", "tcp"]),
+        ("publish.in_place=true", "publish", "in_place", True),
         ("optimizer.lr=3e-4", "optimizer", "lr", 3e-4),
         ("optimizer.lr=1", "optimizer", "lr", 1.0),
         ("model.sequence_parallel=true", "model", "sequence_parallel", True),
@@ -197,6 +200,19 @@ def test_layout_is_worked_out() -> None:
         (["publish.wait_for=1"], 1, "publish.to is not"),
         (["publish.to=tcp://127.0.0.1:0"], 2, "name a port that is free"),
         (["publish.delta=sometimes"], 1, "publish.delta='sometimes' is not known; use one of auto, on, off, zstd"),
+        (["publish.expose=[cuda_ipc]"], 1, "publish.expose is set and publish.to is not"),
+        (["publish.in_place=true"], 1, "publish.in_place is set and publish.to is not"),
+        (["publish.to=/shared/versions", "publish.expose=[]"], 1, "publish.expose does not apply to /shared/versions"),
+        (["publish.to=ipc:///tmp/x", "publish.expose=[rdma]"], 1, "no such kind of memory: rdma; allowed are"),
+        (["publish.to=ipc:///tmp/x", "publish.expose=[tcp]"], 1, "TCP links need an address such as tcp://"),
+        (
+            ["publish.to=ipc:///tmp/x", "publish.in_place=true"],
+            1,
+            "set publish.expose=[cuda_ipc] and publish.delta=off",
+        ),
+        ([*IN_PLACE, "publish.delta=on"], 1, "set publish.expose=[cuda_ipc] and publish.delta=off"),
+        ([*IN_PLACE, "publish.expose=[shared_memory]"], 1, "by CUDA IPC alone"),
+        ([*IN_PLACE, "publish.overlap=true"], 1, "Set publish.hold_next_step=true"),
         (["publish.report_log=reports.jsonl"], 1, "publish.report_log is set and publish.to is not"),
         (["publish.metrics_port=9464"], 1, "publish.metrics_port is set and publish.to is not"),
         (["publish.to=tcp://127.0.0.1:5600", "publish.metrics_port=70000"], 1, "use 1 to 65535, or 0"),

@@ -8,6 +8,7 @@ from typing import get_args
 from weightcast.sync import DeltaMode, kind_of
 from weightcast.sync.errors import ConfigError
 from weightcast.sync.quantize_rules import KINDS
+from weightcast.sync.transports.servers import choose_kinds
 from weightcast.trainer.checks.common import check_choice, check_positive
 from weightcast.trainer.config import ConfigContainer, PublishConfig, delta_mode, parse_policy
 
@@ -26,6 +27,7 @@ def check_publish(config: ConfigContainer, world_size: int) -> None:
     )
     publish = config.publish
     _check_place(publish)
+    _check_reaches(publish)
     if publish.wait_for < 0:
         raise ConfigError(f"publish.wait_for={publish.wait_for} is a number of engines, 0 or more")
     if publish.wait_for and publish.to is None:
@@ -52,6 +54,38 @@ def check_publish(config: ConfigContainer, world_size: int) -> None:
     if publish.metrics_port is not None and not 0 <= publish.metrics_port <= 65535:
         raise ConfigError(
             f"publish.metrics_port={publish.metrics_port} is no port; use 1 to 65535, or 0 for a free one"
+        )
+
+
+def _check_reaches(publish: PublishConfig) -> None:
+    """How engines may read versions by themselves."""
+    if publish.expose is None and not publish.in_place:
+        return
+    name = "publish.expose" if publish.expose is not None else "publish.in_place"
+    if publish.to is None:
+        raise ConfigError(f"{name} is set and publish.to is not: say at which address engines subscribe")
+    if kind_of(publish.to) == "store":
+        raise ConfigError(
+            f"{name} does not apply to {publish.to}: engines read a store's files. Publish to an address such as "
+            "tcp://127.0.0.1:5600, or leave it out"
+        )
+    try:
+        choose_kinds(publish.expose, publish.to, None)
+    except ConfigError as error:
+        raise ConfigError(f"publish.expose={publish.expose}: {error}") from None
+    if not publish.in_place:
+        return
+    if "cuda_ipc" not in (publish.expose or ()) or delta_mode(publish) != "off":
+        raise ConfigError(
+            f"publish.in_place=true with publish.expose={publish.expose} and publish.delta={delta_mode(publish)}: "
+            "engines read the parameters themselves, by CUDA IPC alone, and nothing is kept to compare with; "
+            "set publish.expose=[cuda_ipc] and publish.delta=off, or leave it out"
+        )
+    if publish.overlap and not publish.hold_next_step:
+        raise ConfigError(
+            "publish.overlap=true with publish.in_place=true: no copy is made that training could go on from. Set "
+            "publish.hold_next_step=true, which holds the next optimizer step back until the fleet serves, or leave "
+            "overlap out"
         )
 
 

@@ -46,6 +46,14 @@ class PublishConfig:
     delta: str = "auto"
     """Whether engines that have an earlier version are sent only what changed: `on`, `off`, `zstd` (compressed as well,
     for links below 1 Gb/s), or `auto`, which decides by measurement."""
+    expose: list[str] | None = None
+    """At an address: how engines of the same host may read versions by themselves, and over what besides ZeroMQ: of
+    `shared_memory`, `cuda_ipc` (weights on a GPU), `mooncake`, the first that this machine has, and `tcp` (links that
+    are not encrypted). Null: `shared_memory`, and `tcp` where the address is a TCP one; an empty list: ZeroMQ alone."""
+    in_place: bool = False
+    """With `expose=[cuda_ipc]` and `delta=off`: engines on this rank's GPU read the parameters where they lie, and
+    nothing is copied here. Training stands still until the fleet serves the version; with `overlap` and
+    `hold_next_step` from the next optimizer step on."""
     report_log: str | None = None
     """File of JSON lines that rank 0 appends each version's report to, for `weightcast trace`; null keeps none."""
     metrics_port: int | None = None
