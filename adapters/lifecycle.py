@@ -5,6 +5,10 @@
        +-Refused--> serving  +-Refused-> serving  +-Refused--> serving (the old version: memory was not touched)
        +-Failed---> poisoned                      +-Failed---> poisoned (memory is undefined: never serves again)
 
+Where versions land in the engine's own memory (`in_place`), `Landed` stands for `Loaded`, and there is one more state:
+
+    loading --Torn--> torn --Prepared--> prepared          (paused all the while; the next version lands whole)
+
 Effects are in `weightcast.adapters.follower`; this file decides only what may follow what.
 """
 
@@ -13,7 +17,7 @@ from typing import Literal
 
 from weightcast.sync.version import Version
 
-Phase = Literal["serving", "prepared", "loading", "loaded", "poisoned"]
+Phase = Literal["serving", "prepared", "loading", "loaded", "torn", "poisoned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,20 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class Landed:
+    """Every tensor of `version`, which may be newer than the candidate, is in engine memory."""
+
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
+class Torn:
+    """Engine memory holds bits of several versions, until the next one has landed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Loading stopped in the middle, or the engine says that its weights are undefined."""
 
@@ -53,7 +71,7 @@ class Resumed:
     """Requests run again."""
 
 
-Event = Prepared | Refused | Paused | Loaded | Failed | Resumed
+Event = Prepared | Refused | Paused | Loaded | Landed | Torn | Failed | Resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +88,23 @@ class FollowerState:
     @property
     def healthy(self) -> bool:
         """Whether the weights in engine memory are those of one whole version."""
-        return self.phase != "poisoned"
+        return self.phase not in ("torn", "poisoned")
 
 
 def advance(state: FollowerState, event: Event) -> FollowerState:
     """The state after `event`. Pure; an event that cannot follow is a programming error (`AssertionError`)."""
     match state.phase, event:
-        case "serving", Prepared(version):
+        case (("serving" | "torn"), Prepared(version)):
             return replace(state, phase="prepared", candidate=version)
         case "prepared", Paused():
             return replace(state, phase="loading")
         case "loading", Loaded():
             return replace(state, phase="loaded")
+        case "loading", Landed(version):
+            return replace(state, phase="loaded", candidate=version)
+        case "loading", Torn(reason):
+            refused = state.num_refused + 1
+            return replace(state, phase="torn", serving=None, candidate=None, num_refused=refused, last_error=reason)
         case "loaded", Resumed():
             done = state.num_updates + 1
             return replace(

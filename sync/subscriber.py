@@ -156,6 +156,30 @@ class WeightSubscriber:
         with self._loop.lock:
             return self._subscription.announced if isinstance(self._subscription, InPlaceSubscription) else None
 
+    def wait_announced(self, timeout_s: float) -> Version:
+        """With `into`, the version that `wait` will land, once there is one: time to stop serving.
+
+        Raises as `wait`, and `ConfigError` without `into`.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        subscription = self._subscription
+        if not isinstance(subscription, InPlaceSubscription):
+            raise ConfigError("without into versions are staged while the engine serves: wait() for them")
+        with self._loop.lock:
+            while (version := subscription.announced) is None:
+                self._raise_error()
+                self._sleep_until(deadline_s, timeout_s)
+            return version
+
+    def _raise_error(self) -> None:
+        """Raise what the engine has not been told yet; of another model, or a dismissal, it is told each time."""
+        raise_ended(self._loop.ended)
+        error = self._subscription.error
+        if error is not None:
+            if not (isinstance(error, ModelMismatch) or self._subscription.is_dismissed):
+                self._subscription.error = None
+            raise error
+
     def specs(self, timeout_s: float) -> tuple[TensorSpec, ...]:
         """The publisher's model; waits until one has answered."""
         deadline_s = time.monotonic() + timeout_s
@@ -182,12 +206,7 @@ class WeightSubscriber:
                 version = self._subscription.taken.version
                 raise VersionError(f"version {version} is still being loaded; commit() or reject() it first")
             while not self._subscription.is_ready:
-                raise_ended(self._loop.ended)
-                error = self._subscription.error
-                if error is not None:
-                    if not (isinstance(error, ModelMismatch) or self._subscription.is_dismissed):
-                        self._subscription.error = None
-                    raise error
+                self._raise_error()
                 self._sleep_until(deadline_s, timeout_s)
             return Update(self._subscription, self._loop, self._subscription.take(), self._wall_offset_s)
 

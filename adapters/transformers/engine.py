@@ -118,6 +118,15 @@ class TransformersEngine:
             raise EngineError(f"{self._name}: {reason}; restart the engine") from error
         self.label = version_label(version)
 
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """The live tensors that the checkpoint's names stand for, to be written while paused."""
+        return {spec.name: self._targets[spec.name] for spec in self._specs}
+
+    def landed(self, version: Version) -> None:
+        """The live tensors were written and have the bits of `version`: take its label; only while paused."""
+        assert self.gate.is_paused, "pause before versions land; requests would see two"
+        self.label = version_label(version)
+
     @torch.no_grad()
     def _copy(self, held: dict[str, torch.Tensor]) -> None:
         for name, tensor in held.items():

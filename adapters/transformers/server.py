@@ -22,11 +22,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from weightcast.adapters.engine import PauseMode, check_pause_mode
 from weightcast.adapters.follower import EngineFollower
+from weightcast.adapters.in_place import InPlaceFollower
 from weightcast.adapters.keys import read_engine_keys, read_store_key
 from weightcast.adapters.lifecycle import FollowerState
 from weightcast.adapters.transformers.app import make_app
 from weightcast.adapters.transformers.engine import TransformersEngine
-from weightcast.sync import CurveKeys, follow
+from weightcast.sync import CurveKeys, WeightSubscriber, follow, kind_of
 from weightcast.sync.errors import AddressError, ConfigError, EngineError
 from weightcast.sync.regions import DTYPES
 
@@ -34,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 class FollowerThread(AbstractContextManager["FollowerThread"]):
-    """A subscriber and its follower in a thread of their own, for as long as the server runs."""
+    """A subscriber and its follower in a thread of their own, for as long as the server runs.
+
+    With `in_place` versions land in the engine's own tensors, for which it pauses: it has memory for one model.
+    """
 
     def __init__(
         self,
@@ -45,12 +49,19 @@ class FollowerThread(AbstractContextManager["FollowerThread"]):
         events: Path | None = None,
         keys: CurveKeys | None = None,
         key: bytes | None = None,
+        in_place: bool = False,
     ) -> None:
         # A checkpoint that lists a tied tensor twice matches a publisher of either form: see `check_offer`.
         specs = engine.expected_specs()
-        expect = None if engine.aliases.keys() & {spec.name for spec in specs} else specs
-        self._subscriber = follow(publisher, engine=engine.name, expect=expect, keys=keys, key=key)
-        self._follower = EngineFollower(engine, self._subscriber, pause_mode=pause_mode, events=events)
+        expect = None if in_place or engine.aliases.keys() & {spec.name for spec in specs} else specs
+        into = engine.own_tensors() if in_place else None
+        self._subscriber = follow(publisher, engine=engine.name, expect=expect, keys=keys, key=key, into=into)
+        self._follower: EngineFollower
+        if in_place:
+            assert isinstance(self._subscriber, WeightSubscriber), "`into` is refused for a store"
+            self._follower = InPlaceFollower(engine, self._subscriber, pause_mode=pause_mode, events=events)
+        else:
+            self._follower = EngineFollower(engine, self._subscriber, pause_mode=pause_mode, events=events)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="weightcast-follower", daemon=True)
 
@@ -110,6 +121,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="element type in memory: auto, float32, bfloat16, float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pause-mode", default="wait", help="running requests at an update: abort, wait or keep")
+    parser.add_argument(
+        "--in-place", action="store_true", help="versions land in the model itself, paused meanwhile: no staged copy"
+    )
     parser.add_argument("--events", type=Path, help="file that gets one JSON line for each phase of an update")
     parser.add_argument("--keys", type=Path, help="key file, for a publisher beyond this host")
     parser.add_argument("--key-file", type=Path, help="file with the key that a store's versions are sealed with")
@@ -123,6 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.dtype != "auto" and args.dtype not in DTYPES:
         raise ConfigError(f"--dtype {args.dtype!r} is unknown; choose auto or one of {', '.join(DTYPES)}")
     mode = check_pause_mode(args.pause_mode)
+    if args.in_place and (args.publisher is None or kind_of(args.publisher) == "store"):
+        raise ConfigError(
+            "--in-place: versions land in the model as a publisher's sources send them; give its address as "
+            "--publisher (versions of a store are staged before they are loaded), or leave it out"
+        )
     listener = bind(args.host, args.port)
     engine = TransformersEngine(args.model, name=args.engine, dtype=DTYPES.get(args.dtype), device=args.device)
     tokenizer = load_tokenizer(args.model)
@@ -130,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         serve(listener, engine, tokenizer, None)
         return
     keys, key = read_engine_keys(args.keys), read_store_key(args.key_file)
-    with FollowerThread(engine, args.publisher, pause_mode=mode, events=args.events, keys=keys, key=key) as follower:
+    with FollowerThread(
+        engine, args.publisher, pause_mode=mode, events=args.events, keys=keys, key=key, in_place=args.in_place
+    ) as follower:
         serve(listener, engine, tokenizer, follower)
 
 
