@@ -6,20 +6,20 @@ delta began from may not have been what they should, and memory that was read ma
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
 
 import torch
 
+from weightcast.sync.broadcast_offer import BroadcastOffer
 from weightcast.sync.effects import Effect, Request, list_reads
 from weightcast.sync.errors import WireError
 from weightcast.sync.host.lease import Lease
 from weightcast.sync.landing import Body
 from weightcast.sync.ledger import ChunkKey
 from weightcast.sync.limits import MAX_AT_ONCE_BYTES, Limits, size_device_run, size_run
-from weightcast.sync.messages import MAX_RUN_CHUNKS, Announce, ChunkHeader, ChunkRequest, Staged
-from weightcast.sync.records import Span
+from weightcast.sync.messages import MAX_RUN_CHUNKS, Announce, ChunkHeader, ChunkRequest
 from weightcast.sync.regions import TensorSpec
 from weightcast.sync.staging import Staging
 from weightcast.sync.version import Version
@@ -59,6 +59,8 @@ class Arrival:
     _under_way: dict[int, int] = field(default_factory=dict)
     _askable: deque[int] = field(default_factory=deque)
     _damaged: dict[ChunkKey, int] = field(default_factory=dict)
+    offer: BroadcastOffer = field(default_factory=BroadcastOffer)
+    _order: dict[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def version(self) -> Version:
@@ -72,7 +74,7 @@ class Arrival:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether it is staged, and the engine ready to take it."""
+        """Whether the engine may take it."""
         return self.is_staged and not self.waits_for_engine
 
     @property
@@ -80,8 +82,7 @@ class Arrival:
         """How the chunks came: a kind of transport, or several; nothing when none were to come."""
         if self.staging is None:
             return "" if self.lease is None else HOST_TRANSPORT
-        kinds = {self.reached.get(rank, "zmq") for rank, indices in self.staging.order.items() if indices}
-        return "+".join(sorted(kinds)) or "zmq"
+        return self.offer.name_transport(self.staging.order, self.reached)
 
     @property
     def num_bytes(self) -> int:
@@ -94,18 +95,20 @@ class Arrival:
         return 0 if self.staging is None else self.staging.checksums_checked
 
     def begin(self, now_s: float) -> list[Effect]:
-        """The first requests, to every source; of one whose chunks are all there and are read, all is read at once."""
+        """The first requests, but to sources that broadcast; what is all there, and is read, is read at once."""
         assert self.staging is not None
-        ranks = [rank for rank, indices in self.staging.order.items() if indices]
-        at_once = {rank: len(self.staging.order[rank]) for rank in ranks if self._reads_at_once(rank)}
+        self.offer = BroadcastOffer.take(self.reached, self.limits.chunk_timeout_s, now_s)
+        self._order = dict(self.staging.order)
+        counts = {rank: len(indices) for rank, indices in self._order.items() if indices and not self.offer.holds(rank)}
+        at_once = {rank: count for rank, count in counts.items() if self._reads_at_once(rank)}
         self._next_place |= at_once
-        self._askable.extend(rank for rank in ranks if rank not in at_once)
+        self._askable.extend(rank for rank in counts if rank not in at_once)
         reads = (list_reads(rank, self.version, count, self.chunk_bytes) for rank, count in at_once.items())
         return [*chain.from_iterable(reads), *self._ask(now_s)]
 
     def _reads_at_once(self, rank: int) -> bool:
         """Whether all of a source is read without asking. While a host does that the engine hears and says nothing."""
-        if rank not in self.announce.ready or not self._lands_runs(rank):
+        if rank not in self.announce.ready or not self.lands_runs(rank):
             return False
         return self._lands_on_device(rank) or self.asked_bytes <= MAX_AT_ONCE_BYTES
 
@@ -114,28 +117,50 @@ class Arrival:
         self._again.extend((rank, index) for index in range(header.index, header.index + header.count))
         return self._ask(now_s)
 
+    def ask_rest(self, rank: int, now_s: float) -> list[Effect]:
+        """A source's broadcast is over, or late: ask for what it did not bring."""
+        if self.staging is None or self.is_staged:
+            return []
+        missing = tuple(index for index in self._order[rank] if self.staging.is_missing(rank, index))
+        if not self.offer.end(rank, len(missing)):
+            return []
+        self.num_repeats += len(missing) if self.offer.has_brought(rank) else 0
+        self._order[rank] = missing
+        self._askable.append(rank)
+        return self._ask(now_s)
+
     def _ask(self, now_s: float) -> list[Effect]:
         """Grant credit in turn to the sources that have more chunks and room, up to what may be under way."""
         assert self.staging is not None
         requests: list[Effect] = []
         while self._again and len(self.asked_s) < self._max_under_way:
             rank, index = self._again.popleft()
+            if not self.staging.is_missing(rank, index):  # a late broadcast brought it
+                continue
             self._under_way[rank] = self._under_way.get(rank, 0) + 1
             requests.append(self._request(rank, index, now_s))
         while self._askable and len(self.asked_s) < self._max_under_way:
             rank = self._askable.popleft()
-            place = self._next_place.get(rank, 0)
+            if (place := self._find_place(rank)) == len(self._order[rank]):
+                continue
             count = self._find_run(rank, place)
             self._next_place[rank] = place + count
             self._under_way[rank] = self._under_way.get(rank, 0) + count
-            requests.append(self._request(rank, self.staging.order[rank][place], now_s, count))
+            requests.append(self._request(rank, self._order[rank][place], now_s, count))
             self._queue(rank)
         return requests
 
+    def _find_place(self, rank: int) -> int:
+        """Where in the order the next chunk is that has to be asked for: a late broadcast may have brought some."""
+        assert self.staging is not None
+        order, place = self._order[rank], self._next_place.get(rank, 0)
+        while place < len(order) and not self.staging.is_missing(rank, order[place]):
+            place += 1
+        return place
+
     def _queue(self, rank: int) -> None:
         """Put a source in the line of those that may be asked, when it has more chunks and credit is left."""
-        assert self.staging is not None
-        num_left = len(self.staging.order[rank]) - self._next_place.get(rank, 0)
+        num_left = len(self._order[rank]) - self._next_place.get(rank, 0)
         run = self._max_run(rank)
         # Of what is read the source packs one run while another is read.
         room = (2 * run if rank in self.reached else self.limits.credit_chunks) - self._under_way[rank]
@@ -144,18 +169,18 @@ class Arrival:
 
     def _max_run(self, rank: int) -> int:
         """How many chunks of a source one message asks."""
-        assert self.staging is not None
         num_asked = self._next_place.get(rank, 0)
-        num_left = len(self.staging.order[rank]) - num_asked
+        num_left = len(self._order[rank]) - num_asked
         if rank not in self.reached:
             return 1
         return (size_device_run if self._lands_on_device(rank) else size_run)(num_asked, num_left, self.chunk_bytes)
 
-    def _lands_runs(self, rank: int) -> bool:
+    def lands_runs(self, rank: int) -> bool:
+        """Whether many chunks of a source are landed at once (`run_staging`)."""
         return self.staging is not None and self.reached.get(rank) == self.staging.run_kind
 
     def _lands_on_device(self, rank: int) -> bool:
-        return self._lands_runs(rank) and self.reached[rank] == ON_DEVICE
+        return self.lands_runs(rank) and self.reached[rank] == ON_DEVICE
 
     @property
     def _max_under_way(self) -> int:
@@ -167,7 +192,7 @@ class Arrival:
         """How many chunks from a place in the order on, read neighbours of one base, are asked for in one message."""
         staging = self.staging
         assert staging is not None
-        order = staging.order[rank]
+        order = self._order[rank]
         end = min(place + self._max_run(rank), len(order))
         end = min(end, place + max(1, self._max_under_way - len(self.asked_s)))
         index, base = order[place], staging.base(rank, order[place])
@@ -203,16 +228,6 @@ class Arrival:
             return None
         return layout.start_bytes[index], layout.start_bytes[index + count] - layout.start_bytes[index]
 
-    def lands_run(self, rank: int, header: ChunkHeader) -> bool:
-        """Whether the chunks that a header stands for may be landed at once: read, whole, and all of them missing."""
-        indices = range(header.index, header.index + header.count)
-        return (
-            header.encoding == "dense"
-            and self._lands_runs(rank)
-            and self.wants(rank, header)
-            and all(self.reads(rank, index) and self.staging.is_missing(rank, index) for index in indices)  # type: ignore[union-attr]
-        )
-
     def _repeat(self, rank: int, index: int, now_s: float) -> Request:
         self.num_repeats += 1
         return self._request(rank, index, now_s)
@@ -229,6 +244,7 @@ class Arrival:
         """Take chunks in, all that `header` stands for; `WireError` when the version cannot be trusted any more."""
         assert self.staging is not None
         keys = [(rank, index) for index in range(header.index, header.index + header.count)]
+        self.offer.hear(rank, now_s)
         try:
             self.staging.land(rank, header, body, is_hashed=is_hashed)
         except WireError:
@@ -277,33 +293,6 @@ class Arrival:
         """Requests that were not answered in time, again."""
         if self.staging is None or self.is_staged:
             return []
+        effects = [effect for rank in self.offer.list_late(now_s) for effect in self.ask_rest(rank, now_s)]
         overdue = [key for key, asked_s in self.asked_s.items() if now_s - asked_s > self.limits.chunk_timeout_s]
-        return [self._repeat(*key, now_s) for key in overdue]
-
-    def make_staged(self, wall_offset_s: float) -> Staged:
-        """The message that says all is here and checked."""
-        end_s = self.staged_s + wall_offset_s
-        # Passes that do nothing but check, put together; where bytes are copied they are digested in the same pass.
-        check_s = 0.0 if self.staging is None else min(self.staging.checking.seconds, self.staged_s - self.started_s)
-        return Staged(
-            self.announce.version,
-            self.num_bytes,
-            self.staged_s - self.started_s,
-            self.checksums_checked,
-            (Span("stage", self.started_s + wall_offset_s, end_s), Span("check", end_s - check_s, end_s)),
-            self.transport,
-            self.num_repeats,
-            self.asked_bytes,
-        )
-
-    def describe(self) -> str:
-        """In one sentence, where it is."""
-        version = self.announce.version
-        if self.is_staged and self.waits_for_engine:
-            return f"version {version} is staged, and the engine prepares for it"
-        if self.staging is None or self.is_staged:
-            return f"version {version} is staged, and waits for the fleet's policy to release it"
-        if not self.staging.num_missing:
-            return f"version {version} has come whole, and waits for the digests of the publisher's rank 0"
-        silent = sorted({rank for rank, _ in self.asked_s})
-        return f"version {version} lacks {self.staging.num_missing} chunks, asked of the source ranks {silent}"
+        return effects + [self._repeat(*key, now_s) for key in overdue]

@@ -3,19 +3,30 @@
 reader = ChunkReader(subscription, reaches)
 reader.reads(rank, index)              # whether it waits for no bytes of that chunk
 reader.read(rank, index)               # they are, valid until the next one is read
-reader.begin_run(rank, header)  # the landing of all chunks that a header stands for, or None
+begun = reader.begin(received)         # all chunks that a header stands for, on their way; None: one by one
+reader.land(begun)
 """
+
+import logging
+import time
+from dataclasses import replace
 
 import numpy as np
 
+from weightcast.sync.arrival import Arrival
 from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.device_landing import RunLanding
-from weightcast.sync.errors import WireError
+from weightcast.sync.effects import Effect
+from weightcast.sync.errors import WeightcastError, WireError
 from weightcast.sync.host_bytes import ChunkBytes
+from weightcast.sync.landing import Landing
 from weightcast.sync.messages import ChunkHeader
 from weightcast.sync.run_staging import RunBytes, RunStaging
 from weightcast.sync.subscription import Subscription
+from weightcast.sync.transports.base import ReceivedChunk
 from weightcast.sync.transports.reaches import Reaches
+
+logger = logging.getLogger(__name__)
 
 
 class ChunkReader:
@@ -49,10 +60,33 @@ class ChunkReader:
             reach.read(start_byte + start, self._scratch[start:end])
         return self._scratch[:num_bytes]
 
-    def begin_run(self, rank: int, header: ChunkHeader) -> RunLanding | None:
+    def begin(self, received: ReceivedChunk) -> ReceivedChunk | None:
         """Begin to copy a run of chunks to their places; None where they come one by one."""
+        run = self._begin_run(received.rank, received.header)
+        return None if run is None else replace(received, buffer=run)
+
+    def land(self, received: ReceivedChunk) -> list[Effect]:
+        """Bring what came, is read now or was begun to its place; what is to be done then."""
+        rank, header, body = received.rank, received.header, received.buffer
+        assert not isinstance(body, Landing), "ZeroMQ gives whole chunks"
+        if isinstance(body, RunLanding):
+            effects = self._subscription.land(rank, header, body, time.monotonic(), is_hashed=False)
+            body.running.wait()  # also for one that nobody wants any more: the next version is written there
+            return effects
+        if body is not None or header.encoding != "dense" or not self.reads(rank, header.index):
+            return self._subscription.land(rank, header, body, time.monotonic())
+        try:
+            read = self.read(rank, header.index)
+        except (OSError, WeightcastError) as error:
+            engine = self._subscription.engine
+            logger.warning("engine %s cannot read from source rank %d any more: %s", engine, rank, error)
+            self._reaches.give_up(rank, str(error))
+            return self._subscription.stop_reaching(rank, time.monotonic())
+        return self._subscription.land(rank, header, read, time.monotonic(), is_hashed=False)
+
+    def _begin_run(self, rank: int, header: ChunkHeader) -> RunLanding | None:
         arrival, reach = self._subscription.arrival, self._reaches.get(rank)
-        if arrival is None or reach is None or not arrival.lands_run(rank, header):
+        if arrival is None or reach is None or not lands_run(arrival, rank, header):
             return None
         span = arrival.find_bytes(rank, header.index, header.count)
         if span is None or span[0] + span[1] > reach.num_bytes:
@@ -62,3 +96,12 @@ class ChunkReader:
         if there is None:
             there = reach.view(*span) if arrival.staging.device is None else reach.device_view(*span)
         return None if there is None else arrival.staging.begin_run(rank, header, there)
+
+
+def lands_run(arrival: Arrival, rank: int, header: ChunkHeader) -> bool:
+    """Whether the chunks that a header stands for may be landed at once: read, whole, and all of them missing."""
+    if header.encoding != "dense" or not arrival.lands_runs(rank) or not arrival.wants(rank, header):
+        return False
+    assert arrival.staging is not None
+    indices = range(header.index, header.index + header.count)
+    return all(arrival.reads(rank, index) and arrival.staging.is_missing(rank, index) for index in indices)

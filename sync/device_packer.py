@@ -82,6 +82,8 @@ class _Run:
 class DevicePacker(Packer):
     """See the module."""
 
+    packs_into_arena = False  # chunks are copied to the host when they are asked for
+
     def __init__(
         self,
         held: Mapping[Region, HeldRegion],

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from weightcast.sync import schema
-from weightcast.sync.errors import WireError
 from weightcast.sync.records import (
     CHUNK_HASH_BYTES,
     MAX_CHUNKS,
@@ -35,7 +34,7 @@ from weightcast.sync.records import (
     Ticket,
 )
 from weightcast.sync.regions import Region, TensorSpec
-from weightcast.sync.schema import checked, many, optional, real, text, uint
+from weightcast.sync.schema import checked, many, optional, positive, real, text, uint
 from weightcast.sync.version import Version
 
 PROTOCOL = 5
@@ -43,13 +42,6 @@ ENCODINGS = ("dense", "delta", "zdelta", "same", "absent")
 DELTA_MODES = ("off", "on", "zstd")
 # Chunks that one request or header may stand for, where no bytes travel.
 MAX_RUN_CHUNKS = 64
-
-
-def _run(value: Any) -> int:
-    """How many chunks follow each other: at least one."""
-    if type(value) is not int or not 1 <= value <= MAX_RUN_CHUNKS:
-        raise WireError(f"an integer from 1 to {MAX_RUN_CHUNKS} was expected, got {schema.show(value)}")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +106,15 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who serves what, in chunks of which size: of every version that is announced after it."""
+    """Who serves what, in chunks of which size: of every version that is announced after it.
+
+    `tickets` are to ways that take a while to prepare, so that the first version may come over them.
+    """
 
     epoch: int = checked(uint())
     chunk_bytes: int = checked(uint(1 << 40))
     offers: tuple[Offer, ...] = checked(many(OFFER, MAX_SOURCES))
+    tickets: tuple[Ticket, ...] = checked(TICKETS, default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +162,7 @@ class Goodbye:
 
 @dataclass(frozen=True, slots=True)
 class SourceHello:
-    """A source makes itself known to the coordinator, with all that it holds."""
+    """A source makes itself known to the coordinator, with all that it holds, and what `Layout` says of tickets."""
 
     protocol: int = checked(uint())
     rank: int = checked(uint(MAX_SOURCES))
@@ -174,6 +170,7 @@ class SourceHello:
     model: str = checked(text)
     address: str = checked(text)
     regions: tuple[Region, ...] = checked(many(REGION))
+    tickets: tuple[Ticket, ...] = checked(TICKETS, default=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +234,7 @@ class ChunkRequest:
     index: int = checked(uint(MAX_CHUNKS))
     base: Version | None = checked(optional(VERSION))
     reached: bool = checked(schema.boolean)
-    count: int = checked(_run, default=1)
+    count: int = checked(positive(MAX_RUN_CHUNKS), default=1)
     hashed: bool = checked(schema.boolean, default=True)
 
 
@@ -254,7 +251,7 @@ class ChunkHeader:
     encoding: str = checked(schema.choice(*ENCODINGS))
     base: Version | None = checked(optional(VERSION))
     hash: bytes = checked(schema.binary(CHUNK_HASH_BYTES))
-    count: int = checked(_run, default=1)
+    count: int = checked(positive(MAX_RUN_CHUNKS), default=1)
 
 
 Message: TypeAlias = (

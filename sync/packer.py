@@ -42,6 +42,8 @@ class Packer:
 
     is_in_place = False
     """Whether engines read the weights themselves, which must then stay as they are until they have (`live_packer`)."""
+    packs_into_arena = True
+    """Whether chunks that are counted ready lie in `arena`."""
 
     def __init__(
         self,
@@ -91,7 +93,9 @@ class Packer:
         self.changed_elements = None if self._mode == "off" else 0
         self._sums[:] = 0
         self._taken = None
-        return Snapshot(version, self._states, prefer_packed=self._mode == "zstd")
+        is_whole = self._mode == "off"
+        arena = self.arena if self.packs_into_arena else None
+        return Snapshot(version, self._states, self._mode == "zstd", is_whole=is_whole, arena=arena)
 
     def pack_next(self, snapshot: Snapshot) -> None:
         """Pack the next chunk. Raises `SourceError` when a live view no longer has its region's shape."""

@@ -29,7 +29,7 @@ from weightcast.sync.chunks import DEFAULT_CHUNK_BYTES, check_chunk_bytes
 from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.errors import ConfigError, DeadlineExceeded, EngineError, VersionError
 from weightcast.sync.fleet import EngineStatus, FleetPolicy
-from weightcast.sync.messages import PROTOCOL, Packed, Packing, SourceHello
+from weightcast.sync.messages import PROTOCOL, Packed, SourceHello
 from weightcast.sync.packer import Packer, PackMode
 from weightcast.sync.publication import Publication
 from weightcast.sync.publisher_loop import PublisherLoop
@@ -59,8 +59,9 @@ class WeightPublisher:
     `delta` says whether engines that have an earlier version are sent what changed since: "on", "zstd" (entropy-coded,
     for links below 1 Gb/s), "off", or "auto", by what was measured (see `advice.py`). Engines may be up to `history`
     versions behind. `expose` names the kinds of memory, of which the first that this machine has is packed into, so
-    that engines of the same host may read it by themselves; and "tcp", for links that are faster than ZeroMQ's and not
-    encrypted. None is "shared_memory" and, without keys, "tcp"; an empty one leaves ZeroMQ alone.
+    that engines of the same host may read it by themselves; "tcp", for links that are faster than ZeroMQ's and not
+    encrypted; and "collective", for broadcasts over Gloo of what is sent whole ("collective_nccl": over NCCL). None is
+    "shared_memory" and, without keys, "tcp"; an empty one leaves ZeroMQ alone.
 
     Of weights on a GPU, what changed is found there before anything is copied: with "on" or "zstd", where the GPU has
     room for one more copy of this rank's share (`device_packer.py`), and with `expose=("cuda_ipc",)`, which has that
@@ -121,7 +122,7 @@ class WeightPublisher:
         hello = SourceHello(
             PROTOCOL, source.rank, source.world_size, fingerprint(self._share.specs), "", tuple(self._share.held)
         )
-        self._loop = PublisherLoop(hello, address, keys, coordinator, lost_after_s, serves_tcp="tcp" in kinds)
+        self._loop = PublisherLoop(hello, address, keys, coordinator, lost_after_s, kinds)
 
     @property
     def address(self) -> str:
@@ -237,12 +238,12 @@ class WeightPublisher:
         assert assigned is not None
         self._withdraw(deadline_s)
         server = self._loop.server
-        is_read = server.is_sending
-        packer = self._share.prepare(assigned.regions, assigned.chunk_bytes, is_read=is_read)
-        tickets = (*self._share.tickets, *self._loop.tickets)
+        packer = self._share.prepare(assigned.regions, assigned.chunk_bytes, is_read=server.is_sending)
+        tickets = self._share.tickets
         version = Version(assigned.epoch, number)
-        snapshot = packer.begin(version, self._choose_mode(), rereads=server.has_sent or not tickets)
-        self._loop.offer(snapshot, Packing(number, tickets, snapshot.is_all_ready), deadline_s)
+        rereads = server.has_sent or not (tickets or server.tickets)
+        snapshot = packer.begin(version, self._choose_mode(), rereads=rereads)
+        self._loop.offer(snapshot, tickets, deadline_s)
         self._is_offering = True
         return packer, snapshot
 

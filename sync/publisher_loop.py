@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import zmq
@@ -56,7 +56,7 @@ class PublisherLoop:
         keys: CurveKeys | None,
         coordinator: Coordinator | None,
         lost_after_s: float,
-        serves_tcp: bool = False,
+        kinds: Sequence[str] = (),
     ) -> None:
         self.coordinator = coordinator
         self.assigned: Assigned | None = None
@@ -70,14 +70,14 @@ class PublisherLoop:
         self._pinged_s = self._heard_s = time.monotonic()
         self._context, self._guard = zmq_sockets.make_context(keys)
         try:
-            self._open(address, keys, serves_tcp)
+            self._open(address, keys, kinds)
         except BaseException:
             self._close_context()
             raise
         self._thread = threading.Thread(target=self._run, name=f"weightcast-publisher-{hello.rank}", daemon=True)
         self._thread.start()
 
-    def _open(self, address: str, keys: CurveKeys | None, serves_tcp: bool) -> None:
+    def _open(self, address: str, keys: CurveKeys | None, kinds: Sequence[str]) -> None:
         self._wake_in = self._context.socket(zmq.PAIR)
         self._wake_in.bind("inproc://wake")
         self._wake_out = self._context.socket(zmq.PAIR)
@@ -88,13 +88,8 @@ class PublisherLoop:
         else:
             self.control, self.address = zmq_sockets.bind(self._context, address, keys, MAX_MESSAGE_BYTES)
         where = zmq_sockets.data_address(address, self._hello.rank)
-        self.server = ChunkServers(self._context, where, keys, serves_tcp)
-        self._hello = replace(self._hello, address=self.server.address)
-
-    @property
-    def tickets(self) -> tuple[Ticket, ...]:
-        """Tickets to its links besides ZeroMQ's."""
-        return tuple(Ticket(self._hello.rank, *pair) for pair in self.server.tickets)
+        self.server = ChunkServers(self._context, where, keys, self._hello.rank, kinds, self._lost_after_s)
+        self._hello = replace(self._hello, address=self.server.address, tickets=self.server.early_tickets)
 
     # The trainer's side
 
@@ -132,11 +127,15 @@ class PublisherLoop:
         self.submit(drop)
         self.watch(done.is_set, timeout_s, lambda: "its own thread")
 
-    def offer(self, snapshot: Snapshot, packing: Packing, deadline_s: float) -> None:
-        """Serve a snapshot, chunk by chunk as it is packed, and tell the coordinator that it begins."""
+    def offer(self, snapshot: Snapshot, tickets: tuple[Ticket, ...], deadline_s: float) -> None:
+        """Serve a snapshot, chunk by chunk as it is packed, and tell the coordinator that it begins.
+
+        `tickets` are to the memory that is packed into.
+        """
 
         def hand_over(now_s: float) -> list[Outgoing]:
             self.server.hold(snapshot)
+            packing = Packing(snapshot.version.number, (*tickets, *self.server.tickets), snapshot.is_all_ready)
             if self.coordinator is None:
                 return [Outgoing(_SELF, packing)]
             return self.coordinator.add_packing(_SELF, packing, now_s, deadline_s)

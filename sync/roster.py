@@ -92,7 +92,8 @@ class Roster:
             return [Outgoing(peer, Goodbye(str(error)[:4000], final=True)) for peer in self._sources]
         hellos = sorted(self._sources.values(), key=lambda hello: hello.rank)
         offers = tuple(Offer(hello.rank, hello.address, self._assigned[hello.rank]) for hello in hellos)
-        self.layout = Layout(self._epoch, self._chunk_bytes, offers)
+        tickets = tuple(ticket for hello in hellos for ticket in hello.tickets)
+        self.layout = Layout(self._epoch, self._chunk_bytes, offers, tickets)
         return [
             Outgoing(peer, Assigned(self._epoch, self._chunk_bytes, self._assigned[hello.rank]))
             for peer, hello in self._sources.items()

@@ -93,6 +93,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def positive(limit: int) -> Check:
+    """An integer from 1 to `limit`."""
+
+    def check(value: Any) -> int:
+        if type(value) is not int or not 1 <= value <= limit:
+            raise WireError(f"an integer from 1 to {limit} was expected, got {show(value)}")
+        return value
+
+    return check
+
+
 def uint(limit: int = MAX_UINT) -> Check:
     """An integer from 0 to `limit`."""
 

@@ -115,6 +115,10 @@ class Snapshot:
     states: Sequence[ChunkState]
     prefer_packed: bool = False
     num_ready: int = 0
+    is_whole: bool = False
+    """Whether every chunk is copied as it is, none compared, so that the same bytes serve all."""
+    arena: ByteArray | None = None
+    """The memory in which all chunks lie back to back, where it has them as they are packed."""
     _hashes: dict[int, bytes] = field(default_factory=dict)
     _merged: dict[tuple[int, Version], Body] = field(default_factory=dict)
     _pages: list[bytes] | None = None

@@ -39,6 +39,7 @@ from weightcast.sync.shadow import Shadow
 from weightcast.sync.shared_subscription import SharedSubscription
 from weightcast.sync.subscriber_loop import SubscriberLoop, raise_ended
 from weightcast.sync.subscription import Subscription
+from weightcast.sync.transports.broadcasts import Broadcasts, check_broadcasts
 from weightcast.sync.transports.reaches import Reaches
 from weightcast.sync.transports.zmq_sockets import CurveKeys
 from weightcast.sync.update import Update
@@ -55,8 +56,9 @@ class WeightSubscriber:
     since `publish` waits for it.
 
     `transport` is "auto" (memory that this host may read where a source exposes some, otherwise connections: by where
-    the sources are, and what was measured), "zmq" for ZeroMQ alone, "tcp" for a source's own links, or one kind of
-    memory; where that cannot be had, versions are refused with the reason.
+    the sources are, and what was measured), "zmq" for ZeroMQ alone, "tcp" for a source's own links, "collective" for
+    broadcasts, or one kind of memory; where that cannot be had, versions are refused with the reason. What a broadcast
+    does not bring (a version that goes as deltas, damage, a member that died) is asked for over ZeroMQ all the same.
 
     `share` names a group: workers of one host and user that follow one publisher's address under one name receive each
     version once, into memory that all of them read (`sync/host`). Each is a receiver of its own all the same. A
@@ -126,7 +128,9 @@ class WeightSubscriber:
         if device is not None and into is None:
             self._subscription.shadow = Shadow(device=torch.device(device))
         self._subscription.prepares = prepares and role == "receiver"
-        reaches = Reaches(transport, limits.chunk_timeout_s)
+        refusal = check_broadcasts(transport, {"want": want, "into": into, "share": share})
+        broadcasts = Broadcasts(self.engine, transport, refusal)
+        reaches = Reaches(transport, limits.chunk_timeout_s, broadcasts)
         self._loop = SubscriberLoop(self._subscription, address, keys, reaches, limits.links, share)
 
     @property

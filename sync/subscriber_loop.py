@@ -9,21 +9,20 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import zmq
 
 from weightcast.sync.acquaintance import is_farewell
+from weightcast.sync.broadcast_taking import BroadcastTaker
 from weightcast.sync.chunk_reading import ChunkReader
 from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.effects import Effect, Read, Request, Tell
-from weightcast.sync.errors import AddressError, PeerLost, ReachError, WeightcastError, WireError
+from weightcast.sync.errors import AddressError, PeerLost, ReachError, WireError
 from weightcast.sync.host.share import HostShare
 from weightcast.sync.host.worker import HostWorker
-from weightcast.sync.landing import Landing
 from weightcast.sync.link_taking import LinkTaker
-from weightcast.sync.messages import Announce, Staged, decode, encode
+from weightcast.sync.messages import Announce, Layout, Staged, decode, encode
 from weightcast.sync.schema import MAX_MESSAGE_BYTES
 from weightcast.sync.shared_subscription import SharedSubscription
 from weightcast.sync.subscription import Subscription
@@ -73,6 +72,8 @@ class SubscriberLoop:
             raise
         self._client = ZmqChunkClient(self._context, keys, num_links=num_links)
         self._links = LinkTaker(subscription, reaches)
+        self._broadcasts = BroadcastTaker(subscription, self.lock, self._push)
+        reaches.broadcasts.connect(self._broadcasts, self._broadcasts.plan_of)
         self._poller, self._polled = zmq.Poller(), list[Any]()
         self._worker: HostWorker | None = None
         if share is not None:
@@ -93,6 +94,16 @@ class SubscriberLoop:
             raise PeerLost("the subscriber was closed; make a new one")
         self._outbox += effects
         zmq_sockets.wake(self._wake_out)
+
+    def _push(self, effects: list[Effect]) -> None:
+        """Carry out effects of what another thread of this subscriber did, which holds the lock."""
+        if self._stopping or self.ended is not None:
+            return
+        if effects:
+            self._outbox += effects
+            zmq_sockets.wake(self._wake_out)
+        if self._subscription.awaits_engine or self._subscription.error is not None:
+            self.lock.notify_all()
 
     def _awake(self) -> None:
         """From any thread: look again at what there is to do."""
@@ -184,6 +195,8 @@ class SubscriberLoop:
             # Of a host's workers only the one that receives needs ways to the sources.
             refusal = self._reach(message) if self._worker is None and isinstance(message, Announce) else ""
             self._carry_out(self._subscription.receive(message, time.monotonic()))
+            if self._worker is None and isinstance(message, Layout):
+                self._reaches.broadcasts.prepare(message.tickets)
             if refusal:
                 self._carry_out(self._subscription.give_up(refusal))
         except WireError as error:
@@ -194,7 +207,9 @@ class SubscriberLoop:
         if self._subscription.arrival is None or self._subscription.arrival.version != announce.version:
             self._links.let_go()
         try:
-            self._subscription.reached = self._reaches.renew(announce.tickets, self._subscription.model.num_sources)
+            num_sources = self._subscription.model.num_sources
+            self._subscription.reached = self._reaches.renew(announce.tickets, num_sources, announce.version)
+            self._broadcasts.announced = announce.version
         except ReachError as error:
             return f"engine {self._subscription.engine!r}: {error}"
         return ""
@@ -211,48 +226,25 @@ class SubscriberLoop:
                 received = None
             # A device copies one run while the one before is counted here, and the next is asked for.
             is_run = received is not None and received.header.count > 1
-            before, begun = begun, self._begin_run(received) if received is not None and is_run else None
+            before, begun = begun, self._reader.begin(received) if received is not None and is_run else None
             if before is not None:
-                self._carry_out(self._land(before))
+                self._carry_out(self._reader.land(before))
             elif received is None:
                 return
             if begun is not None and isinstance(begun.buffer, RunLanding) and begun.buffer.running.is_done:
-                self._carry_out(self._land(begun))  # the next one is asked for at once
+                self._carry_out(self._reader.land(begun))  # the next one is asked for at once
                 num_turns, begun = num_turns + 1, None
             elif received is not None:
                 num_turns += 1 if begun is not None else received.header.count
                 for one in received.one_by_one() if begun is None else ():
-                    self._carry_out(self._land(one))
-
-    def _begin_run(self, received: ReceivedChunk) -> ReceivedChunk | None:
-        """Chunks that come all at once on a device, and are on their way there; None where they come one by one."""
-        run = self._reader.begin_run(received.rank, received.header)
-        return None if run is None else replace(received, buffer=run)
+                    self._carry_out(self._reader.land(one))
 
     def _begin_read(self, read: Read) -> ReceivedChunk | None:
         """Begin to read what its source said is there; where that cannot be, the source is asked for it."""
-        begun = self._begin_run(ReceivedChunk(read.rank, read.header, None))
+        begun = self._reader.begin(ReceivedChunk(read.rank, read.header, None))
         if begun is None:
             self._carry_out(self._subscription.ask(read.rank, read.header, time.monotonic()))
         return begun
-
-    def _land(self, received: ReceivedChunk) -> list[Effect]:
-        rank, header, body = received.rank, received.header, received.buffer
-        assert not isinstance(body, Landing), "ZeroMQ gives whole chunks"
-        if isinstance(body, RunLanding):
-            effects = self._subscription.land(rank, header, body, time.monotonic(), is_hashed=False)
-            body.running.wait()  # also for one that nobody wants any more: the next version is written there
-            return effects
-        if body is not None or header.encoding != "dense" or not self._reader.reads(rank, header.index):
-            return self._subscription.land(rank, header, body, time.monotonic())
-        try:
-            read = self._reader.read(rank, header.index)
-        except (OSError, WeightcastError) as error:
-            engine = self._subscription.engine
-            logger.warning("engine %s cannot read from source rank %d any more: %s", engine, rank, error)
-            self._reaches.give_up(rank, str(error))
-            return self._subscription.stop_reaching(rank, time.monotonic())
-        return self._subscription.land(rank, header, read, time.monotonic(), is_hashed=False)
 
     def _carry_out(self, effects: list[Effect]) -> None:
         begun = [self._begin_read(effect) for effect in effects if isinstance(effect, Read)]
@@ -265,7 +257,7 @@ class SubscriberLoop:
                 break
         # A device works while others are asked, and on one run while the one before is noted.
         for received in filter(None, begun):
-            self._carry_out(self._land(received))
+            self._carry_out(self._reader.land(received))
 
     def _tell(self, raw: bytes) -> None:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from weightcast.sync.acquaintance import Acquaintance
 from weightcast.sync.arrival import Arrival
+from weightcast.sync.arrival_words import describe_arrival, make_staged
 from weightcast.sync.effects import Effect, Tell
 from weightcast.sync.errors import ModelMismatch, PeerLost, WeightcastError, WireError
 from weightcast.sync.landing import Body
@@ -102,7 +103,7 @@ class Subscription:
             return "no publisher has answered there"
         if self.arrival is None:
             return f"no version newer than {self.serving} was announced"
-        return self.arrival.describe()
+        return describe_arrival(self.arrival)
 
     def hello(self) -> list[Effect]:
         """Make this engine known."""
@@ -156,8 +157,7 @@ class Subscription:
         if self.serving is not None and version <= self.serving:
             if version == self.serving:
                 return [Tell(Serving(version, 0.0, ()))]
-            reason = f"engine {self.engine!r} serves version {self.serving}, which is newer"
-            return [Tell(Failed(version, reason))]
+            return [Tell(Failed(version, f"engine {self.engine!r} serves version {self.serving}, which is newer"))]
         if self._must_wait(version):
             self._waiting = announce
             return []
@@ -228,7 +228,7 @@ class Subscription:
         """Say that a version is staged, once the engine is prepared for it."""
         if self.arrival is None or self.role == "observer" or not self.arrival.is_prepared:
             return []
-        return [Tell(self.arrival.make_staged(self._wall_offset_s))]
+        return [Tell(make_staged(self.arrival, self._wall_offset_s))]
 
     def _refuse(self, version: Version, error: WeightcastError) -> list[Effect]:
         # Without its traceback, whose frames would keep the refused version's memory.

@@ -13,9 +13,10 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from weightcast.sync.layout import SourceLayout
+from weightcast.sync.ledger import ChunkKey
 from weightcast.sync.part_plan import KeptPiece, PartPlan
 from weightcast.sync.regions import Region, TensorSpec
-from weightcast.sync.shadow import Carried, ChunkKey
+from weightcast.sync.shadow import Carried
 from weightcast.sync.wanted import WantedRegions, intersect, whole
 
 _Spans: TypeAlias = tuple[tuple[int, int], ...]

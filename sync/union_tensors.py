@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from weightcast.sync.packer import slices_within
 from weightcast.sync.part_plan import box_key, list_boxes
+from weightcast.sync.piece_views import slices_within
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.union import find_shares
 from weightcast.sync.wanted import WantedRegions

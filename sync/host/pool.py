@@ -16,8 +16,8 @@ import torch
 
 from weightcast.sync.errors import ConfigError, VersionError
 from weightcast.sync.host.arena import Arena, as_tensor, map_arena
-from weightcast.sync.packer import slices_within
 from weightcast.sync.part_plan import box_key, list_staged_specs
+from weightcast.sync.piece_views import slices_within
 from weightcast.sync.regions import Region, TensorSpec
 from weightcast.sync.union import find_shares
 from weightcast.sync.version import Version

@@ -14,9 +14,10 @@ from typing import Literal, TypeAlias
 
 from weightcast.sync.errors import ReachError
 
-Kind: TypeAlias = Literal["cuda_ipc", "shared_memory", "tcp", "mooncake", "zmq"]
+Kind: TypeAlias = Literal["cuda_ipc", "shared_memory", "tcp", "collective", "mooncake", "zmq"]
 Link: TypeAlias = Literal["unknown", "ethernet", "rdma"]
-KINDS: tuple[Kind, ...] = ("cuda_ipc", "shared_memory", "tcp", "mooncake", "zmq")
+KINDS: tuple[Kind, ...] = ("cuda_ipc", "shared_memory", "tcp", "collective", "mooncake", "zmq")
+MIN_ENGINES = 2  # of a source, for broadcasts that nobody insists on
 HYSTERESIS = 1.2
 MIN_SAMPLE_BYTES = 1 << 20  # of fewer bytes, the time is that of asking
 NEWEST_SHARE = 0.3
@@ -50,6 +51,8 @@ class Context:
     """The kind in use, if any."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """Kinds that were tried and cannot be used here, with the reason."""
+    num_engines: int = 0
+    """How many engines could take part in the source's broadcasts, the receiver among them."""
     wanted: str = "auto"
     """What the user asked for: `auto`, or a kind."""
 
@@ -104,6 +107,8 @@ def refusal(kind: Kind, offers: Offers, context: Context) -> str:
         return context.failed[kind]
     if kind not in offers.usable:
         return "this process cannot use it"
+    if kind == "collective" and context.wanted == "auto" and context.num_engines < MIN_ENGINES:
+        return f"{context.num_engines} engines can take part, broadcasts pay from {MIN_ENGINES} on"
     if kind in ("cuda_ipc", "shared_memory") and not context.same_host:
         return "the source is on another host"
     if kind == "shared_memory" and not context.same_uid:
@@ -128,7 +133,8 @@ def _distance(kind: Kind, context: Context) -> int:
 
 def _order(kind: Kind, context: Context) -> int:
     """What to try first in one place: over TCP links were measured the fastest, and Mooncake's engine the slowest."""
-    network: tuple[Kind, ...] = ("mooncake", "tcp", "zmq") if context.link == "rdma" else ("tcp", "zmq", "mooncake")
+    others: tuple[Kind, ...] = ("tcp", "collective", "zmq")
+    network: tuple[Kind, ...] = ("mooncake", *others) if context.link == "rdma" else (*others, "mooncake")
     return ("cuda_ipc", "shared_memory", *network).index(kind)
 
 
@@ -138,7 +144,8 @@ def _place(kind: Kind, context: Context) -> str:
     if kind == "shared_memory":
         return "same host and user"
     where = "same host, no memory of the source to read" if context.same_host else "another host"
-    return f"{where}, RDMA link" if context.link == "rdma" and not context.same_host else where
+    where = f"{where}, RDMA link" if context.link == "rdma" and not context.same_host else where
+    return f"{where}, {context.num_engines} engines" if kind == "collective" else where
 
 
 def _fastest(kinds: list[Kind], context: Context) -> Choice:

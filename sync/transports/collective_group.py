@@ -90,6 +90,10 @@ class Rendezvous:
         """Forget a message that nobody needs any more."""
         self._ask("delete_key", key)
 
+    def count(self, key: str, amount: int = 0) -> int:
+        """Add to a number that begins at 0; what it is then."""
+        return int(self._ask("add", key, amount))
+
     def propose(self, roster: Roster) -> None:
         """On the host: let the members of `roster` meet."""
         assert self.is_host
@@ -142,13 +146,16 @@ class Rendezvous:
             )
         time.sleep(_POLL_S)
 
-    def meet(self, roster: Roster, backend: str, deadline: float) -> "LiveGroups":
-        """Build the groups of `roster` together with all its members. `DeadlineExceeded` names who did not come."""
+    def meet(self, roster: Roster, backend: str, deadline: float, watch: Watch | None = None) -> "LiveGroups":
+        """Build the groups of `roster` together with all its members. `DeadlineExceeded` names who did not come.
+
+        `watch` is called while members are waited for, and may raise.
+        """
         check_backend(backend)
         generation = roster.generation
         self.put(f"ready/{generation}/{self.name}", roster)
         ready = {name: f"ready/{generation}/{name}" for name in roster.names()}
-        self.await_all(ready, Roster, deadline, f"for the members of generation {generation}")
+        self.await_all(ready, Roster, deadline, f"for the members of generation {generation}", watch)
         groups: dict[int, BroadcastGroup] = {}
         try:
             for source in roster.sources:
@@ -168,7 +175,7 @@ class Rendezvous:
 
     def count_beats(self, names: Iterable[str]) -> dict[str, int]:
         """How often each member has shown that it is alive."""
-        return {name: int(self._ask("add", f"beat/{name}", 0)) for name in names}
+        return {name: self.count(f"beat/{name}") for name in names}
 
     def fail(self, generation: int, reason: str) -> None:
         """Tell the members of a generation that its groups are broken. Never raises."""

@@ -120,8 +120,22 @@ class Done:
     """A source has read every engine's outcome."""
 
 
-Message: TypeAlias = Roster | Offer | Outcome | Begin | Done
-KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Roster, Offer, Outcome, Begin, Done)}
+@dataclass(frozen=True, slots=True)
+class Will:
+    """An engine that follows a publisher says whether it wants the next versions by broadcast (`collective_plan.py`).
+
+    `insists` is for one whose user asked for nothing else; `after` is the last generation that broke before its eyes,
+    without which nobody would know that it still answers.
+    """
+
+    name: str = checked(text)
+    willing: bool = checked(schema.boolean)
+    insists: bool = checked(schema.boolean)
+    after: int = checked(uint())
+
+
+Message: TypeAlias = Roster | Offer | Outcome | Begin | Done | Will
+KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Roster, Offer, Outcome, Begin, Done, Will)}
 Kind = TypeVar("Kind", bound=Message)
 
 

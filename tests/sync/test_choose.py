@@ -53,6 +53,37 @@ NO_TCP = Offers(tickets=frozenset(KINDS) - {"tcp"})
         (Offers(), FAR, "zmq: another host; not tried yet"),
         (ALL, FAR, "tcp: another host; not tried yet"),
         (ALL, dataclasses.replace(FAR, rates={"tcp": 5 * GB}), "zmq: another host; not tried yet"),
+        (ALL, dataclasses.replace(FAR, rates={"tcp": 5 * GB}, num_engines=1), "zmq: another host; not tried yet"),
+        (
+            ALL,
+            dataclasses.replace(FAR, rates={"tcp": 5 * GB}, num_engines=8),
+            "collective: another host, 8 engines; not tried yet",
+        ),
+        (
+            Offers({"collective"}),
+            dataclasses.replace(FAR, num_engines=2),
+            "collective: another host, 2 engines; not tried yet",
+        ),
+        (
+            Offers({"collective", "tcp"}),
+            dataclasses.replace(
+                FAR, rates={"tcp": 1 * GB, "collective": 4 * GB, "zmq": 1 * GB}, current="collective", num_engines=8
+            ),
+            "collective: another host, 8 engines; 4 GB/s measured, against tcp 1, zmq 1",
+        ),
+        (
+            Offers({"collective", "tcp"}),
+            dataclasses.replace(
+                FAR, rates={"tcp": 3 * GB, "collective": 2 * GB, "zmq": 1 * GB}, current="collective", num_engines=8
+            ),
+            "tcp: 1.50 times as fast as collective: 3 GB/s measured",
+        ),
+        (
+            Offers({"collective", "tcp"}),
+            dataclasses.replace(FAR, rates={"tcp": 1 * GB, "collective": 4 * GB, "zmq": 1 * GB}, current="collective"),
+            "tcp: another host; 1 GB/s measured, against zmq 1",
+        ),
+        (Offers({"collective"}), dataclasses.replace(HOST, wanted="collective"), "collective: as asked for"),
         (
             Offers({"tcp"}),
             dataclasses.replace(FAR, rates={"tcp": 5 * GB, "zmq": 3 * GB}, current="zmq"),
@@ -101,6 +132,8 @@ def test_what_is_chosen_and_why(offers: Offers, context: Context, line: str) -> 
         (ALL, dataclasses.replace(FAR, wanted="cuda_ipc"), "the source is on another host"),
         (ALL, dataclasses.replace(HOST, same_uid=False, wanted="shared_memory"), "the source belongs to another user"),
         (Offers(), dataclasses.replace(FAR, wanted="mooncake"), "the source does not expose it"),
+        (Offers(), dataclasses.replace(FAR, wanted="collective"), "the source does not expose it"),
+        (ALL, dataclasses.replace(FAR, wanted="collective", failed={"collective": "no torch"}), "no torch"),
         (
             Offers({"mooncake"}, frozenset()),
             dataclasses.replace(FAR, wanted="mooncake"),

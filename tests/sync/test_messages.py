@@ -51,6 +51,8 @@ EXAMPLES: list[m.Message] = [
     m.ChunkRequest(V, 3, V, True, m.MAX_RUN_CHUNKS),
     m.Announce(V, (TICKET,), (0, 3)),
     m.Packing(7, (), is_ready=True),
+    m.Layout(5, 4096, (), (TICKET,)),
+    m.SourceHello(1, 0, 2, "f" * 32, "ipc:///tmp/x", (), (TICKET,)),
 ]
 
 

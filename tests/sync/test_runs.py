@@ -12,6 +12,7 @@ from tests.sync.table_runner import run_by_numpy
 
 from weightcast.sync import Limits, device_passes, limits
 from weightcast.sync.arrival import ON_DEVICE, Arrival
+from weightcast.sync.chunk_reading import lands_run
 from weightcast.sync.device_landing import RunLanding
 from weightcast.sync.device_passes import Runner
 from weightcast.sync.device_staging import DeviceStaging
@@ -130,7 +131,7 @@ def test_a_device_lands_one_run_while_the_next_is_begun(
             assert isinstance(request, Request) and len(arrival.asked_s) <= 2 * MAX_RUN_CHUNKS
             index, count = request.message.index, request.message.count
             header = ChunkHeader(snapshot.version, index, "dense", None, b"", count)
-            assert arrival.lands_run(0, header)
+            assert lands_run(arrival, 0, header)
             start, num_bytes = arrival.find_bytes(0, index, count) or (0, 0)
             run = staging.begin_run(0, header, memory[start : start + num_bytes])
             assert run is not None
@@ -180,7 +181,7 @@ def test_of_a_source_that_has_all_ready_a_device_reads_without_asking(
         return
     (read,) = effects
     assert isinstance(read, Read) and isinstance(staging, DeviceStaging) and not arrival.asked_s
-    assert (read.header.index, read.header.count) == (0, NUM_CHUNKS) and arrival.lands_run(0, read.header)
+    assert (read.header.index, read.header.count) == (0, NUM_CHUNKS) and lands_run(arrival, 0, read.header)
     landing = staging.begin_run(0, read.header, torch.from_numpy(packed.packer.arena))
     assert arrival.land(0, read.header, landing, 0.0, is_hashed=False) == [] and arrival.is_staged
     assert arrival.tensors is not None and torch.equal(arrival.tensors["w"], packed.tensors["w"])

@@ -17,9 +17,9 @@ from weightcast.sync.errors import WireError
 from weightcast.sync.host.box_files import open_boxes, read_boxes
 from weightcast.sync.host.members import Members, ShareTerms
 from weightcast.sync.layout import SourceLayout
+from weightcast.sync.ledger import ChunkKey
 from weightcast.sync.part_plan import PartPlan, box_key, plan_parts
 from weightcast.sync.regions import Region, TensorSpec
-from weightcast.sync.shadow import ChunkKey
 from weightcast.sync.union import is_within, list_carried, unite_boxes, unite_wanted
 from weightcast.sync.union_tensors import plan_cuts
 from weightcast.sync.wanted import WantedRegions, cut_for, merge_boxes, whole
