@@ -16,11 +16,18 @@ from shapes import MODELS
 
 OURS = "weightcast_mover"
 TCP = "tcp://127.0.0.1:0"
-# The transports for each place, as options of both ends.
-PLACES: dict[str, tuple[dict[str, Any], ...]] = {
-    "host": ({"transport": "shared_memory"},),
-    "network": ({"transport": "tcp", "address": TCP}, {"transport": "zmq", "address": TCP}),
-    "zmq": ({"transport": "zmq", "address": TCP},),
+# The ways for each place, as options of both ends. `direct`: the weights are read or sent where they lie.
+PLACES: dict[str, dict[str, dict[str, Any]]] = {
+    "host": {
+        "shared_memory": {"transport": "shared_memory"},
+        "shared_memory, in place": {"transport": "shared_memory", "direct": True},
+    },
+    "network": {
+        "tcp": {"transport": "tcp", "address": TCP},
+        "tcp, in place": {"transport": "tcp", "address": TCP, "direct": True},
+        "zmq": {"transport": "zmq", "address": TCP},
+    },
+    "zmq": {"zmq": {"transport": "zmq", "address": TCP}},
 }
 
 
@@ -40,14 +47,15 @@ def race(
     """The best of our transports for `place` against a baseline's module, in GB/s; None is a copy in the sender."""
     model = model_for(settings)
     with ExitStack() as stack:
-        ours = {ours["transport"]: stack.enter_context(Link(OURS, model, options=ours)) for ours in PLACES[place]}
+        ways = PLACES[place].items()
+        ours = {name: stack.enter_context(Link(OURS, model, options=way)) for name, way in ways}
         contestants: dict[str, Callable[[], float]] = {name: _seconds(link) for name, link in ours.items()}
         if baseline is None:
             contestants["baseline"] = next(iter(ours.values())).copy
         else:
             contestants["baseline"] = _seconds(stack.enter_context(Link(baseline, model, options=options or {})))
         times_s = take_turns(contestants, settings.rounds)
-        carried = {name: ", ".join(link.transports()) for name, link in ours.items()}
+        carried = {name: name.replace(name.split(",")[0], ", ".join(link.transports())) for name, link in ours.items()}
     theirs_s = times_s.pop("baseline")
     best = min(times_s, key=lambda name: median(times_s[name]))
     size_gb = num_bytes(model) / 1e9
@@ -66,7 +74,7 @@ def race_workers(settings: Settings, *, workers: int, slices: bool = False) -> R
     With `slices` each wants its own part of the model, together all of it, and bits are those of all that was received.
     """
     model = model_for(settings)
-    options = PLACES["host"][0]
+    options = PLACES["host"]["shared_memory"]
     receivers = _named(workers)
     if slices:
         receivers = [named | {"slices": (rank, workers)} for rank, named in enumerate(receivers)]
@@ -96,7 +104,7 @@ def measure_checking(settings: Settings) -> Reading:
     checks_s: list[float] = []
     publishes_s: list[float] = []
     passes_s: list[float] = []
-    with Link(OURS, model_for(settings), options=PLACES["zmq"][0]) as link:
+    with Link(OURS, model_for(settings), options=PLACES["zmq"]["zmq"]) as link:
         for number in range(settings.rounds + 1):
             move = link.move()
             (engine,) = move.senders[0]["engines"].values()
@@ -120,7 +128,7 @@ def measure_memory(settings: Settings, *, side: str, in_place: bool = False) -> 
     own_bytes = num_bytes(model) if in_place else 0
     receiver = {"into": in_place}
     state = {"step": "sparse", "density": 0.008}
-    with Link(OURS, model, state, PLACES["zmq"][0], receiver_options=[receiver]) as link:
+    with Link(OURS, model, state, PLACES["zmq"]["zmq"], receiver_options=[receiver]) as link:
         for number in range(settings.rounds + 1):
             move = link.move()
             if number:
