@@ -34,7 +34,7 @@ class Read:
 
 
 def list_reads(rank: int, version: Version, num_chunks: int, chunk_bytes: int) -> list[Read]:
-    """All chunks of a source, in runs that a device lands at once."""
+    """All chunks of a source, in runs that are landed at once."""
     counts = cut_runs(num_chunks, chunk_bytes)
     starts = accumulate(counts, initial=0)
     return [

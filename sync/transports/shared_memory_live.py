@@ -43,10 +43,12 @@ _ROOM_BYTES = 64 << 20
 def share_storages(storages: Sequence[torch.UntypedStorage]) -> list[int]:
     """Move storages into shared memory, those that are not there yet, and return their descriptors, which stay theirs.
 
-    Raises `ReachError` where there are too many, or too little shared memory: then none was moved.
+    Raises `ReachError` where there are too many, too little shared memory, or pinned ones: then none was moved.
     """
     if len(storages) > MAX_STORAGES:
         raise ReachError(f"the weights lie in {len(storages)} storages; at most {MAX_STORAGES} are shared")
+    if torch.cuda.is_available() and any(storage.is_pinned() for storage in storages):
+        raise ReachError("weights in pinned memory would no longer be pinned in shared memory")
     num_bytes = sum(storage.nbytes() for storage in storages if not storage.is_shared())
     info = os.statvfs(_SHM)
     if num_bytes and num_bytes + _ROOM_BYTES > info.f_bavail * info.f_frsize:

@@ -181,6 +181,25 @@ def test_slices_are_read_where_a_trainer_on_a_gpu_has_them(address: str, monkeyp
             bump(tensors)
 
 
+def test_slices_are_read_where_a_trainer_in_host_memory_has_them(address: str) -> None:
+    tensors, want = make_layers(5), want_of(1)
+    specs = tuple(make_specs(tensors))
+    way = {"expose": ("shared_memory",), "delta": "off", "in_place": True, "timeout_s": WAIT_S}
+    with (
+        publishers(tensors, 1, address, chunk_bytes=CHUNK_BYTES, **way) as (publisher,),
+        WeightSubscriber(address, limits=LIMITS, want=want, transport="shared_memory") as engine,
+    ):
+        publisher.wait_for_subscribers(1)
+        for number in (1, 2):
+            pending = publisher.begin(number, hold=True)
+            update = engine.wait(WAIT_S)
+            assert_wanted(update, want(specs), tensors)
+            update.commit()
+            (line,) = pending.wait().engines
+            assert line.transport.startswith("shared_memory") and not line.num_repeats
+            bump(tensors)
+
+
 def test_a_publisher_that_is_told_the_borders_sends_each_half_once(address: str) -> None:
     tensors = make_layers(2)
     specs = tuple(make_specs(tensors))

@@ -19,21 +19,22 @@ from weightcast.trainer.figures import StepReport
 from weightcast.trainer.publishing import StepPublisher
 
 
+@pytest.mark.parametrize("kind", ["cuda_ipc", "shared_memory"])
 @pytest.mark.parametrize("in_place", [False, True], ids=["packed", "in-place"])
 def test_engines_read_a_steps_version_out_of_the_trainers_memory(
-    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = HostDriver()
-    monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
     module = torch.nn.Linear(64, 48)
-    for name, moved in driver.move_in(dict(module.named_parameters())).items():
-        getattr(module, name).data = moved
+    if kind == "cuda_ipc":
+        driver = HostDriver()
+        monkeypatch.setattr(cuda_ipc, "find_driver", lambda: driver)
+        for name, moved in driver.move_in(dict(module.named_parameters())).items():
+            getattr(module, name).data = moved
     address, log = f"ipc://{tmp_path}/weights", tmp_path / "reports.jsonl"
-    publish = PublishConfig(
-        to=address, wait_for=1, timeout_s=WAIT_S, expose=["cuda_ipc"], delta="off", in_place=in_place
-    )
+    publish = PublishConfig(to=address, wait_for=1, timeout_s=WAIT_S, expose=[kind], delta="off", in_place=in_place)
     publish.report_log = str(log)
-    engine = Engine("engine", address, kwargs={"device": "cpu", "transport": "cuda_ipc"}, limits=PATIENT)
+    device = "cpu" if kind == "cuda_ipc" else None
+    engine = Engine("engine", address, kwargs={"device": device, "transport": kind}, limits=PATIENT)
     with running(engine), StepPublisher(ModuleSource(module), publish, EventLog(None, rank=0)) as publisher:
         for number in (1, 2):
             with torch.no_grad():
@@ -42,5 +43,5 @@ def test_engines_read_a_steps_version_out_of_the_trainers_memory(
             assert_same_bits(engine.tensors, {name: p.detach() for name, p in module.named_parameters()})
             assert engine.numbers[-1] == number and not engine.errors
     for report in read_reports(log):
-        assert [line.transport for line in report.engines] == ["cuda_ipc"]
+        assert [line.transport for line in report.engines] == [kind]
         assert ("hold" in report.phases_s) == in_place

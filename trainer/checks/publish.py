@@ -75,11 +75,10 @@ def _check_reaches(publish: PublishConfig) -> None:
         raise ConfigError(f"publish.expose={publish.expose}: {error}") from None
     if not publish.in_place:
         return
-    if "cuda_ipc" not in (publish.expose or ()) or delta_mode(publish) != "off":
+    if delta_mode(publish) != "off":
         raise ConfigError(
-            f"publish.in_place=true with publish.expose={publish.expose} and publish.delta={delta_mode(publish)}: "
-            "engines read the parameters themselves, by CUDA IPC alone, and nothing is kept to compare with; "
-            "set publish.expose=[cuda_ipc] and publish.delta=off, or leave it out"
+            f"publish.in_place=true with publish.delta={delta_mode(publish)}: the parameters are read where they lie, "
+            "and nothing is kept to compare with; set publish.delta=off, or leave it out"
         )
     if publish.overlap and not publish.hold_next_step:
         raise ConfigError(

@@ -51,9 +51,10 @@ class PublishConfig:
     `shared_memory`, `cuda_ipc` (weights on a GPU), `mooncake`, the first that this machine has, and `tcp` (links that
     are not encrypted). Null: `shared_memory`, and `tcp` where the address is a TCP one; an empty list: ZeroMQ alone."""
     in_place: bool = False
-    """With `expose=[cuda_ipc]` and `delta=off`: engines on this rank's GPU read the parameters where they lie, and
-    nothing is copied here. Training stands still until the fleet serves the version; with `overlap` and
-    `hold_next_step` from the next optimizer step on."""
+    """With `delta=off`: the parameters are read and sent where they lie, and nothing is copied here; with
+    `expose=[cuda_ipc]` by engines on this rank's GPU, otherwise where they are in host memory, by engines of the host
+    and over TCP links. Training stands still until the fleet serves the version; with `overlap` and `hold_next_step`
+    from the next optimizer step on."""
     report_log: str | None = None
     """File of JSON lines that rank 0 appends each version's report to, for `weightcast trace`; null keeps none."""
     metrics_port: int | None = None
