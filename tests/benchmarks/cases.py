@@ -175,6 +175,13 @@ CPU_CASES: tuple[Case, ...] = (
         "the model",
     ),
     Case(
+        "memory_source_in_place",
+        "a source's memory beyond the model itself, whose weights are read where they lie, in models",
+        at_most(0.05),
+        partial(moves.measure_memory, side="source", way="shared_memory, in place"),
+        "the model",
+    ),
+    Case(
         "memory_receiver",
         "a receiver's memory, in models (one staged copy)",
         at_most(1.05),

@@ -117,18 +117,19 @@ def measure_checking(settings: Settings) -> Reading:
     return Reading(checks_s, publishes_s, "s", note)
 
 
-def measure_memory(settings: Settings, *, side: str, in_place: bool = False) -> Reading:
+def measure_memory(settings: Settings, *, side: str, in_place: bool = False, way: str = "zmq") -> Reading:
     """The peak of a process's memory beyond what it had before it met the other end, against the model.
 
     Versions differ in 0.8 % of the elements. Of the receiver all counts, for it holds no model but what it stages; of
-    one whose versions land in place the model that it has is not counted.
+    one whose versions land in place the model that it has is not counted. `way` is one of those of `PLACES`.
     """
     model = model_for(settings)
     extra_bytes: list[float] = []
     own_bytes = num_bytes(model) if in_place else 0
     receiver = {"into": in_place}
     state = {"step": "sparse", "density": 0.008}
-    with Link(OURS, model, state, PLACES["zmq"]["zmq"], receiver_options=[receiver]) as link:
+    options = (PLACES["host"] | PLACES["zmq"])[way]
+    with Link(OURS, model, state, options, receiver_options=[receiver]) as link:
         for number in range(settings.rounds + 1):
             move = link.move()
             if number:

@@ -205,7 +205,11 @@ def test_layout_is_worked_out() -> None:
         (["publish.to=/shared/versions", "publish.expose=[]"], 1, "publish.expose does not apply to /shared/versions"),
         (["publish.to=ipc:///tmp/x", "publish.expose=[rdma]"], 1, "no such kind of memory: rdma; allowed are"),
         (["publish.to=ipc:///tmp/x", "publish.expose=[tcp]"], 1, "TCP links need an address such as tcp://"),
-        (["publish.to=ipc:///tmp/x", "publish.in_place=true"], 1, "with publish.delta=auto: the parameters are read where they lie"),
+        (
+            ["publish.to=ipc:///tmp/x", "publish.in_place=true"],
+            1,
+            "with publish.delta=auto: the parameters are read where they lie",
+        ),
         ([*IN_PLACE, "publish.delta=on"], 1, "set publish.delta=off"),
         ([*IN_PLACE, "publish.overlap=true"], 1, "Set publish.hold_next_step=true"),
         (["publish.report_log=reports.jsonl"], 1, "publish.report_log is set and publish.to is not"),
