@@ -67,11 +67,10 @@ class ZmqChunkServer:
         while True:
             for peer in list(self._waiting):
                 self._answer_waiting(peer)
-            requests = (request for waiting in self._waiting.values() for request in waiting)
+            requests = [request for waiting in self._waiting.values() for request in waiting]
             self.awaited_index = min(map(self._last, requests), default=None)
             # The packer sees it from here on; what was packed before that is answered at once.
-            snapshot = self._snapshot
-            if self.awaited_index is None or snapshot is None or not snapshot.is_ready(self.awaited_index):
+            if all(map(self._must_wait, requests)):
                 return
 
     def _answer_new(self) -> None:
@@ -97,7 +96,8 @@ class ZmqChunkServer:
         snapshot = self._snapshot
         if snapshot is None or request.version != snapshot.version:
             return False
-        return not snapshot.is_ready(self._last(request))
+        # Of a source that packs little what is not packed is ready before what comes ahead of it.
+        return not all(map(snapshot.is_ready, range(request.index, self._last(request) + 1)))
 
     def _last(self, request: ChunkRequest) -> int:
         """The index of the last chunk that is asked for."""

@@ -1,10 +1,11 @@
 """Checkpoints and engines that several tests share. Starting vLLM takes half a minute: one server a session."""
 
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,12 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free, and stays so: none of those that the system gives to whoever connects somewhere."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("100 ports of the loopback are in use")
 
 
 @contextmanager

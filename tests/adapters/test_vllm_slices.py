@@ -1,6 +1,7 @@
 """Which slices vLLM's tensor-parallel workers need: asked of the loaders of real model classes, on two ranks."""
 
 import os
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def receive(
         return {name: tensor.clone() for name, tensor in update}, update.stats
 
 
-def watch_and_load(folders: dict[str, str], addresses: dict[str, str], cache: str) -> dict[str, Any]:
+def watch_and_load(folders: dict[str, str], addresses: dict[str, str], cache: str, base: str) -> dict[str, Any]:
     """For each model: what this rank wants; and whether a load of just that gives the parameters of a full load."""
     from tests.adapters.vllm_models import build, join_groups, load, make_config
 
@@ -112,7 +113,7 @@ def watch_and_load(folders: dict[str, str], addresses: dict[str, str], cache: st
             for box in boxes:
                 sliced[key][box.slices] = full[key][box.slices]
         received, stats = receive(addresses[name], wanted)
-        share = HostShare("slices", base=Path(cache), workers=2, gather_s=60)
+        share = HostShare("slices", base=Path(base), workers=2, gather_s=60)
         together, shared = receive(addresses[name], wanted, share)
         expected = load(build(config), config, full)
         for given in (sliced, received, together):
@@ -151,8 +152,10 @@ def test_a_load_of_the_wanted_slices_alone_fills_a_worker(tmp_path: Path, monkey
             publisher.publish(1)
             addresses[name] = publisher.address
         cache = str(tmp_path / "cache")
+        # Paths of sockets are short, and those of pytest's folders are not where it runs in several processes.
+        base = stack.enter_context(tempfile.TemporaryDirectory())
         ranks = run_ranks(
-            watch_and_load, 2, folders, addresses, cache, process_group=False, env=VLLM_ENVIRONMENT, timeout_s=540
+            watch_and_load, 2, folders, addresses, cache, base, process_group=False, env=VLLM_ENVIRONMENT, timeout_s=540
         )
     dense = [rank["qwen3"]["wanted"] for rank in ranks]
     layer = "model.layers.0"

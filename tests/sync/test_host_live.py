@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.sync.in_place_parts import copy_of, land, landing
@@ -25,17 +26,22 @@ from tests.sync.parts import (
     running,
 )
 
-from weightcast.sync import FleetPolicy, HeldRegion, Region, TensorSpec, WeightPublisher, WeightSubscriber
+from weightcast.sync import FleetPolicy, HeldRegion, Region, TensorSpec, Version, WeightPublisher, WeightSubscriber
+from weightcast.sync.chunks import lay_out_chunks
 from weightcast.sync.errors import EngineError, PeerLost, ReachError, WireError
 from weightcast.sync.host.doors import Open, host_name, knock
 from weightcast.sync.host.packets import Connection
+from weightcast.sync.host_live import HostLivePacker
 from weightcast.sync.host_passes import has_passes
 from weightcast.sync.host_pieces import HostPieces
+from weightcast.sync.messages import ChunkRequest, encode
+from weightcast.sync.snapshot import allocate_arena
 from weightcast.sync.transports import shared_memory_live
 from weightcast.sync.transports.cuda_ipc_table import Scattered
 from weightcast.sync.transports.shared_memory import reach
 from weightcast.sync.transports.shared_memory_live import ExposedPieces, expose_live, share_storages
 from weightcast.sync.transports.shared_memory_wire import Ask, Storage, read_ticket
+from weightcast.sync.transports.zmq_chunks import ZmqChunkServer
 
 pytestmark = pytest.mark.skipif(not has_passes(), reason="the loops in C were not built: no C compiler at install")
 CHUNK_BYTES = 8192
@@ -241,6 +247,34 @@ def test_versions_reach_engines_of_the_host_and_over_the_wire(tmp_path: Path, ca
     assert not is_shared(source.params["cast"])
     said = [record.message for record in caplog.records if "bytes are packed" in record.message]
     assert len(said) == 2, "once, and once more when a parameter had moved"
+
+
+def test_a_run_waits_for_what_is_packed_within_it(tmp_path: Path) -> None:
+    source = LiveSource()
+    specs = {spec.name: spec for spec in source.specs()}
+    held = {one.region: one for one in source.held()}
+    chunks = lay_out_chunks(list(held), {name: spec.dtype for name, spec in specs.items()}, CHUNK_BYTES)
+    arena = allocate_arena(sum(chunk.num_bytes for chunk in chunks))
+    packer = HostLivePacker(held, specs, list(held), chunks, arena, shares=False)
+    packer.look()
+    snapshot = packer.begin(Version(1, 1), "off")
+    is_live = [snapshot.is_ready(index) for index in range(len(snapshot))]
+    packed = is_live.index(False)
+    live = is_live.index(True, packed)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as engine:
+        server = ZmqChunkServer(context, f"ipc://{tmp_path}/s", None)
+        server.hold(snapshot)
+        engine.connect(server.address)
+        engine.send(encode(ChunkRequest(snapshot.version, packed, None, True, live - packed + 1)))
+        assert server.socket.poll(5000)
+        server.answer()
+        assert server.awaited_index == live and not engine.poll(100)
+        while snapshot.num_ready < live:
+            packer.pack_next(snapshot)
+        server.answer()
+        assert engine.poll(5000) and server.awaited_index is None
+        server.close()
+    packer.close()
 
 
 def test_ranks_give_their_own_parts(tmp_path: Path) -> None:
