@@ -7,6 +7,7 @@
 Tables that stay from version to version, as those of `device_landing`; see `host_passes`.
 """
 
+import weakref
 from collections.abc import Mapping
 from itertools import accumulate
 
@@ -28,8 +29,8 @@ class HostLanding:
     def __init__(
         self, layout: SourceLayout, tensors: Mapping[str, torch.Tensor], scattered: HostPieces | None = None
     ) -> None:
-        self.scattered = scattered
-        self.strides = {name: tensor.stride() for name, tensor in tensors.items()}
+        # Not held: what a source shared would otherwise stay mapped here after everybody has let go of it.
+        self._scattered = None if scattered is None else weakref.ref(scattered)
         self._start_bytes = np.array(layout.start_bytes, np.int64)
         self._first_pieces = tuple(accumulate((len(chunk.pieces) for chunk in layout.chunks), initial=0))
         pieces = [(chunk.index, piece) for chunk in layout.chunks for piece in chunk.pieces]
@@ -44,7 +45,7 @@ class HostLanding:
         for number, (index, piece) in enumerate(pieces):
             tensor = tensors[piece.region.name]
             strides = tensor.stride()
-            place = self._locate(number, piece)
+            place = self._locate(number, piece, scattered)
             if place is None:
                 self._is_taken[index] = False
                 continue
@@ -63,15 +64,21 @@ class HostLanding:
         """Whether all pieces of these chunks can be brought to their places so."""
         return bool(self._is_taken[first : first + count].all())
 
-    def _locate(self, number: int, piece: Piece) -> tuple[int, tuple[int, ...]] | None:
+    def is_of(self, scattered: HostPieces | None) -> bool:
+        """Whether the tables are those of what is read now."""
+        if scattered is None or self._scattered is None:
+            return scattered is None and self._scattered is None
+        return self._scattered() is scattered
+
+    def _locate(self, number: int, piece: Piece, scattered: HostPieces | None) -> tuple[int, tuple[int, ...]] | None:
         """Where a piece begins, among the bytes of all chunks or, where they are scattered, in memory; its strides."""
         start, region = int(self._sources[number]), piece.region
         strides = list_strides(region.shape)
-        if self.scattered is None:
+        if scattered is None:
             return start, strides
         row_elements = region.shape[-1] if region.shape else 1
         num_rows, itemsize = region.numel // row_elements, piece.num_bytes // region.numel
-        place = self.scattered.locate(start, num_rows, row_elements * itemsize)
+        place = scattered.locate(start, num_rows, row_elements * itemsize)
         if place is None or place[1] % itemsize:
             return None
         pitch = place[1] // itemsize if num_rows > 1 else row_elements

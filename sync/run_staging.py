@@ -6,6 +6,7 @@
 In host memory one call copies and digests them (`host_landing`); `device_staging` has the one of a device.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,7 +28,7 @@ RunBytes: TypeAlias = ByteArray | HostPieces | torch.Tensor | ScatteredBytes
 """What a run is read from: its bytes, or all of a source's where they lie here and there; in host memory, or not."""
 
 
-class RunStaging(Staging):
+class RunStaging(Staging, ABC):
     """See the module."""
 
     def land(self, rank: int, header: ChunkHeader, body: Body | None, *, is_hashed: bool = True) -> None:
@@ -62,13 +63,13 @@ class RunStaging(Staging):
         """Whether these chunks may be landed at once."""
         return True
 
+    @abstractmethod
     def _launch(self, rank: int, first: int, count: int, came: RunBytes) -> RunningRun:
         """Bring the pieces of chunks to their places."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _owners(self, rank: int, first: int, count: int) -> tuple[list[int], list[int]]:
         """Of a run that was begun: where each chunk's pieces begin among its own, and each one's tensor."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class HostStaging(RunStaging):
     def _open_landing(self, rank: int, there: RunBytes) -> HostLanding:
         scattered = there if isinstance(there, HostPieces) else None
         landing = self._shadow.host_landings.get(rank)
-        if landing is None or landing.scattered is not scattered:
+        if landing is None or not landing.is_of(scattered):
             landing = HostLanding(self.layouts[rank], self._tensors, scattered)
             self._shadow.host_landings[rank] = landing
         return landing

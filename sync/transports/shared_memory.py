@@ -135,9 +135,11 @@ def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()
         connection.send("open", Open(read.token))
         answer, descriptor = connection.receive(_TO_ENGINE, deadline_s - time.monotonic())
         if isinstance(answer, Scattered):
-            _check_size(read, answer.num_bytes)
             if descriptor is None:
                 raise ReachError(f"the source at {read.path} handed over no table")
+            if answer.num_bytes != read.num_bytes:
+                os.close(descriptor)
+            _check_size(read, answer.num_bytes)
             return open_pieces(connection, answer, descriptor, deadline_s)
     except DeadlineExceeded:
         raise ReachError(f"the source at {read.path} did not answer within {timeout_s:.1f} s") from None

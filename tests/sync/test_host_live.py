@@ -2,7 +2,9 @@
 
 import logging
 import os
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.sync.in_place_parts import copy_of, land, landing
+from tests.sync.packed import make_packed
 from tests.sync.parts import (
     PATIENT,
     PROPERTY,
@@ -24,23 +27,35 @@ from tests.sync.parts import (
     make_specs,
     publishers,
     running,
+    wait_until,
 )
 
-from weightcast.sync import FleetPolicy, HeldRegion, Region, TensorSpec, Version, WeightPublisher, WeightSubscriber
+from weightcast.sync import (
+    FleetPolicy,
+    HeldRegion,
+    Region,
+    TensorSpec,
+    Version,
+    WeightPublisher,
+    WeightSubscriber,
+    schema,
+)
 from weightcast.sync.chunks import lay_out_chunks
 from weightcast.sync.errors import EngineError, PeerLost, ReachError, WireError
 from weightcast.sync.host.doors import Open, host_name, knock
 from weightcast.sync.host.packets import Connection
+from weightcast.sync.host_landing import HostLanding
 from weightcast.sync.host_live import HostLivePacker
 from weightcast.sync.host_passes import has_passes
 from weightcast.sync.host_pieces import HostPieces
 from weightcast.sync.messages import ChunkRequest, encode
+from weightcast.sync.shadow import Shadow
 from weightcast.sync.snapshot import allocate_arena
 from weightcast.sync.transports import shared_memory_live
 from weightcast.sync.transports.cuda_ipc_table import Scattered
 from weightcast.sync.transports.shared_memory import reach
 from weightcast.sync.transports.shared_memory_live import ExposedPieces, expose_live, share_storages
-from weightcast.sync.transports.shared_memory_wire import Ask, Storage, read_ticket
+from weightcast.sync.transports.shared_memory_wire import KIND, Ask, Storage, read_ticket
 from weightcast.sync.transports.zmq_chunks import ZmqChunkServer
 
 pytestmark = pytest.mark.skipif(not has_passes(), reason="the loops in C were not built: no C compiler at install")
@@ -110,6 +125,14 @@ def test_an_engine_reads_the_trainers_storages(exposed: ExposedPieces) -> None:
     exposed.close()
     with pytest.raises(ReachError):
         reach(exposed.ticket, 10)
+
+
+def test_a_source_of_another_size_than_its_ticket_says_leaves_nothing_open(exposed: ExposedPieces) -> None:
+    ticket = schema.pack(KIND, replace(read_ticket(exposed.ticket), num_bytes=33))
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ReachError, match="has 32 bytes, its ticket 33"):
+        reach(ticket, 10)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
 def enter(exposed: ExposedPieces, token: bytes | None = None) -> Connection:
@@ -302,6 +325,20 @@ def test_from_parameter_to_parameter_nothing_is_staged_or_packed(tmp_path: Path)
             assert land(subscriber, into, tensors)
             assert {engine.transport for engine in publication.wait().engines} == {"shared_memory"}
     assert_same_bits(copy_of(into), tensors)
+
+
+def test_what_a_source_shared_is_not_kept_by_the_tables_that_were_made_for_it() -> None:
+    packed = make_packed({"w": torch.arange(3000, dtype=torch.uint8)})
+    snapshot = packed.pack(1, "off")
+    staging = packed.stage(snapshot, Shadow())
+    layout, tensors = staging.layouts[0], {"w": torch.zeros(3000, dtype=torch.uint8)}
+    pieces = HostPieces(3000, np.array([(0, 1, 3000, 0, 0, 3000)], np.int64), [packed.packer.arena])
+    of_pieces, of_bytes = HostLanding(layout, tensors, pieces), HostLanding(layout, tensors)
+    assert of_pieces.is_of(pieces) and not of_pieces.is_of(None)
+    assert of_bytes.is_of(None) and not of_bytes.is_of(pieces)
+    seen = weakref.ref(pieces)
+    del pieces
+    assert seen() is None and not of_pieces.is_of(None)
 
 
 def test_weights_that_change_while_they_are_read_are_never_served(tmp_path: Path) -> None:
