@@ -12,6 +12,7 @@ from tests.adapters.models import VLLM_ENVIRONMENT, save_checkpoint
 from tests.adapters.test_vllm_slices import MODELS
 from tests.adapters.trainer_side import TensorSource
 from tests.ranks import run_ranks
+from tests.sync.parts import wait_until
 from transformers import AutoModelForCausalLM
 
 from weightcast.sync.checkpoint_files import open_checkpoint
@@ -199,10 +200,13 @@ def worker(config: Any, model: torch.nn.Module, mode: str) -> Iterator[Callable[
         for name, tensor in source.items():
             tensor.copy_(tensors[name])
         number = next(numbers)
-        publication = publisher.begin(number, timeout_s=20)
+        publication = publisher.begin(number, timeout_s=120)
+        version = Version(EPOCH, number)
+        # Preparing takes as long as the machine's other work lets it; then the engine has it, or never will.
+        wait_until(lambda: any(version in (one.staged, one.refused) for one in publisher.fleet()), 120)
         with set_current_vllm_config(config), suppress(ModelMismatch):
             engine.start_weight_update()
-            engine.update_weights({"version": version_label(Version(EPOCH, number))})
+            engine.update_weights({"version": version_label(version)})
             engine.finish_weight_update()
         report = publication.wait()
         phases = [span.phase for one in report.engines for span in one.spans]

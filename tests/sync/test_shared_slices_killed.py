@@ -39,9 +39,12 @@ class Fleet:
         self._stack, self._base = stack, base
 
     def start(self, *ranks: int) -> None:
-        """Workers of these ranks, at once; they are there when this returns."""
+        """Workers of these ranks, at once; they are there when this returns.
+
+        Whichever of them receives expects as many as the engine has, also one that came again.
+        """
         for rank in ranks:
-            peer = SharePeer(self.middle.address, f"w{rank}", self._base, rank, len(ranks))
+            peer = SharePeer(self.middle.address, f"w{rank}", self._base, rank, NUM_RANKS)
             self.workers[rank] = self._stack.enter_context(peer)
         self.publisher.wait_for_subscribers(len(self.workers), START_S)
 
