@@ -14,7 +14,7 @@ with weights that are made or cast for each version, or have strides within thei
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from weightcast.sync.host.arena import Arena
 from weightcast.sync.host_bytes import bytes_of
 from weightcast.sync.host_packing import PackingPasses
 from weightcast.sync.host_passes import has_passes
+from weightcast.sync.in_place_packer import InPlacePacker
 from weightcast.sync.limits import size_packing_run
-from weightcast.sync.live_chunks import LiveChunkState, LiveSnapshot
-from weightcast.sync.packer import Packer, PackMode
+from weightcast.sync.live_chunks import LiveChunkState
+from weightcast.sync.packer import PackMode
 from weightcast.sync.pass_plan import Int64Array, PieceShape
 from weightcast.sync.piece_views import slices_within, view_piece
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
@@ -43,24 +44,8 @@ logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 
-class HostLiveState(LiveChunkState):
-    """A chunk whose bits are the weights themselves. `spread` has them where they lie, unless rows are apart."""
-
-    __slots__ = ("spread",)
-
-    def __init__(self, chunk: Chunk, host: ByteArray, read: Callable[[Chunk, ByteArray], None]) -> None:
-        super().__init__(chunk, host, read)
-        self.spread: tuple[memoryview, ...] = ()
-
-    def views(self) -> tuple[memoryview, ...]:
-        """See `ChunkState`."""
-        return self.spread if self.is_live else ()
-
-
-class HostLivePacker(Packer):
+class HostLivePacker(InPlacePacker[ExposedPieces]):
     """See the module. Raises `ReachError` where the loops in C that digest the weights were not built."""
-
-    is_in_place = True
 
     def __init__(
         self,
@@ -74,25 +59,19 @@ class HostLivePacker(Packer):
     ) -> None:
         if not has_passes():
             raise ReachError("weightcast was installed without a C compiler, and would digest them too slowly")
-        super().__init__(held, specs, regions, chunks, arena, 0)
+        super().__init__(held, specs, regions, chunks, arena)
         self._shares = shares
-        self._live_states = [HostLiveState(state.chunk, state.bits, self._read) for state in self._states]
-        self._states = list(self._live_states)
         self._live_passes = PackingPasses(chunks, regions, self._dtypes, self._owners_of)
         self._lives: dict[int, torch.Tensor] = {}
         self._made: set[int] = {n for n, region in enumerate(regions) if held[region].is_made or not region.numel}
         """Regions, by number, of which each call makes a new tensor."""
         self._seen: object = None
-        self._exposed: ExposedPieces | None = None
         self._packed: Arena | None = None
 
     # Where the weights lie
 
     def look(self) -> None:
-        """Find the weights, and expose them anew where they lie elsewhere than before.
-
-        Raises `ReachError` when none can be read there, `SourceError` when one has another shape.
-        """
+        """See `InPlacePacker`."""
         lives: dict[int, torch.Tensor] = {}
         for number, region in enumerate(self._regions):
             if number not in self._made:
@@ -125,7 +104,7 @@ class HostLivePacker(Packer):
         for state in self._live_states:
             state.spread = self._spread(state.chunk) if state.is_live else ()
 
-    def _expose(self, packed: Sequence[HostLiveState]) -> None:
+    def _expose(self, packed: Sequence[LiveChunkState]) -> None:
         try:
             if packed:
                 self._packed = Arena(sum(state.chunk.num_bytes for state in packed))
@@ -180,36 +159,24 @@ class HostLivePacker(Packer):
     def _find(self, piece: Piece, owner: int) -> torch.Tensor:
         return self._lives[owner][slices_within(piece.region, self._regions[owner])]
 
-    @property
-    def tickets(self) -> tuple[tuple[str, bytes], ...]:
-        """(kind, ticket) of the way to the weights."""
-        return () if self._exposed is None else ((self._exposed.kind, self._exposed.ticket),)
-
     def close(self) -> None:
-        """Give out no more tickets, and let go of the weights; whoever reads may go on."""
-        if self._exposed is not None:
-            self._exposed.close()
-        self._exposed, self._packed, self._lives, self._seen = None, None, {}, None
+        """See `InPlacePacker`."""
+        super().close()
+        self._packed, self._lives, self._seen = None, {}, None
         for state in self._live_states:
             state.spread = ()
 
     # A version
 
     def move(self, arena: ByteArray) -> None:
-        """Go on in other host memory: of the old one, chunks are still being sent."""
-        self.arena, start = arena, 0
-        for state in self._live_states:
-            state.bits = arena[start : start + state.chunk.num_bytes]
-            start += state.chunk.num_bytes
+        """See `InPlacePacker`."""
+        super().move(arena)
         self._seen = None
 
     def begin(self, version: Version, mode: PackMode, *, rereads: bool = True) -> Snapshot:
         """See `Packer.begin`."""
-        assert mode == "off" and self._seen is not None, "`look` comes first"
-        super().begin(version, mode, rereads=rereads)
-        for state in self._live_states:
-            state.version, state.is_stale = version, True
-        return LiveSnapshot(version, self._states)
+        assert self._seen is not None, "`look` comes first"
+        return super().begin(version, mode, rereads=rereads)
 
     def pack_next(self, snapshot: Snapshot) -> None:
         """See `Packer.pack_next`."""
@@ -240,6 +207,5 @@ class HostLivePacker(Packer):
         snapshot.num_ready += count
 
     def _read(self, chunk: Chunk, into: ByteArray) -> None:
-        """Copy a chunk together, from the thread that sends it."""
         for piece, owner in zip(chunk.pieces, self._owners_of[chunk.index], strict=True):
             view_piece(piece, self._dtypes[piece.region.name], into).copy_(self._find(piece, owner))

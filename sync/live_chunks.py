@@ -14,14 +14,20 @@ from weightcast.sync.snapshot import ChunkState, Snapshot
 class LiveChunkState(ChunkState):
     """A chunk whose bits are the weights themselves; the host's copy is made when it is looked at."""
 
-    __slots__ = ("_host", "_read", "is_live", "is_stale")
+    __slots__ = ("_host", "_read", "is_live", "is_stale", "spread")
 
     def __init__(self, chunk: Chunk, host: ByteArray, read: Callable[[Chunk, ByteArray], None]) -> None:
         self._read = read
         self.is_stale = True
         self.is_live = False
         """Whether there is nothing to be packed of it."""
+        self.spread: tuple[memoryview, ...] = ()
+        """Its bytes in host memory where they lie, one view after the other; nothing where they are not so."""
         super().__init__(chunk, (), host, 0)
+
+    def views(self) -> tuple[memoryview, ...]:
+        """See `ChunkState`."""
+        return self.spread if self.is_live else ()
 
     @property
     def host(self) -> ByteArray:

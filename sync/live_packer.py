@@ -26,8 +26,8 @@ from weightcast.sync.device_packer import MAX_MADE_BYTES
 from weightcast.sync.device_passes import ChunkPasses, RunningPass
 from weightcast.sync.device_pieces import lies_at, share_out, step_within
 from weightcast.sync.digest import add_digests
-from weightcast.sync.live_chunks import LiveChunkState, LiveSnapshot
-from weightcast.sync.packer import Packer, PackMode
+from weightcast.sync.in_place_packer import InPlacePacker
+from weightcast.sync.packer import PackMode
 from weightcast.sync.pass_plan import PLACE_FIELDS, Int64Array
 from weightcast.sync.piece_views import slices_within, view_piece
 from weightcast.sync.regions import HeldRegion, Region, TensorSpec
@@ -44,10 +44,8 @@ class _Run:
     running: RunningPass
 
 
-class LivePacker(Packer):
+class LivePacker(InPlacePacker[ExposedLive]):
     """See the module. Raises `ReachError` without a GPU."""
-
-    is_in_place = True
 
     def __init__(
         self,
@@ -57,11 +55,9 @@ class LivePacker(Packer):
         chunks: Sequence[Chunk],
         arena: ByteArray,
     ) -> None:
-        super().__init__(held, specs, regions, chunks, arena, 0)
+        super().__init__(held, specs, regions, chunks, arena)
         self._device = find_device()
         self._passes = ChunkPasses(chunks, self._dtypes, self._device)
-        self._live_states = [LiveChunkState(state.chunk, state.bits, self._read) for state in self._states]
-        self._states = list(self._live_states)
         self._pieces = [
             (piece, owner)
             for chunk, owners in zip(chunks, self._owners_of, strict=True)
@@ -75,7 +71,6 @@ class LivePacker(Packer):
         ]
         self._lives: list[torch.Tensor | None] = []
         self._seen: list[tuple[object, ...]] = []
-        self._exposed: ExposedLive | None = None
         self._places: Int64Array = np.zeros((0, PLACE_FIELDS), np.int64)
         self._copied_bytes: list[int] = []
         self._totals = [0] * len(regions)
@@ -84,10 +79,7 @@ class LivePacker(Packer):
     # Where the weights lie
 
     def look(self) -> None:
-        """Find the weights, and expose them anew where they lie elsewhere than before.
-
-        Raises `ReachError` when engines can read none of them there, `SourceError` when one has another shape.
-        """
+        """See `InPlacePacker`."""
         lives: list[torch.Tensor | None] = [None] * len(self._regions)
         for number, region, find in self._fixed:
             lives[number] = self._check_shape(region, find())
@@ -140,39 +132,23 @@ class LivePacker(Packer):
             start += state.chunk.num_bytes
         return np.array(rows, np.int64)
 
-    @property
-    def tickets(self) -> tuple[tuple[str, bytes], ...]:
-        """(kind, ticket) of the way to the weights."""
-        return () if self._exposed is None else ((self._exposed.kind, self._exposed.ticket),)
-
     def close(self) -> None:
-        """Give out no more tickets, and let go of the weights; whoever reads may go on."""
-        if self._exposed is not None:
-            self._exposed.close()
-        self._exposed, self._lives, self._taken = None, [], None
+        """See `InPlacePacker`."""
+        super().close()
+        self._lives = []
 
     # A version
 
-    def move(self, arena: ByteArray) -> None:
-        """Go on in other host memory: of the old one, chunks are still being sent."""
-        self.arena, start = arena, 0
-        for state in self._live_states:
-            state.bits = arena[start : start + state.chunk.num_bytes]
-            start += state.chunk.num_bytes
-
     def begin(self, version: Version, mode: PackMode, *, rereads: bool = True) -> Snapshot:
         """See `Packer.begin`. When it returns the device is done with the weights: engines may read them."""
-        assert mode == "off" and self._exposed is not None, "`look` comes first"
-        self.delta_bytes = 0
+        assert self._exposed is not None, "`look` comes first"
         self._totals = [0] * len(self._regions)
         if self._ahead is not None:  # of a version that broke off: it still reads its tables, which this one writes
             self._ahead.running.digests()
-        self._ahead = self._taken = None
-        for state in self._live_states:
-            state.version, state.is_stale = version, True
+        self._ahead = None
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return LiveSnapshot(version, self._states)
+        return super().begin(version, mode, rereads=rereads)
 
     def pack_next(self, snapshot: Snapshot) -> None:
         """See `Packer.pack_next`."""
@@ -254,7 +230,6 @@ class LivePacker(Packer):
         return live[slices_within(piece.region, self._regions[owner])]
 
     def _read(self, chunk: Chunk, into: ByteArray) -> None:
-        """Copy a chunk to the host, from the thread that sends it."""
         for number in self._numbers(chunk.index):
             piece: Piece = self._pieces[number][0]
             view_piece(piece, self._dtypes[piece.region.name], into).copy_(self._find_now(number))

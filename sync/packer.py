@@ -65,7 +65,7 @@ class Packer:
         self._scratch = np.zeros(max((chunk.num_bytes for chunk in chunks), default=0), np.uint8)
         self._states = [
             ChunkState(chunk, list_parts(chunk, dtypes), bits, history)
-            for chunk, bits in zip(chunks, _cut(arena, chunks), strict=True)
+            for chunk, bits in zip(chunks, cut_arena(arena, chunks), strict=True)
         ]
         self._mode: PackMode = "off"
         self._rereads = True
@@ -79,7 +79,7 @@ class Packer:
         """Go on in other memory, with the same bits: the old arena is still read by somebody."""
         arena[:] = self.arena
         self.arena = arena
-        for state, bits in zip(self._states, _cut(arena, [state.chunk for state in self._states]), strict=True):
+        for state, bits in zip(self._states, cut_arena(arena, [state.chunk for state in self._states]), strict=True):
             state.bits = bits
 
     def begin(self, version: Version, mode: PackMode, *, rereads: bool = True) -> Snapshot:
@@ -196,7 +196,8 @@ class Packer:
         return live
 
 
-def _cut(arena: ByteArray, chunks: Sequence[Chunk]) -> Iterator[ByteArray]:
+def cut_arena(arena: ByteArray, chunks: Sequence[Chunk]) -> Iterator[ByteArray]:
+    """Each chunk's share of memory that holds one after the other."""
     start = 0
     for chunk in chunks:
         yield arena[start : start + chunk.num_bytes]

@@ -97,6 +97,11 @@ def assert_same_bits(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch
         assert torch.equal(bits(got[name]), bits(tensor)), name
 
 
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Whether its storage is in shared memory."""
+    return bool(tensor.untyped_storage().is_shared())
+
+
 def wait_until(is_so: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
     """Fails the test when it does not come true."""
     end_s = time.monotonic() + timeout_s
