@@ -137,9 +137,11 @@ def reach(ticket: bytes, timeout_s: float, *, allowed_uids: Collection[int] = ()
         if isinstance(answer, Scattered):
             if descriptor is None:
                 raise ReachError(f"the source at {read.path} handed over no table")
-            if answer.num_bytes != read.num_bytes:
+            try:
+                _check_size(read, answer.num_bytes)
+            except ReachError:
                 os.close(descriptor)
-            _check_size(read, answer.num_bytes)
+                raise
             return open_pieces(connection, answer, descriptor, deadline_s)
     except DeadlineExceeded:
         raise ReachError(f"the source at {read.path} did not answer within {timeout_s:.1f} s") from None

@@ -4,10 +4,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from tests.sync.host_driver import HostDriver
+from tests.sync.slice_share import Subscribe, subscribing
 from tests.sync.table_runner import run_by_numpy
 
 from weightcast.sync import device_passes
@@ -35,6 +37,13 @@ def base() -> Iterator[Path]:
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def sharing(base: Path) -> Iterator[Subscribe]:
+    """Makes workers of this host that share a copy of slices, and end with the test."""
+    with ExitStack() as stack:
+        yield subscribing(stack, base)
 
 
 @pytest.fixture

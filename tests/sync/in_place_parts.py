@@ -1,14 +1,18 @@
 """What tests of landing in place share: a model, an engine whose parameters are fused, and a version landed there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from hypothesis import strategies as st
 from tests.sync.parts import LIMITS, WAIT_S, TensorSource, assert_same_bits, bits, make_model, random_bits
 
 from weightcast.sync import WeightPublisher, WeightSubscriber
+from weightcast.sync.delta_format import ByteArray
 from weightcast.sync.in_place import Held
+from weightcast.sync.pass_plan import Int64Array
 
 CHUNK_BYTES = 4096
 ROWS, COLUMNS = 24, 136
@@ -82,3 +86,17 @@ def landing(address: str, into: Mapping[str, torch.Tensor], **more: Any) -> Weig
     """The engine `e`, whose tensors these are."""
     options: dict[str, Any] = {"engine": "e", "limits": LIMITS, "transport": "zmq"} | more
     return WeightSubscriber(address, into=into, **options)
+
+
+def draw_rows(data: st.DataObject, memories: Sequence[ByteArray]) -> tuple[Int64Array, ByteArray]:
+    """A table of pieces in two memories of a thousand bytes and more, and their bytes as they would be packed."""
+    rows, wanted = [], np.zeros(0, np.uint8)
+    for _ in range(data.draw(st.integers(1, 6))):
+        num_rows, row_bytes = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 40))
+        step, gap = row_bytes + data.draw(st.integers(0, 60)), data.draw(st.integers(0, 9))
+        number, first = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 400))
+        wanted = np.concatenate([wanted, np.zeros(gap, np.uint8)])
+        rows.append((len(wanted), num_rows, row_bytes, number, first, step))
+        lines = [memories[number][first + n * step : first + n * step + row_bytes] for n in range(num_rows)]
+        wanted = np.concatenate([wanted, *lines])
+    return np.array(rows, np.int64), wanted

@@ -11,22 +11,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.sync.in_place_parts import draw_rows
 from tests.sync.parts import PROPERTY, is_shared, wait_until
 
 from weightcast.sync import schema
 from weightcast.sync.errors import PeerLost, ReachError, WireError
 from weightcast.sync.host.doors import Open, host_name, knock
 from weightcast.sync.host.packets import Connection
-from weightcast.sync.host_passes import has_passes
 from weightcast.sync.host_pieces import HostPieces
 from weightcast.sync.transports import shared_memory_live
 from weightcast.sync.transports.cuda_ipc_table import Scattered
 from weightcast.sync.transports.shared_memory import reach
 from weightcast.sync.transports.shared_memory_live import ExposedPieces, expose_live, share_storages
 from weightcast.sync.transports.shared_memory_wire import KIND, Ask, Storage, read_ticket
-
-pytestmark = pytest.mark.skipif(not has_passes(), reason="the loops in C were not built: no C compiler at install")
-
 
 # Pieces in memory that is mapped
 
@@ -36,21 +33,13 @@ pytestmark = pytest.mark.skipif(not has_passes(), reason="the loops in C were no
 def test_pieces_are_found_where_they_lie_and_gathered_as_they_would_be_packed(data: st.DataObject) -> None:
     memory = np.random.default_rng(1).integers(0, 256, 4096, np.uint8)
     memories = [memory[:1000], memory[1000:]]
-    rows, wanted = [], np.zeros(0, np.uint8)
-    for _ in range(data.draw(st.integers(1, 6))):
-        num_rows, row_bytes = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 40))
-        step, gap = row_bytes + data.draw(st.integers(0, 60)), data.draw(st.integers(0, 9))
-        number, first = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 400))
-        wanted = np.concatenate([wanted, np.zeros(gap, np.uint8)])
-        rows.append((len(wanted), num_rows, row_bytes, number, first, step))
-        lines = [memories[number][first + n * step : first + n * step + row_bytes] for n in range(num_rows)]
-        wanted = np.concatenate([wanted, *lines])
-    pieces = HostPieces(len(wanted), np.array(rows, np.int64), memories)
+    table, wanted = draw_rows(data, memories)
+    pieces = HostPieces(len(wanted), table, memories)
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(wanted))] * 2)))
     got = np.full(end - start, 9, np.uint8)
     pieces.gather(start, got)
     assert np.array_equal(got, wanted[start:end])
-    for begin, num_rows, row_bytes, number, first, step in rows:
+    for begin, num_rows, row_bytes, number, first, step in table.tolist():
         assert pieces.locate(begin, num_rows, row_bytes) == (memories[number].ctypes.data + first, step)
         assert pieces.locate(begin, num_rows, row_bytes + 1) is None
         assert pieces.locate(begin, num_rows + 1, row_bytes) is None

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.sync.host_driver import HostDriver
+from tests.sync.in_place_parts import draw_rows
 from tests.sync.parts import PROPERTY
 
 from weightcast.sync.errors import ReachError, WireError
@@ -27,21 +28,12 @@ from weightcast.sync.transports.cuda_ipc_table import (
 def test_pieces_are_found_where_they_lie_and_gathered_as_they_would_be_packed(data: st.DataObject) -> None:
     memory = torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     allocations = [memory[:1000], memory[1000:]]
-    rows, wanted = [], np.zeros(0, np.uint8)
-    for _ in range(data.draw(st.integers(1, 6))):
-        num_rows, row_bytes = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 40))
-        step, gap = row_bytes + data.draw(st.integers(0, 60)), data.draw(st.integers(0, 9))
-        number, first = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 400))
-        wanted = np.concatenate([wanted, np.zeros(gap, np.uint8)])
-        rows.append((len(wanted), num_rows, row_bytes, number, first, step))
-        lines = [allocations[number][first + n * step : first + n * step + row_bytes] for n in range(num_rows)]
-        wanted = np.concatenate([wanted, *(line.numpy() for line in lines)])
-    scattered = ScatteredBytes(len(wanted), np.array(rows, np.int64), allocations)
+    table, wanted = draw_rows(data, [memory.numpy() for memory in allocations])
+    scattered = ScatteredBytes(len(wanted), table, allocations)
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(wanted))] * 2)))
     assert np.array_equal(scattered.gather(start, end - start).numpy(), wanted[start:end])
-    table = np.array(rows, np.int64)
     addresses, lanes = scattered.locate(table[:, 0], table[:, 1], table[:, 2]).T
-    for row, address, stride in zip(rows, addresses, lanes, strict=True):
+    for row, address, stride in zip(table.tolist(), addresses, lanes, strict=True):
         is_even = row[5] % 8 == 0
         assert (address, stride) == ((allocations[row[3]].data_ptr() + row[4], row[5] // 8) if is_even else (0, 0))
     assert not scattered.locate(table[:, 0] + 1, table[:, 1], table[:, 2]).any()

@@ -5,8 +5,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from tests.sync.slice_share import (
     change,
     is_member,
     publish,
-    subscribing,
     transports,
 )
 from tests.sync.slice_wants import NUM_LAYERS, WantOf, assert_slices, make_layers, slices_of
@@ -33,16 +31,9 @@ from weightcast.sync.host.worker import HostWorker
 from weightcast.sync.wanted import WantedRegions, whole
 
 
-@pytest.fixture
-def subscribe(base: Path) -> Iterator[Subscribe]:
-    """Makes workers of this host that share a copy, and end with the test."""
-    with ExitStack() as stack:
-        yield subscribing(stack, base)
-
-
 @pytest.mark.parametrize("is_staged", [True, False], ids=["with its version", "without"])
 def test_the_heir_wants_boxes_that_the_one_before_did_not_receive(
-    subscribe: Subscribe, monkeypatch: pytest.MonkeyPatch, is_staged: bool
+    sharing: Subscribe, monkeypatch: pytest.MonkeyPatch, is_staged: bool
 ) -> None:
     """Its own version, received by itself, is not the host's; and what it lacks of the host's it fetches."""
     tensors = make_layers(8)
@@ -50,12 +41,12 @@ def test_the_heir_wants_boxes_that_the_one_before_did_not_receive(
     specs = tuple(make_specs(tensors))
     source = cut_source(TensorSource(tensors), [want(specs) for want in wants])
     with WeightPublisher(source, TCP, chunk_bytes=CHUNK_BYTES, delta="on", timeout_s=WAIT_S) as p:
-        first = subscribe(p.address, "first", wants[0])
+        first = sharing(p.address, "first", wants[0])
         p.wait_for_subscribers(1)
         quarter = publish(p, 1, tensors, {first: wants[0]}).num_bytes
         if not is_staged:
             monkeypatch.setattr(HostWorker, "_receive", lambda *_: [])  # it has not begun when the other one leaves
-        heir = subscribe(p.address, "heir", wants[1])
+        heir = sharing(p.address, "heir", wants[1])
         if is_staged:
             wait_until(lambda: any(e.engine == "heir" and e.staged is not None for e in p.fleet()))
         else:
@@ -69,7 +60,7 @@ def test_the_heir_wants_boxes_that_the_one_before_did_not_receive(
         assert 0.8 * quarter < update.stats.num_bytes < 1.3 * quarter, "its own, and not the host's once more"
         update.commit()
         change(tensors, 2)
-        again = subscribe(p.address, "first", wants[0])
+        again = sharing(p.address, "first", wants[0])
         update = again.wait(WAIT_S)
         assert update.stats.transport == "host", "which has it still"
         assert_slices(update, wants[0](specs), make_layers(8))
@@ -80,7 +71,7 @@ def test_the_heir_wants_boxes_that_the_one_before_did_not_receive(
 
 
 def test_who_loads_for_longer_than_its_lease_when_the_union_grows_has_what_it_took(
-    subscribe: Subscribe, caplog: pytest.LogCaptureFixture
+    sharing: Subscribe, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The next version comes to other memory, so nothing was overwritten under it; nobody waits for it any longer."""
     tensors = make_layers(9)
@@ -89,15 +80,15 @@ def test_who_loads_for_longer_than_its_lease_when_the_union_grows_has_what_it_to
     specs = tuple(make_specs(tensors))
     policy = FleetPolicy.quorum(1)
     with WeightPublisher(TensorSource(tensors), TCP, policy=policy, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S) as p:
-        first = subscribe(p.address, "first", wants[0], 2, lease_s=0.5)
+        first = sharing(p.address, "first", wants[0], 2, lease_s=0.5)
         wait_until(lambda: is_member(first))
-        slow = subscribe(p.address, "slow", wants[1], 2, lease_s=0.5)
+        slow = sharing(p.address, "slow", wants[1], 2, lease_s=0.5)
         p.wait_for_subscribers(2)
         publication = p.begin(1, timeout_s=2.0)
         held = slow.wait(WAIT_S)
         first.wait(WAIT_S).commit()
         publication.wait()
-        late = subscribe(p.address, "late", wants[2], 2, lease_s=0.5)
+        late = sharing(p.address, "late", wants[2], 2, lease_s=0.5)
         late.wait(WAIT_S).commit()
         change(tensors, 2)
         publication = p.begin(2, timeout_s=10.0)
@@ -121,14 +112,14 @@ def cross(specs: Sequence) -> WantedRegions:  # type: ignore[type-arg]
     return {s.name: (Region(s.name, (8, 0), (16, s.shape[1])),) if len(s.shape) == 2 else () for s in specs}
 
 
-def test_boxes_that_cross_those_of_another_are_put_together(subscribe: Subscribe) -> None:
+def test_boxes_that_cross_those_of_another_are_put_together(sharing: Subscribe) -> None:
     tensors = make_layers(6)
     columns: WantOf = lambda specs: {  # noqa: E731
         s.name: (Region(s.name, (0, 5), (s.shape[0], 7)),) if len(s.shape) == 2 else (s.whole(),) for s in specs
     }
     with WeightPublisher(TensorSource(tensors), TCP, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S) as p:
         engines: dict[WeightSubscriber, WantOf | None] = {
-            subscribe(p.address, name, want, 2): want for name, want in (("rows", cross), ("columns", columns))
+            sharing(p.address, name, want, 2): want for name, want in (("rows", cross), ("columns", columns))
         }
         p.wait_for_subscribers(2)
         for number in (1, 2):
@@ -137,15 +128,15 @@ def test_boxes_that_cross_those_of_another_are_put_together(subscribe: Subscribe
 
 
 def test_without_memory_for_a_larger_union_the_present_one_goes_on(
-    subscribe: Subscribe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    sharing: Subscribe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = make_layers(7)
     wants = [slices_of(rank, 4) for rank in range(2)]
     with WeightPublisher(TensorSource(tensors), TCP, chunk_bytes=CHUNK_BYTES, timeout_s=WAIT_S) as p:
-        engines: dict[WeightSubscriber, WantOf | None] = {subscribe(p.address, "w0", wants[0]): wants[0]}
+        engines: dict[WeightSubscriber, WantOf | None] = {sharing(p.address, "w0", wants[0]): wants[0]}
         p.wait_for_subscribers(1)
         publish(p, 1, tensors, engines)
-        late = subscribe(p.address, "late", wants[1])
+        late = sharing(p.address, "late", wants[1])
         late.wait(WAIT_S).commit()
         engines[late] = wants[1]
 
@@ -161,7 +152,7 @@ def test_without_memory_for_a_larger_union_the_present_one_goes_on(
 
 
 def test_the_first_version_is_refused_where_there_is_no_memory_for_it(
-    subscribe: Subscribe, monkeypatch: pytest.MonkeyPatch
+    sharing: Subscribe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> SharedPool:
         raise StorageError(12, "no memory for the weights")
@@ -171,7 +162,7 @@ def test_the_first_version_is_refused_where_there_is_no_memory_for_it(
     with WeightPublisher(TensorSource(tensors), TCP, policy=FleetPolicy.quorum(2), timeout_s=WAIT_S) as p:
         monkeypatch.setattr(leaders, "make_pool", fail)
         engines: dict[WeightSubscriber, WantOf | None] = {
-            subscribe(p.address, f"w{rank}", wants[rank], 2): wants[rank] for rank in range(2)
+            sharing(p.address, f"w{rank}", wants[rank], 2): wants[rank] for rank in range(2)
         }
         p.wait_for_subscribers(2)
         publication = p.begin(1)
