@@ -34,9 +34,10 @@ HOST_TRANSPORT = "host"
 class Arrival:
     """See the module. An observer's arrival has no staging: there is nothing to fetch.
 
-    Nor has one that another worker of the host receives; its tensors are there as long as `lease` is. `reached` names
-    the kind of memory by which each source rank is read without its help; other sources send. `waits_for_engine` is
-    for engines that prepare for what is staged (`preview.py`), until they have.
+    Nor has one that another worker of the host receives; its tensors are there as long as `lease` is. One that
+    `must_lend` lies where all those workers read, the engine itself only under a lease, too. `reached` names the kind
+    of memory by which each source rank is read without its help; other sources send. `waits_for_engine` is for engines
+    that prepare for what is staged (`preview.py`), until they have.
     """
 
     announce: Announce
@@ -49,6 +50,7 @@ class Arrival:
     tensors: Mapping[str, torch.Tensor] | None = None
     specs: tuple[TensorSpec, ...] = ()
     lease: Lease | None = None
+    must_lend: bool = False
     waits_for_engine: bool = False
     num_repeats: int = 0
     asked_s: dict[ChunkKey, float] = field(default_factory=dict)
@@ -75,7 +77,12 @@ class Arrival:
     @property
     def is_prepared(self) -> bool:
         """Whether the engine may take it."""
-        return self.is_staged and not self.waits_for_engine
+        return self.is_readable and not self.waits_for_engine
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the engine may look at it: nobody writes there meanwhile."""
+        return self.is_staged and (self.lease is not None or not self.must_lend)
 
     @property
     def transport(self) -> str:
@@ -108,9 +115,8 @@ class Arrival:
 
     def _reads_at_once(self, rank: int) -> bool:
         """Whether all of a source is read without asking. While a host does that the engine hears and says nothing."""
-        if rank not in self.announce.ready or not self.lands_runs(rank):
-            return False
-        return self._lands_on_device(rank) or self.asked_bytes <= MAX_AT_ONCE_BYTES
+        is_there = rank in self.announce.ready and self.lands_runs(rank)
+        return is_there and (self._lands_on_device(rank) or self.asked_bytes <= MAX_AT_ONCE_BYTES)
 
     def ask_for(self, rank: int, header: ChunkHeader, now_s: float) -> list[Effect]:
         """Ask for chunks, one by one."""
@@ -220,13 +226,6 @@ class Arrival:
     def asked_bytes(self) -> int:
         """See `Staging`; 0 where another worker receives."""
         return 0 if self.staging is None else self.staging.asked_bytes
-
-    def find_bytes(self, rank: int, index: int, count: int = 1) -> tuple[int, int] | None:
-        """(first byte, number of bytes) of neighbouring chunks in their source's memory."""
-        layout = None if self.staging is None else self.staging.layouts.get(rank)
-        if layout is None or index + count > len(layout.chunks):
-            return None
-        return layout.start_bytes[index], layout.start_bytes[index + count] - layout.start_bytes[index]
 
     def _repeat(self, rank: int, index: int, now_s: float) -> Request:
         self.num_repeats += 1

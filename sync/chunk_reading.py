@@ -45,7 +45,7 @@ class ChunkReader:
     def read(self, rank: int, index: int) -> ChunkBytes:
         """A chunk's bytes out of its source's memory. `WireError` when they are not all there."""
         arrival, reach = self._subscription.arrival, self._reaches.get(rank)
-        span = None if arrival is None else arrival.find_bytes(rank, index)
+        span = _find_span(arrival, rank, index)
         if arrival is None or reach is None or span is None or span[0] + span[1] > reach.num_bytes:
             raise WireError(f"chunk {index} of source rank {rank} does not lie in memory that this engine reads")
         start_byte, num_bytes = span
@@ -88,7 +88,7 @@ class ChunkReader:
         arrival, reach = self._subscription.arrival, self._reaches.get(rank)
         if arrival is None or reach is None or not lands_run(arrival, rank, header):
             return None
-        span = arrival.find_bytes(rank, header.index, header.count)
+        span = _find_span(arrival, rank, header.index, header.count)
         if span is None or span[0] + span[1] > reach.num_bytes:
             return None
         assert isinstance(arrival.staging, RunStaging)
@@ -96,6 +96,12 @@ class ChunkReader:
         if there is None:
             there = reach.view(*span) if arrival.staging.device is None else reach.device_view(*span)
         return None if there is None else arrival.staging.begin_run(rank, header, there)
+
+
+def _find_span(arrival: Arrival | None, rank: int, index: int, count: int = 1) -> tuple[int, int] | None:
+    staging = None if arrival is None else arrival.staging
+    layout = None if staging is None else staging.layouts.get(rank)
+    return None if layout is None else layout.find_span(index, count)
 
 
 def lands_run(arrival: Arrival, rank: int, header: ChunkHeader) -> bool:

@@ -29,6 +29,12 @@ class SourceLayout:
     parts: tuple[tuple[Part, ...], ...] = field(repr=False)
     start_bytes: tuple[int, ...] = field(repr=False)
 
+    def find_span(self, index: int, count: int = 1) -> tuple[int, int] | None:
+        """(first byte, number of bytes) of neighbouring chunks in the source's memory; None past its end."""
+        if index + count > len(self.chunks):
+            return None
+        return self.start_bytes[index], self.start_bytes[index + count] - self.start_bytes[index]
+
 
 def read_layout(layout: Layout, specs: Sequence[TensorSpec]) -> Mapping[int, SourceLayout]:
     """The layout of every source by its rank, or `WireError` when the message contradicts itself or the model."""

@@ -76,17 +76,26 @@ class SharedSubscription(Subscription):
         self._waiting = None
         return self._announced(waiting, now_s)
 
-    def stage(self, shadow: Shadow, now_s: float) -> list[Effect]:
-        """Fetch what is awaited into `shadow`, whose memory may be written; what of it says `ModelView.receive`."""
+    def stage(self, shadow: Shadow, now_s: float, *, must_lend: bool) -> list[Effect]:
+        """Fetch what is awaited into `shadow`, whose memory may be written; what of it says `ModelView.receive`.
+
+        Where that is the host's the version `must_lend`: neither engine nor fleet hears of it before `lend`.
+        """
         arrival = self.arrival
         assert arrival is not None and self.awaited is not None
         self.shadow = shadow
-        return self._stage(arrival.announce, arrival.started_s, now_s)
+        return self._stage(arrival.announce, arrival.started_s, now_s, must_lend=must_lend)
 
-    def lend(self, lease: Lease) -> None:
+    @property
+    def awaits_lease(self) -> bool:
+        """Whether a version is staged in memory that is shared, and `lend` is due."""
+        return self.arrival is not None and self.arrival.is_staged and not self.arrival.is_readable
+
+    def lend(self, lease: Lease) -> list[Effect]:
         """What this worker has staged lies in memory that it shares: its engine reads it under a lease as all do."""
-        assert self.arrival is not None and self.arrival.is_staged and lease.version == self.arrival.version
+        assert self.awaits_lease and self.arrival is not None and lease.version == self.arrival.version
         self.arrival.tensors, self.arrival.lease = self.model.present(lease.tensors, lease.wanted), lease
+        return self.tell_staged()
 
     def adopt(self, lease: Lease, now_s: float) -> list[Effect]:
         """The awaited version is there, staged and checked by the worker that receives."""

@@ -245,7 +245,7 @@ class WeightSubscriber:
                 if self._loop.is_closed:
                     raise PeerLost("the subscriber was closed; make a new one")
                 arrival = self._subscription.arrival
-                waits = arrival is not None and arrival.is_staged and arrival.waits_for_engine
+                waits = arrival is not None and arrival.is_readable and arrival.waits_for_engine
                 if arrival is not None and waits and self._subscription.taken is None:
                     return Preview(self._subscription, self._loop, arrival)
                 self._sleep_until(deadline_s, timeout_s)

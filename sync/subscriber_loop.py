@@ -186,6 +186,9 @@ class SubscriberLoop:
         self._carry_out(self._links.check(time.monotonic()))
         if self._worker is not None:
             self._carry_out(self._worker.step(time.monotonic()))
+            assert isinstance(self._subscription, SharedSubscription)
+            if self._subscription.awaits_lease:  # it was read at once
+                self._carry_out(self._worker.step(time.monotonic()))
 
     def _hear(self, frames: list[bytes]) -> None:
         try:

@@ -55,6 +55,7 @@ class Subscription:
         self.arrival: Arrival | None = None
         self.taken: Arrival | None = None
         self.error: WeightcastError | None = None
+        self._missed: Version | None = None
         self._limits = limits
         self._wall_offset_s = wall_offset_s
         self.reached: Mapping[int, str] = {}
@@ -75,7 +76,7 @@ class Subscription:
     def awaits_engine(self) -> bool:
         """Whether a version may be taken, or looked at before the fleet hears of it."""
         arrival = self.arrival
-        return self.is_ready or (arrival is not None and arrival.is_staged and arrival.waits_for_engine)
+        return self.is_ready or (arrival is not None and arrival.is_readable and arrival.waits_for_engine)
 
     @property
     def is_dismissed(self) -> bool:
@@ -102,6 +103,8 @@ class Subscription:
         if self.model.specs is None:
             return "no publisher has answered there"
         if self.arrival is None:
+            if self._missed is not None and (self.serving is None or self._missed > self.serving):
+                return f"its sources had version {self._missed} no longer, and no newer one was announced"
             return f"no version newer than {self.serving} was announced"
         return describe_arrival(self.arrival)
 
@@ -174,14 +177,14 @@ class Subscription:
             return []
         return self._stage(announce, now_s, now_s)
 
-    def _stage(self, announce: Announce, started_s: float, now_s: float) -> list[Effect]:
+    def _stage(self, announce: Announce, started_s: float, now_s: float, *, must_lend: bool = False) -> list[Effect]:
         try:
             self.arrival = open_arrival(
                 self.engine, announce, self.model, self.shadow, self._limits, self.reached, started_s
             )
         except WireError as error:
             return self._refuse(announce.version, error)
-        self.arrival.waits_for_engine = self.prepares
+        self.arrival.must_lend, self.arrival.waits_for_engine = must_lend, self.prepares
         effects = self.arrival.begin(now_s)
         return effects + (self._seal(self._sealed, now_s) if self._sealed is not None else [])
 
@@ -205,8 +208,8 @@ class Subscription:
         if arrival is None or not arrival.wants(rank, header):
             return []
         if header.encoding == "absent":
-            # The source packs a newer version, whose announcement is on its way.
-            self.arrival = None
+            # The source packs a newer version, whose announcement is on its way; or what it had in place has changed.
+            self.arrival, self._missed = None, header.version
             return []
         try:
             effects = arrival.land(rank, header, body, now_s, is_hashed=is_hashed)

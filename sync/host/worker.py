@@ -189,7 +189,9 @@ class HostWorker:
 
     # What each part does
 
-    def _receive(self, shadow: Shadow, wanted: WantedRegions | None, now_s: float) -> list[Effect]:
+    def _receive(
+        self, shadow: Shadow, wanted: WantedRegions | None, now_s: float, *, must_lend: bool = False
+    ) -> list[Effect]:
         """Fetch these boxes of what is awaited, into memory that may be written."""
         awaited = self._subscription.awaited
         if awaited is None:
@@ -197,30 +199,29 @@ class HostWorker:
         if refusal := self._reach(awaited):
             return self._subscription.give_up(refusal)
         self._subscription.model.receive(wanted)
-        return self._subscription.stage(shadow, now_s)
+        return self._subscription.stage(shadow, now_s, must_lend=must_lend)
 
     def _lead(self, leader: HostLeader, now_s: float) -> list[Effect]:
         subscription = self._subscription
         effects = self._end_clearing(leader)
-        is_shared = subscription.shadow is not self._own
         if subscription.refused is not None:
-            if is_shared:
+            if subscription.shadow is not self._own:
                 leader.refuse(subscription.refused.version, subscription.refused.reason)
             subscription.refused = None
         arrival = subscription.arrival
         if arrival is None:
             return effects
         if arrival.is_staged:
-            if arrival.lease is None and is_shared:
+            if subscription.awaits_lease:
                 leader.finish_overwrite(arrival.version)
                 lease = leader.take()
                 assert lease is not None, "what was just staged is on offer"
-                subscription.lend(self._note(lease))
+                effects += subscription.lend(self._note(lease))
             return effects
         if subscription.awaited is None:
             return effects
         if leader.is_overwriting and self._clearing is None:
-            return effects + self._receive(self._shadow, leader.pool.wanted, now_s)
+            return effects + self._receive(self._shadow, leader.pool.wanted, now_s, must_lend=True)
         # After a takeover the version may be there already.
         if self._is_enough and leader.version == arrival.version and (lease := leader.take()) is not None:
             return effects + subscription.adopt(self._note(lease), now_s)

@@ -21,6 +21,7 @@ from tests.sync.parts import (
     make_specs,
     publishers,
     running,
+    wait_until,
 )
 
 from weightcast.sync import (
@@ -33,7 +34,7 @@ from weightcast.sync import (
     WeightSubscriber,
 )
 from weightcast.sync.chunks import lay_out_chunks
-from weightcast.sync.errors import EngineError, ReachError
+from weightcast.sync.errors import DeadlineExceeded, EngineError, ReachError
 from weightcast.sync.host_landing import HostLanding
 from weightcast.sync.host_live import HostLivePacker
 from weightcast.sync.host_passes import has_passes
@@ -223,6 +224,23 @@ def test_weights_that_change_while_they_are_read_are_never_served(tmp_path: Path
             for engine in engines:
                 assert_same_bits(engine.tensors, tensors)
                 assert engine.numbers == [2]
+
+
+def test_an_engine_that_comes_after_a_version_in_place_is_over_waits_for_the_next(tmp_path: Path) -> None:
+    tensors, address = make_model(1, rows=300), f"ipc://{tmp_path}/p"
+    first = Engine("first", address)
+    with publishers(tensors, 1, address, expose=("shared_memory",), **IN_PLACE) as (publisher,), running(first):
+        publisher.publish(1)
+        with WeightSubscriber(address, engine="late", limits=PATIENT) as late:
+            wait_until(lambda: "no longer" in late._subscription.describe())
+            with pytest.raises(DeadlineExceeded, match=r"its sources had version 1 .* no longer, and no newer one was"):
+                late.wait(0.1)
+            publication = publisher.begin(2, hold=True)
+            update = late.wait(WAIT_S)
+            assert update.version.number == 2
+            assert_same_bits(dict(update), tensors)
+            update.commit()
+            publication.wait()
 
 
 def test_without_room_in_shared_memory_engines_of_the_host_are_sent_the_weights(

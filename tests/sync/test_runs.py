@@ -132,7 +132,7 @@ def test_a_device_lands_one_run_while_the_next_is_begun(
             index, count = request.message.index, request.message.count
             header = ChunkHeader(snapshot.version, index, "dense", None, b"", count)
             assert lands_run(arrival, 0, header)
-            start, num_bytes = arrival.find_bytes(0, index, count) or (0, 0)
+            start, num_bytes = staging.layouts[0].find_span(index, count) or (0, 0)
             run = staging.begin_run(0, header, memory[start : start + num_bytes])
             assert run is not None
             begun.append((header, run))

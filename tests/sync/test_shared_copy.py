@@ -5,8 +5,6 @@ What becomes of killed processes is in `test_shared_copy_killed.py`.
 
 import logging
 import os
-import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.sync.haste import check_haste
 from tests.sync.middle import Middle
 from tests.sync.parts import LIMITS, WAIT_S, TensorSource, assert_same_bits, make_model
+from tests.sync.slice_wants import WantOf
 
 from weightcast.sync import FleetPolicy, HostShare, PublishReport, Update, Version, WeightPublisher, WeightSubscriber
 from weightcast.sync.errors import ConfigError, VersionError, WireError
 
 TCP = "tcp://127.0.0.1:0"
-ROWS = 2000
+ROWS, HASTY_ROWS = 2000, 400
 Subscribe = Callable[..., WeightSubscriber]
 
 
@@ -273,40 +273,9 @@ def test_settings_are_checked() -> None:
 
 
 def test_versions_in_haste_and_workers_that_come_and_go_never_mix(base: Path) -> None:
-    """Every copy that an engine took, read slowly, is one version's from the first bit to the last."""
-    tensors = make_model(0, 400)
-    stop, taken, faults = threading.Event(), Counter[str](), list[str]()
+    """Roles change hands all the time; whatever an engine took is one version's bits."""
 
-    def follow(address: str, name: str, seed: int) -> None:
-        dice = random.Random(seed)
-        while not stop.is_set():
-            share = HostShare("engine", base=base)
-            with WeightSubscriber(address, engine=name, limits=LIMITS, share=share) as subscriber:
-                for _ in range(dice.randrange(2, 9)):
-                    try:
-                        update = subscriber.wait(0.5)
-                    except TimeoutError:
-                        continue
-                    if stop.wait(dice.choice([0.0, 0.0, 0.02])):
-                        return
-                    try:
-                        assert_same_bits(dict(update), make_model(update.version.number, 400))
-                    except AssertionError as error:
-                        faults.append(f"{name}, version {update.version}: {error!r}")
-                    taken[update.stats.transport] += 1
-                    update.commit()
+    def check(update: Update, _: WantOf | None) -> None:
+        assert_same_bits(dict(update), make_model(update.version.number, HASTY_ROWS))
 
-    with WeightPublisher(TensorSource(tensors), TCP, policy=FleetPolicy.quorum(1), delta="on", timeout_s=60) as p:
-        threads = [threading.Thread(target=follow, args=(p.address, f"e{seed}", seed)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for number in range(1, 61):
-            for name, tensor in make_model(number, 400).items():
-                tensors[name].copy_(tensor)
-            p.publish(number)
-        stop.set()
-        for thread in threads:
-            thread.join(2 * WAIT_S)
-            assert not thread.is_alive()
-    assert faults == []
-    assert taken["host"] > 10 and taken["shared_memory"] > 10, taken
+    check_haste(base, lambda number: make_model(number, HASTY_ROWS), lambda _: ({}, None), check)

@@ -2,14 +2,13 @@
 
 import logging
 import random
-import threading
-import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.sync.parts import LIMITS, WAIT_S, TensorSource, assert_same_bits, make_specs, wait_until
+from tests.sync.haste import check_haste
+from tests.sync.parts import WAIT_S, TensorSource, assert_same_bits, make_specs, wait_until
 from tests.sync.slice_share import (
     CHUNK_BYTES,
     TCP,
@@ -19,9 +18,9 @@ from tests.sync.slice_share import (
     publish,
     transports,
 )
-from tests.sync.slice_wants import NUM_LAYERS, WantOf, assert_slices, make_layers, slices_of
+from tests.sync.slice_wants import WantOf, assert_slices, make_layers, slices_of
 
-from weightcast.sync import FleetPolicy, HostShare, Region, WeightPublisher, WeightSubscriber
+from weightcast.sync import FleetPolicy, HostShare, Region, Update, WeightPublisher, WeightSubscriber
 from weightcast.sync.cut_source import cut_source
 from weightcast.sync.errors import ConfigError, StorageError
 from weightcast.sync.host import leader as leaders
@@ -45,7 +44,7 @@ def test_the_heir_wants_boxes_that_the_one_before_did_not_receive(
         p.wait_for_subscribers(1)
         quarter = publish(p, 1, tensors, {first: wants[0]}).num_bytes
         if not is_staged:
-            monkeypatch.setattr(HostWorker, "_receive", lambda *_: [])  # it has not begun when the other one leaves
+            monkeypatch.setattr(HostWorker, "_receive", lambda *_, **__: [])  # not begun when the other leaves
         heir = sharing(p.address, "heir", wants[1])
         if is_staged:
             wait_until(lambda: any(e.engine == "heir" and e.staged is not None for e in p.fleet()))
@@ -183,52 +182,17 @@ def test_terms_of_a_share_are_checked() -> None:
 
 def test_versions_in_haste_and_workers_with_other_slices_each_time_never_mix(base: Path) -> None:
     """Unions grow, shrink and are handed on all the time; all that an engine took is one version's bits."""
-    tensors = make_layers(0)
-    specs = tuple(make_specs(tensors))
-    stop, taken, faults = threading.Event(), Counter[str](), list[str]()
+    specs = tuple(make_specs(make_layers(0)))
+    wants = [None, whole, *(slices_of(rank, 4) for rank in range(4)), slices_of(1, 2), cross]
 
-    def follow(address: str, name: str, seed: int) -> None:
-        dice = random.Random(seed)
-        while not stop.is_set():
-            want = dice.choice([None, whole, *(slices_of(rank, 4) for rank in range(4)), slices_of(1, 2), cross])
-            share = HostShare("engine", base=base, gather_s=dice.choice([0.0, 0.05]))
-            with WeightSubscriber(address, engine=name, limits=LIMITS, share=share, want=want) as subscriber:
-                for _ in range(dice.randrange(2, 9)):
-                    try:
-                        update = subscriber.wait(0.5)
-                    except TimeoutError:
-                        continue
-                    if stop.wait(dice.choice([0.0, 0.0, 0.02])):
-                        return
-                    try:
-                        expected = make_layers(update.version.number)
-                        if want is None:
-                            assert_same_bits(dict(update), expected)
-                        else:
-                            assert_slices(update, want(specs), expected)
-                    except AssertionError as error:
-                        faults.append(f"{name}, version {update.version}: {error!r}")
-                    taken[update.stats.transport] += 1
-                    update.commit()
+    def draw(dice: random.Random) -> tuple[dict[str, Any], WantOf | None]:
+        return {"gather_s": dice.choice([0.0, 0.05])}, dice.choice(wants)
 
-    policy = FleetPolicy.quorum(1)
-    with WeightPublisher(
-        TensorSource(tensors), TCP, policy=policy, delta="on", chunk_bytes=CHUNK_BYTES, timeout_s=60
-    ) as p:
-        threads = [threading.Thread(target=follow, args=(p.address, f"e{seed}", seed)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        end_s = time.monotonic() + 4 * WAIT_S
-        number = 0
-        while number < 60 or min(taken["host"], taken["shared_memory"]) <= 10:
-            assert time.monotonic() < end_s, taken
-            number += 1
-            for name, tensor in make_layers(number).items():
-                tensors[name].copy_(tensor)
-            p.publish(number)
-        stop.set()
-        for thread in threads:
-            thread.join(2 * WAIT_S)
-            assert not thread.is_alive()
-    assert faults == []
-    assert len(tensors) == 1 + 3 * NUM_LAYERS
+    def check(update: Update, want: WantOf | None) -> None:
+        expected = make_layers(update.version.number)
+        if want is None:
+            assert_same_bits(dict(update), expected)
+        else:
+            assert_slices(update, want(specs), expected)
+
+    check_haste(base, make_layers, draw, check, chunk_bytes=CHUNK_BYTES)
