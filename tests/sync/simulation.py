@@ -5,54 +5,34 @@ routing id, as TCP and ZeroMQ do. Chunk requests are lost when the test says so.
 """
 
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tests.sync.parts import TensorSource, bits, make_specs, split_rows
+from tests.sync.parts import bits
+from tests.sync.simulated_trainer import SPECS, Trainer, model_of
 
 from weightcast.sync import FleetPolicy, Limits, Region, Version
-from weightcast.sync.chunks import lay_out_chunks
-from weightcast.sync.coordinator import Coordinator
 from weightcast.sync.effects import Effect, Request, Tell
 from weightcast.sync.engine_tensors import EngineTensors
 from weightcast.sync.in_place import Held, InPlaceSubscription
 from weightcast.sync.messages import (
-    PROTOCOL,
     Announce,
     ChunkHeader,
     Message,
-    Packed,
-    Packing,
     Published,
-    SourceHello,
     decode,
     encode,
 )
-from weightcast.sync.packer import Packer, PackMode
-from weightcast.sync.records import SourceReport
+from weightcast.sync.packer import PackMode
 from weightcast.sync.roster import Outgoing
-from weightcast.sync.snapshot import ABSENT, Snapshot, allocate_arena
+from weightcast.sync.snapshot import ABSENT
 from weightcast.sync.subscription import Subscription
-from weightcast.sync.version import fingerprint
 from weightcast.sync.wanted import WantedRegions, whole
 
-NUM_SOURCES = 2
-LOST_AFTER_S = 5.0
 # Engines are the first to give up: a publisher that never missed them must announce anew all the same.
 LIMITS = Limits(credit_chunks=2, chunk_timeout_s=1.0, lost_after_s=2.0, ping_every_s=0.5)
-CHUNK_BYTES = 4096
-
-
-def model_of(version: Version) -> dict[str, torch.Tensor]:
-    """The weights of a version: nothing else has these bits. Few elements change from one number to the next."""
-    value = version.epoch * 1000 + version.number
-    weights = torch.full((4, 3000), version.epoch, dtype=torch.int32)
-    weights[:, :: 7 + version.number % 3] = value
-    return {"w": weights, "still": torch.full((900,), version.epoch), "scale": torch.tensor(value, dtype=torch.float64)}
-
-
-SPECS = tuple(make_specs(model_of(Version(0, 0))))
 # An engine of this name wants parts: of rows that it cuts through, of one source alone, and nothing of a tensor.
 WANTS_PARTS = "c"
 WANTED: WantedRegions = {
@@ -65,53 +45,6 @@ WANTED: WantedRegions = {
 # An engine of this name lands versions in its own tensors, while it lends them.
 IN_PLACE = "d"
 SCRIBBLE = 77
-
-
-class Trainer:
-    """One life of a publisher: a coordinator, and the packers of its sources."""
-
-    def __init__(self, epoch: int, policy: FleetPolicy, mode: PackMode) -> None:
-        self.coordinator = Coordinator(SPECS, NUM_SOURCES, epoch, CHUNK_BYTES, policy, LOST_AFTER_S, 0.0)
-        self.number = 0
-        self.mode: PackMode = mode
-        self.snapshots: dict[int, Snapshot] = {}
-        self.published: list[Published] = []
-        self.tensors = model_of(Version(epoch, 0))
-        rows = {spec.name: split_rows(spec, NUM_SOURCES) for spec in SPECS}
-        for rank in range(NUM_SOURCES):
-            regions = tuple(rows[spec.name][rank] for spec in SPECS)
-            hello = SourceHello(PROTOCOL, rank, NUM_SOURCES, fingerprint(SPECS), f"at-{epoch}-{rank}", regions)
-            assert all(not out.peer.startswith(b"e") for out in self.coordinator.add_source(b"s%d" % rank, hello))
-        assert self.coordinator.roster.layout is not None
-        self.packers = [self._make_packer(offer.regions) for offer in self.coordinator.roster.layout.offers]
-
-    def _make_packer(self, regions: tuple[Region, ...]) -> Packer:
-        held = {held.region: held for held in TensorSource(self.tensors, regions=regions).held()}
-        chunks = lay_out_chunks(regions, {spec.name: spec.dtype for spec in SPECS}, CHUNK_BYTES)
-        arena = allocate_arena(sum(chunk.num_bytes for chunk in chunks))
-        return Packer(held, {spec.name: spec for spec in SPECS}, regions, chunks, arena, history=2)
-
-    def begin(self, rank: int, now_s: float, timeout_s: float) -> list[Outgoing]:
-        """A source begins to pack."""
-        version = Version(self.coordinator.epoch, self.number)
-        for name, tensor in model_of(version).items():
-            self.tensors[name].copy_(tensor)
-        self.snapshots[rank] = self.packers[rank].begin(version, self.mode)
-        deadline_s = now_s + timeout_s if rank == 0 else None
-        return self.coordinator.add_packing(b"s%d" % rank, Packing(self.number, ()), now_s, deadline_s)
-
-    def pack(self, rank: int, count: int, now_s: float) -> list[Outgoing]:
-        """A source packs some chunks more; the last one completes its part."""
-        snapshot = self.snapshots.get(rank)
-        if snapshot is None or snapshot.version.number != self.number or snapshot.num_ready == len(snapshot):
-            return []
-        for _ in range(min(count, len(snapshot) - snapshot.num_ready)):
-            self.packers[rank].pack_next(snapshot)
-        if snapshot.num_ready < len(snapshot):
-            return []
-        digests = np.array(self.packers[rank].digests(), "<u8").tobytes()
-        part = Packed(self.number, digests, SourceReport(rank, 0.0, 0, 0, None), ())
-        return self.coordinator.add_part(b"s%d" % rank, part, now_s)
 
 
 @dataclass
@@ -171,6 +104,7 @@ class World:
         self.mode: PackMode = mode
         self.trainer: Trainer = Trainer(1, policy, mode)
         self.engines: dict[str, SimulatedEngine] = {}
+        self.wants: dict[str, WantedRegions] = {WANTS_PARTS: WANTED}
         self.released_at: dict[Version, set[str]] = {}
         self.seen: Counter[str] = Counter()
         self._peers = 0
@@ -186,8 +120,7 @@ class World:
             subscription: Subscription = InPlaceSubscription(name, EngineTensors(own), LIMITS, 0.0)
         else:
             subscription = Subscription(name, "receiver", SPECS, LIMITS, 0.0)
-        if name == WANTS_PARTS:
-            subscription.model.want = WANTED
+        subscription.model.want = self.wants.get(name)
         self.engines[name] = SimulatedEngine(name, subscription, self._new_peer(), own=own)
         self.engines[name].kept = {name: tensor.clone() for name, tensor in own.items()}
         self.do(self.engines[name], subscription.hello())
@@ -264,12 +197,8 @@ class World:
         arrival = subscription.take()
         version = arrival.announce.version
         assert isinstance(arrival.announce, Announce) and arrival.tensors is not None
-        wanted = model_of(version)
-        assert list(arrival.tensors) == list(wanted)
-        boxes = WANTED if engine.name == WANTS_PARTS else whole(SPECS)
-        for name, tensor in arrival.tensors.items():
-            for box in boxes[name]:
-                assert torch.equal(bits(tensor[box.slices]), bits(wanted[name][box.slices])), (version, box)
+        assert list(arrival.tensors) == list(model_of(version))
+        self.check_bits(engine, version, arrival.tensors)
         if engine.name == IN_PLACE:
             assert all(arrival.tensors[name] is tensor for name, tensor in engine.own.items())
             engine.has_scribbled = False
@@ -277,6 +206,17 @@ class World:
         assert version in self.released_at, f"{version} was taken, and never released"
         assert not engine.served or version > engine.served[-1], f"{engine.served} and then {version}"
         return True
+
+    def check_bits(self, engine: SimulatedEngine, version: Version, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Where an engine reads, the tensors are those of a version."""
+        boxes, expected = self.wants.get(engine.name, whole(SPECS)), model_of(version)
+        for name, tensor in tensors.items():
+            for box in boxes[name]:
+                assert torch.equal(bits(tensor[box.slices]), bits(expected[name][box.slices])), (
+                    engine.name,
+                    version,
+                    box,
+                )
 
     def commit(self, engine: SimulatedEngine) -> None:
         """The engine serves what it took."""
