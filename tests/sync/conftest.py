@@ -40,6 +40,13 @@ def base() -> Iterator[Path]:
 
 
 @pytest.fixture
+def nothing_stays(base: Path) -> Iterator[None]:
+    """For tests that must leave the folder for sockets empty."""
+    yield
+    assert not list(base.iterdir())
+
+
+@pytest.fixture
 def sharing(base: Path) -> Iterator[Subscribe]:
     """Makes workers of this host that share a copy of slices, and end with the test."""
     with ExitStack() as stack:
