@@ -2,75 +2,35 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ranks import run_ranks
-from tests.sync.parts import LIMITS, PROPERTY, WAIT_S, TensorSource, assert_same_bits, bits
+from tests.sync.parts import PROPERTY, WAIT_S, TensorSource, bits
+from tests.sync.quantized_parts import (
+    EXPERTS,
+    NORM,
+    OUT,
+    K,
+    Q,
+    V,
+    assert_same,
+    cut_rows,
+    expected,
+    in_threads,
+    make_weights,
+)
 
-from weightcast.bridges import codecs_fp8
-from weightcast.sync import Region, WeightPublisher, WeightSource, WeightSubscriber
+from weightcast.sync import Region, WeightSource
 from weightcast.sync.errors import SourceError
-from weightcast.sync.quantize import BLOCK, block_amax, quantize, scales_of, tensor_scales_of
-from weightcast.sync.quantize_rules import Fp8Scheme, plan_fp8
+from weightcast.sync.quantize_rules import Fp8Scheme
 from weightcast.sync.quantized_source import QuantizedSource
 from weightcast.sync.regions import find_tiling_fault
 
-LAYER = "model.layers.0"
-Q, K, V, OUT = (f"{LAYER}.self_attn.{word}_proj.weight" for word in "qkvo")
-NORM = "model.norm.weight"
-EXPERTS = "model.mlp.experts"
 BLOCKS, TENSOR = Fp8Scheme(kind="fp8_block", also=(EXPERTS,)), Fp8Scheme(kind="fp8_tensor", also=(EXPERTS,))
-
-
-def make_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A model of few weights: three matrices that engines fuse, one alone, stacked ones, a vector."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {Q: (256, 200), K: (150, 200), V: (150, 200), OUT: (200, 256), EXPERTS: (4, 140, 130), NORM: (200,)}
-    return {name: (torch.randn(shape, generator=generator) * 0.1).bfloat16() for name, shape in shapes.items()}
-
-
-def expected(tensors: dict[str, torch.Tensor], scheme: Fp8Scheme) -> dict[str, torch.Tensor]:
-    """Every tensor as published, from whole tensors."""
-    found: dict[str, torch.Tensor] = {}
-    plan = plan_fp8(TensorSource(tensors).specs(), scheme)
-    for name, tensor in tensors.items():
-        entry = plan.quantized.get(name)
-        if entry is None:
-            found[name] = tensor
-            continue
-        start = (0,) * tensor.dim()
-        amax = block_amax(tensor, start, entry.block)
-        if scheme.kind == "fp8_block":
-            scales = scales_of(amax, scheme.division)
-        else:
-            together = [other for other, e in plan.quantized.items() if e.group == entry.group]
-            if len(together) > 1:
-                amax = torch.stack([tensors[n].float().abs().max() for n in together]).max().reshape(1, 1)
-            scales = tensor_scales_of(amax)
-        found[name] = quantize(tensor, scales, start, entry.block)
-        found[entry.scales.name] = scales if scheme.kind == "fp8_block" else scales[..., 0, 0]
-    return found
-
-
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Names in order, shapes, dtypes and bits."""
-    assert list(found) == list(wanted)
-    assert_same_bits(found, wanted)
-
-
-def in_threads(*calls: Callable[[], Any]) -> list[Any]:
-    """What each returns, called at once as ranks would; the first failure is raised."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result(3 * WAIT_S) for future in [pool.submit(call) for call in calls]]
 
 
 def gather(sources: Sequence[QuantizedSource]) -> dict[str, torch.Tensor]:
@@ -133,23 +93,6 @@ def make_sources(
         return source
 
     return in_threads(*(partial(make, rank) for rank in range(len(cuts)))), reduce
-
-
-def cut_rows(
-    tensors: dict[str, torch.Tensor], borders: Mapping[str, Sequence[int]], num_ranks: int
-) -> list[list[Region]]:
-    """Tensors cut at rows: the pieces go to the ranks in turn; what is not named is on every rank."""
-    cuts: list[list[Region]] = [[] for _ in range(num_ranks)]
-    for spec in TensorSource(tensors).specs():
-        if spec.name not in borders:
-            for rank in cuts:
-                rank.append(spec.whole())
-            continue
-        edges = [0, *borders[spec.name], spec.shape[0]]
-        for index, (start, end) in enumerate(pairwise(edges)):
-            rest = spec.shape[1:]
-            cuts[index % num_ranks].append(Region(spec.name, (start, *(0 for _ in rest)), (end - start, *rest)))
-    return cuts
 
 
 @pytest.mark.parametrize("scheme", [BLOCKS, TENSOR], ids=["block", "tensor"])
@@ -299,70 +242,3 @@ def test_weights_of_another_dtype_are_rounded_to_the_engines_first() -> None:
     source = QuantizedSource(TensorSource(wide), BLOCKS)
     rounded = expected({name: tensor.bfloat16() for name, tensor in wide.items()}, BLOCKS)
     assert_same(gather([source]), rounded | {NORM: wide[NORM]})
-
-
-def reduce_over_gloo(values: torch.Tensor) -> None:
-    """What a trainer lends."""
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-
-
-def publish_from_two_ranks(address: str, kind: str) -> list[str]:
-    """Two versions of a model cut inside blocks, from gloo ranks."""
-    rank = dist.get_rank()
-    tensors = make_weights()
-    regions = cut_rows(tensors, {Q: [100], K: [128], V: [33], EXPERTS: [3]}, 2)[rank]
-    scheme = Fp8Scheme(kind=kind, also=(EXPERTS,))
-    source = QuantizedSource(TensorSource(tensors, rank, 2, regions), scheme, reduce_amax=reduce_over_gloo)
-    with WeightPublisher(source, address, chunk_bytes=8192, timeout_s=WAIT_S) as publisher:
-        publisher.wait_for_subscribers(1)
-        for version in (1, 2):
-            for name, tensor in make_weights(version).items():
-                tensors[name].copy_(tensor)
-            source.prepare()
-            report = publisher.publish(version)
-    return list(report.serving)
-
-
-@pytest.mark.parametrize("kind", ["fp8_block", "fp8_tensor"])
-def test_two_gloo_ranks_publish_what_one_would_have_quantised(kind: str, ipc: str) -> None:
-    scheme = Fp8Scheme(kind=kind, also=(EXPERTS,))
-    versions: list[dict[str, torch.Tensor]] = []
-
-    def follow() -> None:
-        with WeightSubscriber(ipc, engine="e", limits=LIMITS) as subscriber:
-            for _ in range(2):
-                update = subscriber.wait(60)
-                versions.append({name: tensor.clone() for name, tensor in update})
-                update.commit()
-
-    results = in_threads(follow, lambda: run_ranks(publish_from_two_ranks, 2, ipc, kind))
-    assert results[1] == [["e"], ["e"]], results
-    for number, found in enumerate(versions, 1):
-        assert_same(found, expected(make_weights(number), scheme))
-
-
-def test_published_codes_are_read_back_by_the_bridge(ipc: str) -> None:
-    tensors = make_weights(3)
-    source = QuantizedSource(
-        TensorSource({name: t for name, t in tensors.items() if t.dim() < 3}), Fp8Scheme(kind="fp8_block")
-    )
-    got: dict[str, torch.Tensor] = {}
-    with (
-        WeightPublisher(source, ipc, timeout_s=WAIT_S) as publisher,
-        WeightSubscriber(ipc, engine="e", limits=LIMITS) as subscriber,
-    ):
-        publisher.wait_for_subscribers(1)
-
-        def take() -> None:
-            update = subscriber.wait(WAIT_S)
-            got.update({name: tensor.clone() for name, tensor in update})
-            update.commit()
-
-        in_threads(take, lambda: publisher.publish(1))
-    specs = {spec.name: spec for spec in source.specs()}
-    assert codecs_fp8.find_coded(specs) == {name: tuple(tensors[name].shape) for name in (Q, K, V, OUT)}
-    for name in (Q, K, V, OUT):
-        region = Region(name, (7, 100), (130, 100))
-        read = codecs_fp8.read(region, lambda r: got[r.name][r.slices], torch.float32)
-        assert torch.allclose(read, tensors[name][region.slices].float(), rtol=2**-4, atol=2e-4)
-    assert BLOCK == (codecs_fp8.BLOCK, codecs_fp8.BLOCK)
