@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, rule
+from tests.sync.fleet_rules import FleetRules
 from tests.sync.host_simulation import HostWorld
 from tests.sync.simulation import WANTED
 
@@ -39,8 +40,11 @@ TURN = st.builds(
 )
 
 
-class Host(RuleBasedStateMachine):
+class Host(FleetRules):
     """Three workers of one host, two sources, and lives of a trainer that follow each other."""
+
+    names = NAMES
+    world: HostWorld
 
     @initialize(
         policy=st.sampled_from([FleetPolicy.all(), FleetPolicy.quorum(1), FleetPolicy.quorum(2)]),
@@ -65,11 +69,7 @@ class Host(RuleBasedStateMachine):
 
     @rule(timeout_s=st.sampled_from([1.0, 30.0]), packs=st.booleans())
     def publish(self, timeout_s: float, packs: bool) -> None:
-        trainer = self.world.trainer
-        trainer.number += 1
-        for rank in (1, 0):
-            self.world.send(trainer.begin(rank, self.world.now_s, timeout_s))
-            self.world.note_release()
+        self.begin_version(timeout_s)
         if packs:
             self.pack(1)
             self.pack(0)
@@ -100,38 +100,6 @@ class Host(RuleBasedStateMachine):
             if turn.takes:
                 self.world.check_take(engine)
             self.world.check_held(engine)
-
-    @rule(name=ENGINE)
-    def damage_a_chunk(self, name: str) -> None:
-        self.world.deliver_chunk(self.world.engines[name], damage=True)
-
-    @rule(name=ENGINE, well=st.booleans())
-    def finish_loading(self, name: str, well: bool) -> None:
-        engine = self.world.engines[name]
-        if engine.subscription.taken is None:
-            return
-        if well:
-            self.world.commit(engine)
-        else:
-            self.world.do(engine, engine.subscription.reject("no", self.world.now_s))
-
-    @rule(name=ENGINE)
-    def restart_engine(self, name: str) -> None:
-        self.world.start_engine(name)
-
-    @rule(name=ENGINE)
-    def break_connection(self, name: str) -> None:
-        self.world.break_connection(self.world.engines[name])
-
-    @precondition(lambda self: self.world.epoch < 4)
-    @rule()
-    def replace_trainer(self) -> None:
-        self.world.replace_trainer()
-
-    @rule(seconds=st.sampled_from([0.3, 1.1, 6.0]))
-    def wait(self, seconds: float) -> None:
-        self.world.advance(seconds)
-        self.world.note_release()
 
     @invariant()
     def nobody_loads_what_is_being_written(self) -> None:

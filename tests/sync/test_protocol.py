@@ -2,7 +2,8 @@
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, rule
+from tests.sync.fleet_rules import ENGINE, FleetRules
 from tests.sync.simulation import IN_PLACE, World
 
 from weightcast.sync import FleetPolicy, Version
@@ -10,11 +11,12 @@ from weightcast.sync.in_place import InPlaceSubscription
 from weightcast.sync.packer import PackMode
 
 NAMES = ("a", "b", "c", IN_PLACE)
-ENGINE = st.sampled_from(NAMES)
 
 
-class Fleet(RuleBasedStateMachine):
+class Fleet(FleetRules):
     """Four engines, two sources, and lives of a trainer that follow each other."""
+
+    names = NAMES
 
     @initialize(
         policy=st.sampled_from([FleetPolicy.all(), FleetPolicy.quorum(1), FleetPolicy.quorum(2)]),
@@ -27,11 +29,7 @@ class Fleet(RuleBasedStateMachine):
 
     @rule(timeout_s=st.sampled_from([1.0, 30.0]))
     def publish(self, timeout_s: float) -> None:
-        trainer = self.world.trainer
-        trainer.number += 1
-        for rank in (1, 0):
-            self.world.send(trainer.begin(rank, self.world.now_s, timeout_s))
-            self.world.note_release()
+        self.begin_version(timeout_s)
 
     @rule(rank=st.sampled_from([0, 1]), count=st.integers(1, 30))
     def pack(self, rank: int, count: int) -> None:
@@ -50,10 +48,6 @@ class Fleet(RuleBasedStateMachine):
     def fetch(self, name: str, count: int) -> None:
         for _ in range(count):
             self.world.deliver_chunk(self.world.engines[name])
-
-    @rule(name=ENGINE)
-    def damage_a_chunk(self, name: str) -> None:
-        self.world.deliver_chunk(self.world.engines[name], damage=True)
 
     @rule(name=ENGINE)
     def lose_a_request(self, name: str) -> None:
@@ -79,37 +73,9 @@ class Fleet(RuleBasedStateMachine):
         if not engine.subscription._is_lent:
             engine.scribble()
 
-    @rule(name=ENGINE, well=st.booleans())
-    def finish_loading(self, name: str, well: bool) -> None:
-        engine = self.world.engines[name]
-        if engine.subscription.taken is None:
-            return
-        if well:
-            self.world.commit(engine)
-        else:
-            self.world.do(engine, engine.subscription.reject("no", self.world.now_s))
-
-    @rule(name=ENGINE)
-    def restart_engine(self, name: str) -> None:
-        self.world.start_engine(name)
-
-    @rule(name=ENGINE)
-    def break_connection(self, name: str) -> None:
-        self.world.break_connection(self.world.engines[name])
-
     @rule(name=ENGINE)
     def stop_or_continue(self, name: str) -> None:
         self.world.engines[name].silent = not self.world.engines[name].silent
-
-    @precondition(lambda self: self.world.epoch < 4)
-    @rule()
-    def replace_trainer(self) -> None:
-        self.world.replace_trainer()
-
-    @rule(seconds=st.sampled_from([0.3, 1.1, 2.5, 6.0]))
-    def wait(self, seconds: float) -> None:
-        self.world.advance(seconds)
-        self.world.note_release()
 
     @invariant()
     def nobody_goes_back(self) -> None:

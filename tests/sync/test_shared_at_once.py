@@ -16,7 +16,6 @@ from weightcast.sync import FleetPolicy, HostShare, WeightPublisher, WeightSubsc
 from weightcast.sync.effects import Effect, Request, Tell
 from weightcast.sync.host.lease import Lease
 from weightcast.sync.host.pool import SharedPool
-from weightcast.sync.host_passes import has_passes
 from weightcast.sync.limits import Limits
 from weightcast.sync.messages import PROTOCOL, Announce, Layout, Release, Sealed, Staged, Welcome
 from weightcast.sync.records import Offer
@@ -99,7 +98,6 @@ def test_what_an_engine_received_by_itself_needs_no_lease(tensors: dict[str, tor
     assert subscription.is_ready and not subscription.awaits_lease and subscription.leases == ()
 
 
-@pytest.mark.skipif(not has_passes(), reason="the loops in C were not built: nothing is read at once")
 def test_a_released_version_that_is_read_at_once_is_taken_under_a_lease_and_shared(base: Path) -> None:
     """The engine already waits when all of it comes, within one step of the subscriber's thread."""
     tensors = make_layers(1)
